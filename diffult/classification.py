@@ -1,0 +1,119 @@
+"""Training a classifier on a loader, and asking it for predictions and features: shared by the extractor and the final
+classifier, so that both are trained alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffult.config import TrainingConfig
+from diffult.device import autocast
+from diffult.training import learning_rate_factor, train_loop
+from ffcv_writers import Batch, Loader, stream_order
+from kernels.augment import augment, center_crop, normalise
+
+Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
+_CHUNK = 4096  # batches whose order is laid out at a time
+
+
+def training_batches(
+    loader: Loader, kind: str, labels: np.ndarray, seed: int, start: int, steps: int
+) -> Iterator[Batch]:
+    """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
+    size = loader.batch_size
+    for first in range(start, steps, _CHUNK):
+        count = min(_CHUNK, steps - first)
+        yield from loader.batches(stream_order(kind, labels, seed, first * size, count * size))
+
+
+def fit(
+    title: str,
+    model: nn.Module,
+    loader: Loader,
+    kind: str,
+    labels: np.ndarray,
+    config: TrainingConfig,
+    loss: Loss,
+    checkpoint: Path,
+    seed: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Trains `model` in place for `config.steps` steps of SGD, resuming from `checkpoint`.
+
+    Args:
+        kind: order of the training stream, "natural" or "class_balanced".
+        labels: int64 [N], the labels of the loader's set.
+        loss: (logits, batch) -> scalar.
+        seed: the run's seed and the stage's number.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=False
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: learning_rate_factor(i, config.steps, config.warmup * config.steps, config.milestones, config.decay),
+    )
+    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+    def step(i: int, batch: Batch) -> dict[str, torch.Tensor]:
+        positions = i * config.batch_size + torch.arange(len(batch.labels), device=device)
+        images = augment(
+            batch.images, order_seed, positions, size=config.image_size, **config.augment.model_dump()
+        )
+        with autocast(dtype, device):
+            logits = model(images)
+        value = loss(logits, batch)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        scheduler.step()
+        return {"loss": value.detach()}
+
+    model.train()
+    train_loop(
+        title,
+        config.steps,
+        lambda start: training_batches(loader, kind, labels, order_seed, start, config.steps),
+        step,
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
+        checkpoint,
+        every=max(1, min(1000, config.steps // 4)),
+        seed=seed,
+    )
+    model.eval()
+
+
+@torch.inference_mode()
+def _apply(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    loader: Loader,
+    image_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, labels = [], []
+    for batch in loader.sequential():
+        with autocast(dtype, device):
+            outputs.append(function(center_crop(normalise(batch.images), image_size)).float())
+        labels.append(batch.labels)
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def predict(
+    model: nn.Module, loader: Loader, image_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true labels of the whole set in its order, int64 [N] each."""
+    logits, labels = _apply(model, loader, image_size, dtype, device)
+    return logits.argmax(1).cpu().numpy(), labels.cpu().numpy()
+
+
+def extract_features(
+    model: nn.Module, loader: Loader, image_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Penultimate features float32 [N, F] and labels int64 [N] of the whole set in its order."""
+    return _apply(model.features, loader, image_size, dtype, device)  # type: ignore[arg-type]

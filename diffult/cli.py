@@ -1,0 +1,42 @@
+"""What all verbs share on the command line: common options, logging, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from diffult.errors import UserError
+
+RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="Start the run from this preset where the directory is new.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting of the preset: section.key=value. Repeatable.", show_default=False),
+]
+
+
+def main(verb: Callable[..., None]) -> None:
+    """Runs a verb as a command: exit code 0, or 2 after one line that says what is wrong, or 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(verb)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as error:
+        message = str(error)
+    except TyperException as error:
+        message = f"{error.format_message()} (--help lists the options)"
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,255 @@
+"""The settings of a run: typed sections, presets, overrides, and one-line errors.
+
+A run is described by one TOML document. A preset is such a document in diffult/presets; `extends = "other"` starts from
+another preset. `--set section.key=value` overrides single values. Unknown keys and bad values are refused with the
+nearest name, before any work starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffult.data.config import DataConfig
+from diffult.diffusion.samplers import SamplerName
+from diffult.diffusion.schedule import Prediction, ScheduleName
+from diffult.errors import UserError
+from diffult.longtail.methods import Method
+from diffult.models.config import UNetConfig
+from diffult.models.resnet import ClassifierName
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AugmentConfig(Section):
+    """What a classifier's training images go through. Everything off is the identity."""
+
+    pad: int = Field(0, ge=0)  # random crop after zero padding by so many pixels
+    flip: bool = False  # mirror left-right with probability 1/2
+    resized_crop: bool = False  # random area (8 to 100 %) and aspect (3/4 to 4/3), scaled to the input size
+    jitter: float = Field(0.0, ge=0, lt=1)  # brightness, contrast and saturation by a factor in 1 -+ jitter
+
+
+class TrainingConfig(Section):
+    """How a classifier is trained: SGD with momentum, warm-up, step decay."""
+
+    network: ClassifierName
+    image_size: int = Field(ge=1)  # what the network sees; stored images are cropped or scaled to it
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0, le=1)  # share of the steps
+    milestones: tuple[float, ...] = ()  # shares of the steps at which the rate is multiplied by `decay`
+    decay: float = Field(0.1, gt=0, le=1)
+    augment: AugmentConfig = AugmentConfig()
+
+
+class DiffusionConfig(Section):
+    """The diffusion model's process, loss and optimiser."""
+
+    timesteps: int = Field(1000, ge=2)
+    schedule: ScheduleName = "linear"
+    prediction: Prediction = "epsilon"
+    min_snr: float = Field(0.0, ge=0)  # gamma of the min-SNR weighting; 0: off
+    cbdm: bool = True
+    cbdm_tau: float = Field(1.0, ge=0)
+    cbdm_gamma: float = Field(0.25, ge=0)
+    aid: bool = True
+    aid_alpha: float = Field(0.1, ge=0)
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    batches: Literal["natural", "class_balanced"] = "natural"
+    flip: bool = False  # mirror left-right with probability 1/2, without a label
+    augment_probability: float = Field(0.0, ge=0, le=1)  # adaptive augmentation with its 9-number label
+    augment_flips: bool = False  # mirroring among the adaptive augmentations
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    cosine_decay: bool = False  # the rate falls to 0 along half a cosine; constant otherwise
+    gradient_clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.9999, ge=0, lt=1)
+    checkpoint_every: int = Field(1000, ge=1)
+
+
+class GenerateConfig(Section):
+    """How many samples, and how they are drawn and judged."""
+
+    balance_to: int = Field(ge=0)  # N_t: a class with fewer real images is filled up to so many
+    sampler: SamplerName = "ddpm"
+    steps: int = Field(1000, ge=1)
+    eta: float = Field(0.0, ge=0, le=1)  # ddim alone
+    guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
+    batch_size: int = Field(64, ge=1)
+    filter: bool = True  # drop what the extractor judges out of distribution
+    max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
+
+
+class ClassifierConfig(TrainingConfig):
+    """The final classifier, and the ways to train it that are compared."""
+
+    stored_size: int | None = Field(None, ge=1)  # side of the stored images; None: data.image_size
+    omega: float = Field(0.5, ge=0)  # weight of a synthetic sample
+    methods: tuple[Method, ...] = ("ce", "diffult")
+
+    @model_validator(mode="after")
+    def _comparison(self) -> Self:
+        if missing := [name for name in ("ce", "diffult") if name not in self.methods]:
+            raise ValueError(f"must hold {missing[0]!r}: the report compares it")
+        return self
+
+
+class GroupsConfig(Section):
+    """many: more than `many` training images; few: fewer than `few`; medium: between (Liu et al. 2019)."""
+
+    many: int = Field(100, ge=1)
+    few: int = Field(20, ge=0)
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    name: str
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    data: DataConfig
+    groups: GroupsConfig = GroupsConfig()
+    extractor: TrainingConfig
+    unet: UNetConfig
+    diffusion: DiffusionConfig
+    generate: GenerateConfig
+    classifier: ClassifierConfig
+
+    @model_validator(mode="after")
+    def _samplers_fit(self) -> Self:
+        if self.generate.steps > self.diffusion.timesteps:
+            raise ValueError(f"generate.steps = {self.generate.steps} exceeds diffusion.timesteps")
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved document, as it stands in a run directory."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that tell two configurations apart."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def preset_names() -> list[str]:
+    return sorted(entry.name[:-5] for entry in resources.files("diffult.presets").iterdir() if entry.name.endswith(".toml"))
+
+
+def _preset_document(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+    document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
+    if parent := document.pop("extends", None):
+        return _merge(_preset_document(parent), document)
+    return document
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`a.b=3` as {"a": {"b": 3}}. The value is TOML where it parses as TOML, a plain string otherwise."""
+    key, equals, value = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set {text!r}: expected section.key=value, such as diffusion.steps=2000")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(path):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _fields_at(location: tuple[int | str, ...]) -> Iterable[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return model.model_fields
+
+
+def _validate(document: Mapping[str, Any], origin: str) -> Config:
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = _nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
+            raise UserError(f"{origin}: unknown key {where!r}{hint}") from None
+        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{origin}: {where + ': ' if where else ''}{message}{given}") from None
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
+    """The preset with `section.key=value` overrides laid over it.
+
+    Raises:
+        UserError: unknown preset, unknown key, or a value of the wrong type or range.
+    """
+    document = _preset_document(name)
+    for text in overrides:
+        document = _merge(document, _override(text))
+    return _validate({"name": name} | document, f"preset {name}")
+
+
+def read_config(path: Path) -> Config:
+    """A resolved configuration from a run directory.
+
+    Raises:
+        UserError: the file is missing, is no TOML, or does not validate.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; give --preset NAME to start a run there") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML ({error}); mend it or start a new run directory") from None
+    return _validate(document, str(path))
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """`section.key: value in a -> value in b` for every setting in which they differ."""
+
+    def flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for key, value in document.items():
+            rows |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        return rows
+
+    left, right = flat(a.model_dump(mode="json")), flat(b.model_dump(mode="json"))
+    return [f"{key}: {left[key]} -> {right[key]}" for key in left if left[key] != right[key]]

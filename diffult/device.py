@@ -1,0 +1,38 @@
+"""What this machine computes with: device, number format, and the seed of each step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import numpy as np
+import torch
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is a device (CUDA_VISIBLE_DEVICES chooses, empty hides it), the CPU otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """The type of convolutions and matrix products; weights and statistics stay float32."""
+    if precision == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: without such instructions a CPU is several times slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def seed_step(*key: int) -> None:
+    """Seeds torch's generators from the key alone, such as (seed, stage, step): a training loop that calls it each
+    step goes on after a restart as if it had never stopped, with no generator state to keep."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -1,0 +1,93 @@
+"""The forward process: how much of the image is left at each timestep, and the three ways to predict.
+
+x_t = a_t x_0 + s_t eps with a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4). From a network's
+output the clean image and the noise follow in closed form, whatever it predicts:
+
+    epsilon:  out = eps                        x0: out = x_0                v: out = a_t eps - s_t x_0  (Salimans & Ho 2022)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+Prediction = Literal["epsilon", "x0", "v"]
+ScheduleName = Literal["linear", "cosine"]
+
+
+class Schedule:
+    """Signal and noise levels of T timesteps, kept in float64 on the host and gathered in float32 on the device.
+
+    Attributes:
+        alphas_cumprod: abar_t, float64 [T] on the CPU, falling from nearly 1 to nearly 0.
+    """
+
+    def __init__(self, name: ScheduleName, timesteps: int, device: torch.device | str = "cpu") -> None:
+        """linear: beta from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T otherwise (Ho et al. 2020).
+        cosine: abar_t = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + 0.008) / 1.008), beta <= 0.999 (Nichol & Dhariwal 2021).
+        """
+        if name == "linear":
+            scale = 1000 / timesteps
+            betas = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64).clamp(max=0.999)
+        else:
+            grid = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        self.timesteps = timesteps
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self._signal = self.alphas_cumprod.sqrt().to(device, torch.float32)
+        self._noise = (1 - self.alphas_cumprod).sqrt().to(device, torch.float32)
+
+    def levels(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a_t and s_t, float32 [B, 1, 1, 1], for timesteps t, int64 [B]."""
+        return self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
+
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t of shape [B, C, H, W] (Ho et al. 2020, eq. 4)."""
+        a, s = self.levels(t)
+        return a * x0 + s * eps
+
+    def target(self, prediction: Prediction, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network should put out, [B, C, H, W]."""
+        if prediction == "epsilon":
+            return eps
+        if prediction == "x0":
+            return x0
+        a, s = self.levels(t)
+        return a * eps - s * x0
+
+    def to_eps(
+        self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise that the network's output implies, [B, C, H, W]."""
+        if prediction == "epsilon":
+            return out
+        a, s = self.levels(t)
+        if prediction == "x0":
+            return (x_t - a * out) / s
+        return s * x_t + a * out
+
+    def to_x0(
+        self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The clean image that the network's output implies, [B, C, H, W], not clipped."""
+        if prediction == "x0":
+            return out
+        a, s = self.levels(t)
+        if prediction == "epsilon":
+            return (x_t - s * out) / a
+        return a * x_t - s * out
+
+    def min_snr_weight(self, prediction: Prediction, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """min-SNR loss weight, float32 [B] (Hang et al. 2023, section 3.4): min(SNR, gamma) on the x0 error, which is
+        min(SNR, gamma) / SNR on the noise error and min(SNR, gamma) / (SNR + 1) on the v error."""
+        a, s = (level.flatten() for level in self.levels(t))
+        snr = (a / s) ** 2
+        clipped = snr.clamp(max=gamma)
+        if prediction == "epsilon":
+            return clipped / snr
+        if prediction == "x0":
+            return clipped
+        return clipped / (snr + 1)

@@ -1,0 +1,201 @@
+"""Stage 3: draw samples, judge them, keep those in or approximately in distribution until every class has its quota.
+
+Writes shards and manifest.json; see `diffult.generation` for the engine and `diffult.longtail.quota` for what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from diffult.artifacts import load_diffusion, load_extractor
+from diffult.cli import main
+from diffult.config import GenerateConfig
+from diffult.data import load_data
+from diffult.data.shards import ShardStore
+from diffult.device import compute_dtype, pick_device
+from diffult.diffusion.samplers import SamplerName
+from diffult.diffusion.schedule import Schedule
+from diffult.errors import UserError
+from diffult.files import replacing, write_json
+from diffult.generation import Generator, generate
+from diffult.longtail.quota import Quota
+from diffult.plots import sample_grid
+from diffult.run_dir import RunDir
+from diffult.synthetic import kept_samples, open_store, quotas_to, read_quota
+
+log = logging.getLogger(__name__)
+BUNDLED = "digits-lt"
+FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 20}  # --fast: second order, fifty times fewer evaluations
+
+
+def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
+    """Opens a run's diffusion model and extractor for drawing."""
+    device = pick_device()
+    extractor, statistics = load_extractor(run, device)
+    config = run.config
+    return Generator(
+        unet=load_diffusion(run, device),
+        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
+        prediction=config.diffusion.prediction,
+        settings=settings,
+        extractor=extractor,
+        statistics=statistics,
+        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        null_label=len(statistics.radii),
+        seed=seed,
+        dtype=compute_dtype(config.precision, device),
+        device=device,
+    )
+
+
+def fill(generator: Generator, store: ShardStore, quota: Quota, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Draws until the quota is met and writes every wave. Returns what the metrics say of generation."""
+    begun, sampled = time.perf_counter(), 0
+    total = int(quota.quotas.sum())
+    with tqdm(total=total, initial=int(quota.accepted.sum()), desc="generate", unit="img", dynamic_ncols=True) as bar:
+        for wave in generate(generator, quota):
+            store.add(wave)
+            sampled += len(wave.labels)
+            bar.update(int(quota.accepted.sum()) - bar.n)
+    seconds = time.perf_counter() - begun
+    tallies = [quota.tally(c) for c in range(len(classes))]
+    for name, wanted, tally in zip(classes, quota.quotas, tallies, strict=True):
+        if tally["accepted"] < wanted:
+            log.warning(
+                "class %s: only %d of %d samples after %d candidates; the filter hardly ever accepts this class "
+                "(train longer, or raise generate.max_draws)", name, tally["accepted"], wanted, tally["drawn"],
+            )  # fmt: skip
+    totals = {key: sum(tally[key] for tally in tallies) for key in tallies[0]}
+    speed = round(sampled / seconds, 2) if sampled else None
+    by_class = {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]}
+    return totals | {"images_per_s": speed, "nfe": generator.evaluations, "by_class": by_class}
+
+
+def generate_stage(run: RunDir, counts: np.ndarray, classes: tuple[str, ...]) -> None:
+    """The pipeline's own generation: fills every class up to N_t, into synthetic/."""
+    with run.stage("synthetic") as note:
+        if note is not None:
+            settings, seed = run.config.generate, run.config.seed
+            quotas = quotas_to(settings.balance_to, counts)
+            note["generation"] = _generate_into(run.folder("synthetic"), run, settings, quotas, seed, classes)
+
+
+def _generate_into(
+    folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    store = open_store(folder, run, settings, quotas, seed)
+    quota = read_quota(store, settings, quotas)
+    result = fill(build_generator(run, settings, seed), store, quota, classes)
+    with replacing(folder / "grid.png") as temporary:
+        sample_grid(kept_samples(store, quota), classes, temporary)
+    return result
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """`3,7-9` as [3, 7, 8, 9].
+
+    Raises:
+        UserError: not of this form, or no such class.
+    """
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise UserError(f"--classes {text!r}: expected numbers and ranges such as 3,7-9")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    if outside := [c for c in chosen if c >= num_classes]:
+        raise UserError(f"--classes {text!r}: no class {outside[0]}, the set has 0 to {num_classes - 1}")
+    return sorted(chosen)
+
+
+def _bundled_run(path: Path) -> None:
+    if (path / "diffusion" / "done.json").exists():
+        return
+    log.info("no --run given and no finished model in %s: training the bundled %s run first", path, BUNDLED)
+    command = [sys.executable, "-m", "diffult.run", "--run", str(path), "--until", "diffusion"]
+    if not (path / "config.toml").exists():
+        command += ["--preset", BUNDLED]
+    if code := subprocess.run(command, check=False).returncode:
+        raise UserError(f"training the bundled run in {path} failed (exit code {code})")
+
+
+def command(
+    run: Annotated[Path | None, typer.Option(help="Run directory; without it the bundled digits-lt run.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M) with 20 steps, no guidance.")] = False,
+    balance_to: Annotated[int | None, typer.Option(min=0, help="Fill every class up to N images.")] = None,
+    per_class: Annotated[int | None, typer.Option(min=0, help="N samples for every class.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Only these classes, such as 3,7-9.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, ddpm or dpm++.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="w in eps + w (eps - eps_null); 0: off.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the samples; default: see above.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
+) -> None:
+    """Draw exactly as many accepted samples as each class of a long-tailed set needs.
+
+    Sampler, steps and quotas come from the run's configuration unless given here. What equals the run's own settings
+    goes to RUN/synthetic, as the run's generation stage; anything else to RUN/generated. An interrupted command goes
+    on where it stopped; the samples do not depend on the batch size.
+    """
+    if balance_to is not None and per_class is not None:
+        raise UserError("--balance-to and --per-class exclude each other; give one")
+    if run is None:
+        run = Path("runs") / BUNDLED
+        _bundled_run(run)
+    run_dir = RunDir.open(run)
+    given = {"sampler": sampler, "steps": steps, "guidance": guidance, "batch_size": batch_size}
+    settings = _settings(run_dir, fast, {key: value for key, value in given.items() if value is not None})
+    train = load_data(run_dir.config.data).train
+    counts, names = train.counts(), train.classes
+    target = run_dir.config.generate.balance_to if balance_to is None else balance_to
+    quotas = quotas_to(target, counts) if per_class is None else np.full_like(counts, per_class)
+    if classes is not None:
+        chosen = parse_classes(classes, len(names))
+        quotas = np.where(np.isin(np.arange(len(names)), chosen), quotas, 0)
+
+    evaluations = settings.steps * (2 if settings.guidance else 1)
+    wanted = ", ".join(f"{name}: {n}" for name, n in zip(names, quotas, strict=True) if n)
+    log.info(
+        "%d samples, %d evaluations each (%s, %d steps%s)\nper class: %s", quotas.sum(), evaluations,
+        settings.sampler, settings.steps, f", guidance {settings.guidance}" if settings.guidance else "", wanted,
+    )  # fmt: skip
+    if dry_run:
+        return
+    noise_seed = run_dir.config.seed if seed is None else seed
+    own = run_dir.config.generate.model_copy(update={"batch_size": settings.batch_size})
+    same_quotas = bool((quotas == quotas_to(own.balance_to, counts)).all())
+    if out is None and settings == own and same_quotas and noise_seed == run_dir.config.seed:
+        generate_stage(run_dir, counts, names)
+        folder, result = run_dir.folder("synthetic"), (run_dir.done("synthetic") or {})["generation"]
+    else:
+        folder = out or run / "generated"
+        result = _generate_into(folder, run_dir, settings, quotas, noise_seed, names)
+    write_json(folder / "summary.json", result)
+    print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
+    log.info("wrote %s (shards, manifest.json, summary.json, grid.png)", folder)
+
+
+def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
+    """The run's own settings, with --fast over them and single options over that."""
+    values = run.config.generate.model_dump() | (FAST | {"guidance": 0.0} if fast else {}) | given
+    if values["sampler"] not in (names := SamplerName.__args__):  # type: ignore[attr-defined]
+        raise UserError(f"--sampler {values['sampler']!r}: expected one of {', '.join(names)}")
+    if values["steps"] > run.config.diffusion.timesteps:
+        raise UserError(f"--steps {values['steps']}: the model has {run.config.diffusion.timesteps} timesteps")
+    return GenerateConfig(**values)
+
+
+if __name__ == "__main__":
+    main(command)

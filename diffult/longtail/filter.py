@@ -1,0 +1,36 @@
+"""Here a sample is judged: in distribution, approximately in distribution, or out of distribution."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from diffult.longtail.statistics import ClassStatistics
+
+
+class Verdict(IntEnum):
+    """ID: d <= d_f. AID: d_f < d <= 2 d_f. OOD: beyond (DiffuLT). ID and AID are kept, OOD is dropped."""
+
+    ID = 0
+    AID = 1
+    OOD = 2
+
+
+def judge(
+    features: torch.Tensor, labels: torch.Tensor, statistics: ClassStatistics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance of each sample to the centre of the class it was drawn for, and what follows from it.
+
+    Args:
+        features: float [B, F], the extractor's features of the samples.
+        labels: int64 [B], the class each sample was drawn for.
+        statistics: centres and radii of the real images.
+
+    Returns:
+        distance float32 [B] and verdict uint8 [B], the values of `Verdict`.
+    """
+    distance = torch.linalg.vector_norm(features.float() - statistics.centres[labels], dim=1)
+    radius = statistics.radii[labels]
+    verdict = (distance > radius).to(torch.uint8) + (distance > 2 * radius).to(torch.uint8)
+    return distance, verdict

@@ -1,0 +1,149 @@
+"""Classifiers: the extractor phi0 and the final classifier phi are both one of these."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision.models.resnet as torchvision_resnet
+from torch import Tensor, nn
+
+from diffult.errors import UserError
+
+
+class Classifier(nn.Module):
+    """A trunk that ends in global pooling, and a linear head.
+
+    `trunk` maps float images [B, C, H, W] to [B, feature_dim].
+    """
+
+    def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.feature_dim = feature_dim
+        self.head = nn.Linear(feature_dim, num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features [B, feature_dim] of images [B, C, H, W]."""
+        return self.trunk(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, C, H, W]."""
+        return self.head(self.features(x))
+
+
+def build_classifier(name: str, num_classes: int, channels: int, image_size: int) -> Classifier:
+    """A freshly initialised classifier: smallcnn, resnet32, resnet10, resnet50 or resnext50.
+
+    channels: colours of the input. Raises UserError on an unknown name and on images that the network would shrink
+    below one pixel of its last stage.
+    """
+    if name not in CLASSIFIERS:
+        nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
+        raise UserError(f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})")
+    entry = CLASSIFIERS[name]
+    if image_size < entry.smallest_image:
+        raise UserError(
+            f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, these have {image_size}: "
+            "take smallcnn or resnet32"
+        )
+    model = Classifier(entry.trunk(channels), entry.feature_dim, num_classes)
+    if name == "resnet32":
+        nn.init.kaiming_normal_(model.head.weight)
+    return model
+
+
+class CifarResNet(nn.Module):
+    """The trunk of CIFAR's ResNet-(6 n + 2) with 16, 32, 64 channels (He et al., 2016, section 4.2)."""
+
+    def __init__(self, channels: int, blocks: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        stages, inputs = [], 16
+        for width in (16, 32, 64):
+            for _ in range(blocks):
+                stages.append(CifarBlock(inputs, width))
+                inputs = width
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)  # as LDAM-DRW's
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(F.relu(self.norm(self.conv(x)))).mean(dim=(2, 3))
+
+
+class CifarBlock(nn.Module):
+    """Two 3x3 convolutions; where the width doubles the shortcut is every other pixel and zero channels (option A)."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.grows = inputs != width
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride=2 if self.grows else 1, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.missing = (width - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if self.grows:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.missing, self.missing))
+        return F.relu(h + x)
+
+
+class SmallCNN(nn.Module):
+    """Trunk for small grey images: 3x3 convolutions with batch norm, 32, 64 and 128 wide, strides 1, 2, 2.
+
+    A strided convolution rounds odd sizes up, so that any size from 4 pixels passes: 28, 14, 7 or 8, 4, 2.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, width, stride in ((channels, 32, 1), (32, 64, 2), (64, 128, 2)):
+            layers += [
+                nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(dim=(2, 3))
+
+
+def _torchvision(build: Callable[[], torchvision_resnet.ResNet]) -> Callable[[int], nn.Module]:
+    def trunk(channels: int) -> nn.Module:
+        net = build()
+        net.fc = nn.Identity()  # type: ignore[assignment]
+        if channels != 3:
+            net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        return net
+
+    return trunk
+
+
+def _resnet10() -> torchvision_resnet.ResNet:
+    return torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1])
+
+
+class _Entry(NamedTuple):
+    trunk: Callable[[int], nn.Module]
+    feature_dim: int
+    smallest_image: int
+
+
+CLASSIFIERS = {
+    "smallcnn": _Entry(SmallCNN, 128, 4),
+    "resnet32": _Entry(lambda channels: CifarResNet(channels, blocks=5), 64, 4),
+    "resnet10": _Entry(_torchvision(_resnet10), 512, 32),
+    "resnet50": _Entry(_torchvision(torchvision_resnet.resnet50), 2048, 32),
+    "resnext50": _Entry(_torchvision(torchvision_resnet.resnext50_32x4d), 2048, 32),
+}

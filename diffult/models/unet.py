@@ -1,0 +1,250 @@
+"""The class-conditional UNet that predicts noise or velocity in pixel space.
+
+One network with two published shapes: DDPM's (Ho et al., 2020; CBDM uses it with labels) adds the embedding and
+resamples with convolutions; ADM's (Dhariwal and Nichol, 2021) scales and shifts the norms and resamples inside
+residual blocks. Activations are torch.channels_last throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffult.errors import UserError
+from diffult.models.config import UNetConfig
+from diffult.models.norm import GroupNorm
+from kernels.attention import attention
+
+
+class UNet(nn.Module):
+    """Class-conditional diffusion UNet for square images of `image_size` pixels and `channels` colours.
+
+    `num_classes` is the number of real classes; the label `num_classes` itself means "no class" (guidance).
+    Raises UserError when the image size, the levels and the attention settings do not fit each other.
+    """
+
+    def __init__(self, config: UNetConfig, image_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        sizes = _level_sizes(config, image_size)
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        _check_attention(config, image_size, sizes, widths)
+        self.config, self.image_size, self.channels, self.num_classes = config, image_size, channels, num_classes
+
+        embed = 4 * config.channels
+        self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.label_embedding = nn.Embedding(num_classes + 1, embed)
+        self.augment_embedding = nn.Linear(config.augment_dim, embed, bias=False) if config.augment_dim else None
+
+        def block(inputs: int, width: int, attend: bool, resample: Literal["", "down", "up"] = "") -> ResBlock:
+            return ResBlock(inputs, width, embed, config, attend, resample)
+
+        attends = [size in config.attention_resolutions for size in sizes]
+        pixels = channels * config.patch**2
+        self.head = nn.Conv2d(pixels, widths[0], 3, padding=1)
+        width, skips = widths[0], [widths[0]]
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        for level, out in enumerate(widths):
+            if level:
+                in_block = config.resample_in_block
+                self.downsample.append(block(width, width, False, "down") if in_block else Downsample(width))
+                skips.append(width)
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks):
+                blocks.append(block(width, out, attends[level]))
+                width = out
+                skips.append(width)
+            self.down.append(blocks)
+
+        self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
+
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks + 1):
+                blocks.append(block(width + skips.pop(), out, attends[level]))
+                width = out
+            self.up.append(blocks)
+            if level:
+                self.upsample.append(block(width, width, False, "up") if config.resample_in_block else Upsample(width))
+
+        self.tail_norm = GroupNorm(width)
+        self.tail = nn.Conv2d(width, pixels, 3, padding=1)
+        self._initialise()
+        self.to(memory_format=torch.channels_last)
+
+    def _initialise(self) -> None:
+        """DDPM's: every layer uniform Xavier, biases zero; zero where a branch or the network ends."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, SelfAttention):
+                for part in module.qkv.weight.chunk(3):  # three layers in one: Xavier for each
+                    nn.init.xavier_uniform_(part)
+                nn.init.zeros_(module.out.weight)
+        nn.init.zeros_(self.tail.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None) -> Tensor:
+        """Predict from noisy images.
+
+        x: float [B, channels, image_size, image_size]. t: timestep 0 .. T-1, int or float [B]. y: int64 [B] in
+        0 .. num_classes, the last meaning no class. augment: float [B, augment_dim]; None is the same as zeros.
+        Returns the shape and type of x, channels-last.
+        """
+        embedding = self.time_embedding(sinusoid(t, self.config.channels)) + self.label_embedding(y)
+        if augment is not None and self.augment_embedding is not None:
+            embedding = embedding + self.augment_embedding(augment)
+        embedding = F.silu(embedding)  # every block would begin with it
+
+        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
+        h = self.head(h)
+        skips = [h]
+        for level, blocks in enumerate(self.down):
+            if level:
+                h = self.downsample[level - 1](h, embedding)
+                skips.append(h)
+            for block in blocks:
+                h = block(h, embedding)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, embedding)
+        for step, blocks in enumerate(self.up):
+            if step:
+                h = self.upsample[step - 1](h, embedding)
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        h = F.pixel_shuffle(self.tail(self.tail_norm(h)), self.config.patch)
+        return h.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, plus the input; takes the embedding at the second norm; may then attend.
+
+    With `resample` both branches are halved ("down", mean) or doubled ("up", nearest) before the first convolution.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        embed: int,
+        config: UNetConfig,
+        attend: bool,
+        resample: Literal["", "down", "up"],
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.scale_shift
+        self.norm1 = GroupNorm(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
+        self.embed = nn.Linear(embed, 2 * width if config.scale_shift else width)
+        self.norm2 = GroupNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Identity() if inputs == width else nn.Conv2d(inputs, width, 1)
+        self.attention = SelfAttention(width, config.head_width) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.norm1(x)
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = _double(h), _double(x)
+        h = self.conv1(h)
+        e = self.embed(embedding)
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h, scale, shift)
+        else:
+            h = self.norm2(h + e[:, :, None, None])
+        h = self.conv2(self.dropout(h))
+        return self.attention(self.shortcut(x) + h)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the positions of a feature map, plus the input."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = width // head_width if head_width else 1
+        self.norm = GroupNorm(width, silu=False)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, rows, columns = x.shape
+        # channels-last is [B, H, W, C] in memory: tokens are a view of it, and so is the way back
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(batch, rows * columns, width)
+        q, k, v = self.qkv(tokens).view(batch, rows * columns, 3, self.heads, width // self.heads).unbind(2)
+        h = self.out(attention(q, k, v).reshape(batch, rows * columns, width))
+        return x + h.view(batch, rows, columns, width).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution with a strided convolution (DDPM). Takes the embedding only to be called as a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest, then a convolution (DDPM). Takes the embedding only to be called as a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(_double(x))
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def sinusoid(t: Tensor, width: int) -> Tensor:
+    """Timestep features (Vaswani et al., 2017): cos and sin of t / 10000^(2i / width). t: [B]; returns [B, width]."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _level_sizes(config: UNetConfig, image_size: int) -> list[int]:
+    """Resolution of each level; UserError unless the image can be cut into patches and halved that often."""
+    factor = config.patch * 2 ** (len(config.multipliers) - 1)
+    if image_size < factor or image_size % factor:
+        raise UserError(
+            f"UNet: images of {image_size} pixels cannot be halved {len(config.multipliers) - 1} times with patch "
+            f"{config.patch}: the size must be a multiple of {factor}; use fewer multipliers or another patch"
+        )
+    return [image_size // config.patch // 2**level for level in range(len(config.multipliers))]
+
+
+def _check_attention(config: UNetConfig, image_size: int, sizes: list[int], widths: list[int]) -> None:
+    missing = set(config.attention_resolutions) - set(sizes)
+    if missing:
+        raise UserError(
+            f"UNet: attention_resolutions has {sorted(missing)}, but at image size {image_size} the levels are "
+            f"{sizes}; name some of these"
+        )
+    if config.head_width:
+        attending = [w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions] + widths[-1:]
+        for width in attending:
+            if width % config.head_width:
+                raise UserError(
+                    f"UNet: head_width {config.head_width} does not divide a level of {width} channels; "
+                    "choose a divisor, or 0 for one head"
+                )

@@ -1,0 +1,28 @@
+"""The balanced set's parts on disk: betons/{real,synthetic,val,test}, written by `balance`, read by what follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffult.errors import UserError
+from diffult.run_dir import RunDir
+from ffcv_writers import BetonSet, suffix
+
+
+def part_path(run: RunDir, name: str) -> Path:
+    """Where a part lies: "real", "synthetic", "val" or "test"."""
+    return run.folder("betons") / f"{name}{suffix()}"
+
+
+def open_part(run: RunDir, *names: str) -> BetonSet:
+    """Parts joined to one set; an absent synthetic part, where no class needed a sample, is left out.
+
+    Raises:
+        UserError: the stage is not finished, or a file is damaged.
+    """
+    run.require("betons", "balance")
+    paths = [part_path(run, name) for name in names]
+    try:
+        return BetonSet([path for path, name in zip(paths, names, strict=True) if name != "synthetic" or path.exists()])
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,54 @@
+"""The synthetic set of a run: how many samples each class needs, where they lie, and which are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from diffult.config import GenerateConfig
+from diffult.data.shards import KeptSamples, ShardStore
+from diffult.longtail.quota import Quota
+from diffult.run_dir import RunDir
+
+
+def quotas_to(target: int, counts: np.ndarray) -> np.ndarray:
+    """How many samples each class lacks to have `target` images, int64 [num_classes]."""
+    return np.maximum(target - counts, 0)
+
+
+def open_store(folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int) -> ShardStore:
+    """The shards in `folder`, refused where another model or other settings made them. The batch size is no part of
+    what makes a sample, so it may change between attempts."""
+    weights = {
+        stage: hashlib.sha256((run.path / stage / file).read_bytes()).hexdigest()[:16]
+        for stage, file in (("diffusion", "ema.safetensors"), ("extractor", "weights.safetensors"))
+    }
+    sampling = settings.model_dump(exclude={"batch_size", "balance_to"})
+    return ShardStore(folder, weights | sampling | {"seed": seed, "quotas": quotas.tolist()})
+
+
+def read_quota(store: ShardStore, settings: GenerateConfig, quotas: np.ndarray) -> Quota:
+    """The ledger with the verdicts of all shards on disk."""
+    quota = Quota(quotas, settings.max_draws, keep_ood=not settings.filter)
+    for _, wave in store.waves():
+        quota.record(wave.labels, wave.indices, wave.verdict)
+    return quota
+
+
+def kept_samples(store: ShardStore, quota: Quota) -> KeptSamples:
+    """The accepted samples, read from disk as they are asked for."""
+    return KeptSamples(store, [quota.kept(c) for c in range(len(quota.quotas))])
+
+
+def run_samples(run: RunDir, counts: np.ndarray) -> KeptSamples:
+    """The samples of the pipeline's own generation stage.
+
+    Raises:
+        UserError: the stage is not finished.
+    """
+    run.require("synthetic", "generate")
+    settings, quotas = run.config.generate, quotas_to(run.config.generate.balance_to, counts)
+    store = open_store(run.folder("synthetic"), run, settings, quotas, run.config.seed)
+    return kept_samples(store, read_quota(store, settings, quotas))
