@@ -5,8 +5,7 @@ Writes betons/{real,synthetic,val,test}.beton (.npz where ffcv is missing).
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -21,9 +20,8 @@ from ffcv_writers import write
 
 
 class Readable(Protocol):
-    labels: np.ndarray
-
     def __len__(self) -> int: ...
+
     def read(self, i: int) -> np.ndarray: ...
 
 
@@ -42,36 +40,46 @@ def balance(run: RunDir, data: Data) -> None:
         config = stored_config(run)
         stored = data if config == run.config.data else load_data(config)
         samples = run_samples(run, data.train.counts())
-        parts: dict[str, tuple[Readable, np.ndarray, int]] = {
-            "real": (stored.train, np.arange(len(stored.train)), 0),
-            "synthetic": (_Scaled(samples, config.image_size), samples.indices, 1),
-            "test": (stored.test, np.arange(len(stored.test)), 0),
-        }
+        _write_part(run, note, "real", stored.train, stored.train.labels, config.image_size)
+        _write_part(run, note, "synthetic", samples, samples.labels, config.image_size, samples.indices)
+        _write_part(run, note, "test", stored.test, stored.test.labels, config.image_size)
         if stored.val is not None:
-            parts["val"] = (stored.val, np.arange(len(stored.val)), 0)
-        for name, (images, index, synthetic) in parts.items():
-            note[name] = len(images)
-            if len(images):
-                _write_part(part_path(run, name), images, index, synthetic)
+            _write_part(run, note, "val", stored.val, stored.val.labels, config.image_size)
 
 
-def _write_part(path: Path, images: Readable, index: np.ndarray, synthetic: int) -> None:
-    if not path.exists():  # written whole or not at all
-        flags = np.full(len(images), synthetic, dtype=np.int64)
-        write(path, images.read, labels=images.labels, synthetic=flags, index=index)
+def _write_part(
+    run: RunDir,
+    note: dict[str, Any],
+    name: str,
+    images: Readable,
+    labels: np.ndarray,
+    size: int,
+    index: np.ndarray | None = None,
+) -> None:
+    note[name] = len(images)
+    path = part_path(run, name)
+    if path.exists() or len(images) == 0:  # a part is written whole or not at all
+        return
+    write(
+        path,
+        _Scaled(images, size),
+        labels=labels,
+        synthetic=np.full(len(images), name == "synthetic"),
+        index=np.arange(len(images)) if index is None else index,
+    )
 
 
 class _Scaled:
-    """Samples scaled to the stored size."""
+    """Images at the stored size, bicubic where they have another."""
 
-    def __init__(self, samples: Readable, size: int) -> None:
-        self.labels, self._samples, self._size = samples.labels, samples, size
+    def __init__(self, images: Readable, size: int) -> None:
+        self._images, self._size = images, size
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._images)
 
-    def read(self, i: int) -> np.ndarray:
-        image = self._samples.read(i)
+    def __getitem__(self, i: int, /) -> np.ndarray:
+        image = self._images.read(i)
         if image.shape[0] == self._size:
             return image
         scaled = Image.fromarray(image.squeeze()).resize((self._size, self._size), Image.Resampling.BICUBIC)

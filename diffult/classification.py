@@ -13,7 +13,7 @@ from torch import nn
 from diffult.config import TrainingConfig
 from diffult.device import autocast
 from diffult.training import learning_rate_factor, train_loop
-from ffcv_writers import Batch, Loader, stream_order
+from ffcv_writers import Batch, Loader, OrderKind, stream_order
 from kernels.augment import augment, center_crop, normalise
 
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -21,21 +21,20 @@ _CHUNK = 4096  # batches whose order is laid out at a time
 
 
 def training_batches(
-    loader: Loader, kind: str, labels: np.ndarray, seed: int, start: int, steps: int
+    loader: Loader, kind: OrderKind, seed: int, start: int, steps: int
 ) -> Iterator[Batch]:
     """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
     size = loader.batch_size
     for first in range(start, steps, _CHUNK):
         count = min(_CHUNK, steps - first)
-        yield from loader.batches(stream_order(kind, labels, seed, first * size, count * size))
+        yield from loader.batches(stream_order(kind, loader.image_set.labels, seed, first * size, count * size))
 
 
 def fit(
     title: str,
     model: nn.Module,
     loader: Loader,
-    kind: str,
-    labels: np.ndarray,
+    kind: OrderKind,
     config: TrainingConfig,
     loss: Loss,
     checkpoint: Path,
@@ -47,7 +46,6 @@ def fit(
 
     Args:
         kind: order of the training stream, "natural" or "class_balanced".
-        labels: int64 [N], the labels of the loader's set.
         loss: (logits, batch) -> scalar.
         seed: the run's seed and the stage's number.
     """
@@ -78,7 +76,7 @@ def fit(
     train_loop(
         title,
         config.steps,
-        lambda start: training_batches(loader, kind, labels, order_seed, start, config.steps),
+        lambda start: training_batches(loader, kind, order_seed, start, config.steps),
         step,
         {"model": model, "optimizer": optimizer, "scheduler": scheduler},
         checkpoint,

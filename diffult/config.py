@@ -25,7 +25,6 @@ from diffult.diffusion.schedule import Prediction, ScheduleName
 from diffult.errors import UserError
 from diffult.longtail.methods import Method
 from diffult.models.config import UNetConfig
-from diffult.models.resnet import ClassifierName
 
 
 class Section(BaseModel):
@@ -44,7 +43,7 @@ class AugmentConfig(Section):
 class TrainingConfig(Section):
     """How a classifier is trained: SGD with momentum, warm-up, step decay."""
 
-    network: ClassifierName
+    network: str
     image_size: int = Field(ge=1)  # what the network sees; stored images are cropped or scaled to it
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffult.errors import UserError
 from diffult.run_dir import RunDir
-from ffcv_writers import BetonSet, suffix
+from ffcv_writers import ImageSet, open_set, suffix
 
 
 def part_path(run: RunDir, name: str) -> Path:
@@ -14,7 +14,7 @@ def part_path(run: RunDir, name: str) -> Path:
     return run.folder("betons") / f"{name}{suffix()}"
 
 
-def open_part(run: RunDir, *names: str) -> BetonSet:
+def open_part(run: RunDir, *names: str) -> ImageSet:
     """Parts joined to one set; an absent synthetic part, where no class needed a sample, is left out.
 
     Raises:
@@ -23,6 +23,6 @@ def open_part(run: RunDir, *names: str) -> BetonSet:
     run.require("betons", "balance")
     paths = [part_path(run, name) for name in names]
     try:
-        return BetonSet([path for path, name in zip(paths, names, strict=True) if name != "synthetic" or path.exists()])
+        return open_set([path for path, name in zip(paths, names, strict=True) if name != "synthetic" or path.exists()])
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None

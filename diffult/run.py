@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from diffult.artifacts import build_unet, load_extractor
@@ -43,11 +44,14 @@ def prepare(run: RunDir) -> Data:
     num_classes = len(data.train.classes)
     log.info("%s: %s", config.name, run.path)
     device = pick_device()
-    log.info("%s, %s", device, str(compute_dtype(config.precision, device)).removeprefix("torch."))
+    log.info("device: %s, %s", device, str(compute_dtype(config.precision, device)).removeprefix("torch."))
     for title, part in (("extractor", config.extractor), ("classifier", config.classifier)):
-        model = build_classifier(part.network, num_classes, config.data.channels, part.image_size)
-        log.info("%s: %s", title, summary(model, part.image_size, config.data.channels))
-    log.info("diffusion: %s", summary(build_unet(config, num_classes), config.data.image_size, config.data.channels))
+        classifier = build_classifier(part.network, num_classes, config.data.channels, part.image_size)
+        image = torch.empty(1, config.data.channels, part.image_size, part.image_size)
+        log.info("%s: %s", title, summary(classifier, [image]))
+    image = torch.empty(1, config.data.channels, config.data.image_size, config.data.image_size)
+    label = torch.zeros(1, dtype=torch.int64)
+    log.info("diffusion: %s", summary(build_unet(config, num_classes), [image, label, label]))
     data.check()
     return data
 

@@ -17,7 +17,7 @@ from diffult.longtail.methods import RECIPES, Method
 from diffult.models.resnet import build_classifier
 from diffult.parts import open_part
 from diffult.run_dir import RunDir
-from ffcv_writers import Batch, BetonSet, Loader
+from ffcv_writers import Batch, ImageSet, Loader
 
 _STAGE = 3  # its number among the seeds
 
@@ -33,10 +33,10 @@ def train_classifier(run: RunDir) -> None:
                 _train(run, method, both if RECIPES[method].synthetic else real, int(real.labels.max()) + 1)
 
 
-def _train(run: RunDir, method: Method, train: BetonSet, num_classes: int) -> None:
+def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> None:
     config, recipe = run.config.classifier, RECIPES[method]
     device = pick_device()
-    weight = np.where(train.synthetic == 1, config.omega, 1.0)
+    weight = np.where(train.synthetic, config.omega, 1.0)
     effective_counts = np.bincount(train.labels, weight, minlength=num_classes)
     if recipe.order == "class_balanced":  # the stream itself is balanced; what is left to adjust is nothing
         effective_counts = np.ones(num_classes)
@@ -55,7 +55,6 @@ def _train(run: RunDir, method: Method, train: BetonSet, num_classes: int) -> No
         model,
         Loader(train, config.batch_size, device=device),
         recipe.order,
-        train.labels,
         config,
         loss,
         run.folder("classifier") / f"{method}.state.pt",

@@ -18,7 +18,7 @@ from diffult.files import save_tensors
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier
 from diffult.run_dir import RunDir
-from ffcv_writers import array_loader
+from ffcv_writers import ArraySet, Loader
 
 _STAGE = 1  # its number among the seeds
 
@@ -38,9 +38,9 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
     model.to(device, memory_format=torch.channels_last)
-    loader = array_loader(train.load(), train.labels, config.batch_size, device=device)
+    loader = Loader(ArraySet(train.load(), train.labels), config.batch_size, device=device)
     fit(
-        "extractor", model, loader, "natural", train.labels, config,
+        "extractor", model, loader, "natural", config,
         lambda logits, batch: F.cross_entropy(logits.float(), batch.labels),
         folder / "state.pt", (run.config.seed, _STAGE), dtype, device,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def train_loop(
             bar.update()
             last = i + 1 == steps
             if (i + 1) % _WATCH_EVERY == 0 or last or (i + 1) % every == 0:
-                values = {name: float(value) for name, value in losses.items()}
+                values = {name: value.item() for name, value in losses.items()}
                 if not math.isfinite(values["loss"]):
                     raise UserError(
                         f"{title}: the loss is {values['loss']} at step {i + 1}; lower the learning rate, or set "

@@ -9,10 +9,12 @@
 from .available import have_ffcv, suffix
 from .image_set import ImageSet
 from .loader import Batch, Loader, open_set
+from .memory import ArraySet
 from .orders import OrderKind, epoch_order, stream_order
 from .writing import Samples, write
 
 __all__ = [
+    "ArraySet",
     "Batch",
     "ImageSet",
     "Loader",

@@ -1,7 +1,7 @@
 """ffcv's .beton files, written and read around the hazards of ffcv 1.0.2. Importing this module needs ffcv.
 
-- ffcv's writer waits for ever when one of its processes raises or dies, and its shared memory outlives a kill.
-  Here the calling thread encodes: an error is an exception, and there is nothing to leave behind.
+- ffcv's writer waits for ever when one of its processes raises or dies, and its shared memory outlives a
+  kill. Here the calling thread encodes: an error is an exception, and there is nothing to leave behind.
 - ffcv's loader waits for ever when its pipeline raises, and its thread outlives an abandoned loop.
 - ffcv sets torch's number of threads for the whole process: at import, with each Loader, in each epoch.
 - Out-of-range pointers in a file's tables are followed by compiled code: they are checked before.
@@ -145,7 +145,7 @@ def _loader(path: Path, batch_size: int, num_workers: int) -> Loader:
             num_workers=threads,
             os_cache=True,
             seed=0,  # of no effect; but without one ffcv draws it from numpy's global generator
-            pipelines=dict.fromkeys(FIELDS[1:]),  # no pipeline for these, which are at hand, the default for image
+            pipelines=dict.fromkeys(FIELDS[1:]),  # none for what is at hand, the default for image
         )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 Shape = tuple[int, int, int]
 
-# Takes (n,) int64 sample numbers of the joined set; yields uint8 (b, H, W, C) arrays, which are the taker's to
-# keep, of batch_size samples in that order (the last may hold fewer). Closing the generator stops its threads.
+# Takes (n,) int64 sample numbers of the joined set; yields uint8 (b, H, W, C) arrays, the taker's to keep, of
+# batch_size samples in that order (the last may hold fewer). Closing the generator stops its threads.
 PixelReader = Callable[[np.ndarray], Generator[np.ndarray, None, None]]
 
 

@@ -38,8 +38,8 @@ def open_set(paths: Sequence[Path]) -> ImageSet:
     """The files that `write` wrote, of one format, joined end to end.
 
     Raises:
-        ValueError: no files, files of both formats, a file that is missing, damaged or of another image shape,
-            or .beton files without ffcv.
+        ValueError: no files, files of both formats, a file that is missing, damaged or of another image
+            shape, or .beton files without ffcv.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -102,7 +102,7 @@ class Loader:
             raise ValueError(f"an order is a row of sample numbers, got {order.dtype} of shape {order.shape}")
         if order.size and not 0 <= order.min() <= order.max() < len(self.image_set):
             size = len(self.image_set)
-            raise ValueError(f"the order goes from {order.min()} to {order.max()}, the set from 0 to {size - 1}")
+            raise ValueError(f"the order holds {order.min()} to {order.max()}, the set 0 to {size - 1}")
         return self._batches(order.astype(np.int64))
 
     def sequential(self) -> Iterator[Batch]:

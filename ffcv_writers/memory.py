@@ -21,6 +21,25 @@ def write_npz(
         np.savez(file, allow_pickle=False, image=pixels, **columns)
 
 
+class ArraySet(ImageSet):
+    """Images that are in memory already, all real.
+
+    Args:
+        pixels: (N, H, W, C) uint8.
+        labels: (N,) integers.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        count, height, width, channels = pixels.shape
+        shape = (height, width, channels)
+        super().__init__([Part(Path("memory"), shape, labels, np.zeros(count, bool), np.arange(count))])
+        self._pixels = pixels
+
+    def pixel_reader(self, batch_size: int, num_workers: int) -> PixelReader:
+        """See `ImageSet`. There is nothing to decode: `num_workers` makes no difference."""
+        return _array_reader(self._pixels, batch_size)
+
+
 class MemorySet(ImageSet):
     """A set of .npz files.
 
@@ -38,12 +57,15 @@ class MemorySet(ImageSet):
 
     def pixel_reader(self, batch_size: int, num_workers: int) -> PixelReader:
         """See `ImageSet`. There is nothing to decode: `num_workers` makes no difference."""
+        return _array_reader(self._pixels, batch_size)
 
-        def read(order: np.ndarray) -> Generator[np.ndarray, None, None]:
-            for begin in range(0, len(order), batch_size):
-                yield self._pixels[order[begin : begin + batch_size]]
 
-        return read
+def _array_reader(pixels: np.ndarray, batch_size: int) -> PixelReader:
+    def read(order: np.ndarray) -> Generator[np.ndarray, None, None]:
+        for begin in range(0, len(order), batch_size):
+            yield pixels[order[begin : begin + batch_size]]
+
+    return read
 
 
 def _read(path: Path) -> tuple[Part, np.ndarray]:

@@ -18,9 +18,9 @@ def epoch_order(kind: OrderKind, labels: np.ndarray, seed: int, epoch: int) -> n
     """The draws of one epoch.
 
     Args:
-        kind: "natural", every sample once; or "class_balanced", every class that occurs equally often, give or
-            take one (which classes get one more is drawn), and within a class every sample equally often, give
-            or take one.
+        kind: "natural", every sample once; or "class_balanced", every class that occurs equally often, give
+            or take one (which classes get one more is drawn), and within a class every sample equally often,
+            give or take one.
         labels: (N,) integers, N > 0: the class of each sample.
         seed, epoch: not negative.
 

@@ -1,0 +1,454 @@
+"""Image sets on disk: bits survive, orders are kept, nothing hangs and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ffcv_writers
+from ffcv_writers import Loader, epoch_order, open_set, stream_order, write
+
+needs_ffcv = pytest.mark.skipif(not ffcv_writers.have_ffcv(), reason="needs ffcv")
+FORMATS = [pytest.param(".beton", marks=needs_ffcv), ".npz"]
+SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+
+
+def random_set(
+    number: int, shape: tuple[int, int, int], seed: int = 0
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (number, *shape), dtype=np.uint8)
+    columns = {
+        "labels": generator.integers(0, 10, number),
+        "synthetic": generator.integers(0, 2, number),
+        "index": generator.integers(0, 2**40, number),
+    }
+    return images, columns
+
+
+def segments() -> set[str]:
+    shared = Path("/dev/shm")
+    return {path.name for path in shared.glob("psm_*")} if shared.is_dir() else set()
+
+
+class Samples:
+    """Images of which one raises or is odd."""
+
+    def __init__(self, images: np.ndarray, bad: int, odd: np.ndarray | None = None) -> None:
+        self.images, self.bad, self.odd = images, bad, odd
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if number != self.bad:
+            return self.images[number]
+        if self.odd is None:
+            raise OSError("the disk is on fire")
+        return self.odd
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_raw_images_keep_every_bit(tmp_path: Path, suffix: str, shape: tuple[int, int, int]) -> None:
+    images, columns = random_set(700, shape)
+    path = tmp_path / "made" / f"set{suffix}"
+    write(path, images, **columns, workers=2)
+    image_set = open_set([path])
+    assert image_set.image_shape == shape and len(image_set) == 700
+    np.testing.assert_array_equal(image_set.labels, columns["labels"])
+    np.testing.assert_array_equal(image_set.synthetic, columns["synthetic"] == 1)
+    np.testing.assert_array_equal(image_set.index, columns["index"])
+
+    batches = list(Loader(image_set, 128).sequential())
+    assert [len(batch.images) for batch in batches] == [128] * 5 + [60]
+    assert batches[0].images.dtype == torch.uint8 and batches[0].synthetic.dtype == torch.bool
+    assert all(
+        getattr(batches[0], name).dtype == torch.int64 for name in ("labels", "index", "sample")
+    )
+    np.testing.assert_array_equal(torch.cat([batch.images for batch in batches]).numpy(), images)
+    np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches]).numpy(), columns["labels"])
+    np.testing.assert_array_equal(torch.cat([batch.sample for batch in batches]).numpy(), np.arange(700))
+    assert os.listdir(path.parent) == [path.name]
+
+
+@needs_ffcv
+def test_a_beton_spans_pages(tmp_path: Path) -> None:
+    images, columns = random_set(3 * 2731, (32, 32, 3))  # 25 MB: four pages of 8 MiB
+    write(tmp_path / "set.beton", images, **columns)
+    order = np.random.default_rng(1).permutation(len(images))
+    read = [batch.images for batch in Loader(open_set([tmp_path / "set.beton"]), 500).batches(order)]
+    np.testing.assert_array_equal(torch.cat(read).numpy(), images[order])
+
+
+@needs_ffcv
+def test_a_small_beton_is_two_of_the_smallest_pages(tmp_path: Path) -> None:
+    images, columns = random_set(300, (8, 8, 1))
+    write(tmp_path / "set.beton", images, **columns)
+    assert (tmp_path / "set.beton").stat().st_size < 2 * 2**21 + 300 * 24 + 1
+
+
+@needs_ffcv
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_jpg_images_come_back_close_and_in_rgb(tmp_path: Path, num_workers: int) -> None:
+    ramp = np.linspace(0, 120, 32)[None, :, None] + np.array([100, 50, 0])
+    images = np.broadcast_to(ramp, (200, 32, 32, 3)).astype(np.uint8)
+    _, columns = random_set(200, (1, 1, 3))
+    write(tmp_path / "set.beton", images, **columns, storage="jpg", quality=95)
+    loader = Loader(open_set([tmp_path / "set.beton"]), 64, num_workers=num_workers)
+    for batch in loader.sequential():
+        assert (batch.images.float() - torch.from_numpy(ramp)).abs().max() < 6
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_joined_files_follow_any_order(tmp_path: Path, suffix: str) -> None:
+    parts = [random_set(number, (8, 8, 3), seed) for seed, number in enumerate((130, 7, 400))]
+    paths = [tmp_path / f"{number}{suffix}" for number in range(3)]
+    for path, (images, columns) in zip(paths, parts, strict=True):
+        write(path, images, **columns)
+    joined = open_set(paths)
+    images = np.concatenate([part[0] for part in parts])
+    loader = Loader(joined, 16)
+    generator = np.random.default_rng(2)
+    orders = [
+        generator.integers(0, 537, 16 * 40),  # with repeats, many times the ring of buffers
+        generator.integers(0, 537, 1003),
+        generator.permutation(137),  # nothing of the last file
+        np.array([131, 131, 131]),
+        np.arange(537)[::-1],
+        np.array([], np.int64),
+    ]
+    for order in orders:  # one loader serves them all
+        batches = list(loader.batches(order))  # kept: compared when the loader has moved on
+        assert [len(batch.images) for batch in batches] == [
+            min(16, len(order) - start) for start in range(0, len(order), 16)
+        ]
+        for number, batch in enumerate(batches):
+            sample = order[16 * number :][:16]
+            np.testing.assert_array_equal(batch.sample.numpy(), sample)
+            np.testing.assert_array_equal(batch.images.numpy(), images[sample])
+            np.testing.assert_array_equal(batch.labels.numpy(), joined.labels[sample])
+            np.testing.assert_array_equal(batch.synthetic.numpy(), joined.synthetic[sample])
+            np.testing.assert_array_equal(batch.index.numpy(), joined.index[sample])
+
+
+@needs_ffcv
+def test_the_twin_gives_the_same_batches(tmp_path: Path) -> None:
+    images, columns = random_set(300, (28, 28, 1))
+    order = stream_order("class_balanced", columns["labels"], 3, 50, 700)
+    streams = []
+    for suffix in (".beton", ".npz"):
+        write(tmp_path / f"set{suffix}", images, **columns)
+        streams.append(Loader(open_set([tmp_path / f"set{suffix}"]), 32).batches(order))
+    for beton, npz in zip(*streams, strict=True):
+        for name in ("images", "labels", "synthetic", "index", "sample"):
+            assert torch.equal(getattr(beton, name), getattr(npz, name))
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_two_iterators_of_one_loader_and_an_abandoned_one_leave_no_thread(tmp_path: Path) -> None:
+    images, columns = random_set(400, (8, 8, 1))
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.beton", images, **columns)
+    loader = Loader(open_set([tmp_path / "a.beton", tmp_path / "b.beton"]), 8)
+    order = np.random.default_rng(0).permutation(800)
+    list(loader.batches(order))  # numba may start threads of its own at the first batch
+    before = set(threading.enumerate())
+    for taken in (1, 5, 30):
+        for number, _ in enumerate(loader.batches(order)):
+            if number == taken:
+                break
+        assert set(threading.enumerate()) == before
+    for one, other in zip(loader.batches(order), loader.batches(order[::-1]), strict=True):
+        np.testing.assert_array_equal(one.images.numpy(), images[one.sample.numpy() % 400])
+        np.testing.assert_array_equal(other.images.numpy(), images[other.sample.numpy() % 400])
+    assert set(threading.enumerate()) == before
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_an_error_while_decoding_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    images, columns = random_set(100, (8, 8, 1))
+    write(tmp_path / "set.beton", images, **columns)
+    loader = Loader(open_set([tmp_path / "set.beton"]), 8)
+    before = set(threading.enumerate())
+    decode = EpochIterator.run_pipeline
+
+    def broken(self: EpochIterator, b_ix: int, *arguments: object) -> object:
+        if b_ix == 2:
+            raise ArithmeticError("a cosmic ray")
+        return decode(self, b_ix, *arguments)
+
+    monkeypatch.setattr(EpochIterator, "run_pipeline", broken)
+    batches = loader.sequential()
+    next(batches), next(batches)
+    with pytest.raises(RuntimeError, match=r"set\.beton.*a cosmic ray"):
+        next(batches)
+    assert set(threading.enumerate()) == before
+
+
+@needs_ffcv
+def test_reading_leaves_global_state_alone(tmp_path: Path) -> None:
+    images, columns = random_set(64, (8, 8, 1))
+    write(tmp_path / "set.beton", images, **columns)
+    threads = torch.get_num_threads()
+    seen_by_new_threads: list[int] = []
+    try:
+        torch.set_num_threads(3)
+        np.random.seed(5)
+        state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+        list(Loader(open_set([tmp_path / "set.beton"]), 8).sequential())
+        assert (np.random.get_state()[1] == state).all()  # type: ignore[index]
+        asking = threading.Thread(target=lambda: seen_by_new_threads.append(torch.get_num_threads()))
+        asking.start()
+        asking.join()
+        assert torch.get_num_threads() == 3 and seen_by_new_threads == [3]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (None, "sample 333 could not be read.*the disk is on fire"),
+        (np.zeros((8, 9, 1), np.uint8), "sample 333 has shape"),
+        (np.zeros((8, 8, 1), np.float32), "sample 333 must be uint8"),
+    ],
+)
+def test_a_bad_sample_is_named_and_nothing_stays(
+    tmp_path: Path, suffix: str, workers: int, odd: np.ndarray | None, message: str
+) -> None:
+    images, columns = random_set(1000, (8, 8, 1))
+    before, threads = segments(), set(threading.enumerate())
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / f"set{suffix}", Samples(images, 333, odd), **columns, workers=workers)
+    assert os.listdir(tmp_path) == []
+    assert segments() <= before and set(threading.enumerate()) == threads
+
+
+@needs_ffcv
+@pytest.mark.timeout(60)
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    images, columns = random_set(64, (8, 8, 1))
+    program = """if True:
+        import resource, signal, sys
+        import numpy as np
+        from ffcv_writers import have_ffcv, write
+        have_ffcv()  # imported, and its caches written, before the limit
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+        names = np.arange(64)
+        write(sys.argv[1], np.zeros((64, 8, 8, 1), np.uint8), labels=names, synthetic=0 * names, index=names)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "set.beton")], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and re.search("damaged|File too large", done.stderr), done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_kill_leaves_no_file_of_the_final_name(tmp_path: Path, suffix: str) -> None:
+    program = """if True:
+        import sys, time
+        import numpy as np
+        from ffcv_writers import write
+        class Slow:
+            def __len__(self):
+                return 1000
+            def __getitem__(self, number):
+                if number == 500:
+                    print("half", flush=True)
+                    time.sleep(60)
+                return np.zeros((8, 8, 1), np.uint8)
+        names = np.arange(1000)
+        write(sys.argv[1], Slow(), labels=names, synthetic=0 * names, index=names)
+    """
+    before = segments()
+    path = tmp_path / f"set{suffix}"
+    child = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "half\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not path.exists() and segments() <= before
+    images, columns = random_set(50, (8, 8, 1))  # the next run clears what is left
+    write(path, images, **columns)
+    assert os.listdir(tmp_path) == [path.name] and len(open_set([path])) == 50
+
+
+def cut(end: int) -> Callable[[bytearray], bytes]:
+    return lambda content: bytes(content[:end])
+
+
+def overwrite(offset: int, new: bytes) -> Callable[[bytearray], bytes]:
+    def damage(content: bytearray) -> bytes:
+        start = offset % len(content)
+        content[start : start + len(new)] = new
+        return bytes(content)
+
+    return damage
+
+
+FIRST_POINTER = 24 + 4 * 1041  # after the header and four field descriptors
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut(0),
+        cut(10),
+        cut(3000),
+        cut(5000),
+        cut(-1),
+        cut(-2000),
+        lambda content: bytes(content) + b"\0" * 24,
+        lambda content: b"not a set at all" * 1000,
+        overwrite(0, b"\xff\xff"),
+        overwrite(FIRST_POINTER, b"\xff" * 8),
+        overwrite(-8, b"\xff\xff"),  # the size of the last image
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: Callable[[bytearray], bytes]) -> None:
+    images, columns = random_set(100, (8, 8, 1))
+    path = tmp_path / f"set{suffix}"
+    write(path, images, **columns)
+    path.write_bytes(damage(bytearray(path.read_bytes())))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged.*: delete it and run the stage"):
+        open_set([path])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_refusals(tmp_path: Path, suffix: str) -> None:
+    images, columns = random_set(20, (8, 8, 1))
+    path = tmp_path / f"set{suffix}"
+    with pytest.raises(ValueError, match="no samples"):
+        write(path, images[:0], **{name: values[:0] for name, values in columns.items()})
+    with pytest.raises(ValueError, match="jpg needs 3 channels"):
+        write(path, images, **columns, storage="jpg")
+    with pytest.raises(ValueError, match="labels|label must be 20 integers"):
+        write(path, images, **(columns | {"labels": columns["labels"][:19]}))
+    with pytest.raises(ValueError, match="index must be 20 integers"):
+        write(path, images, **(columns | {"index": columns["index"] / 2}))
+    with pytest.raises(ValueError, match="synthetic must be 0 or 1"):
+        write(path, images, **(columns | {"synthetic": columns["synthetic"] + 1}))
+    with pytest.raises(ValueError, match=r"ends in \.beton or \.npz"):
+        write(tmp_path / "set.zip", images, **columns)
+    assert os.listdir(tmp_path) == []
+
+    write(path, images, **columns)
+    wider, more = random_set(20, (8, 9, 1))
+    write(tmp_path / f"wider{suffix}", wider, **more)
+    with pytest.raises(ValueError, match=r"wider.*\(8, 9, 1\).*set.*\(8, 8, 1\)"):
+        open_set([path, tmp_path / f"wider{suffix}"])
+    with pytest.raises(ValueError, match=r"none.* does not exist"):
+        open_set([path, tmp_path / f"none{suffix}"])
+    loader = Loader(open_set([path]), 4)
+    for order in ([0, 20], [-1], [0.5], [[0, 1]]):
+        with pytest.raises(ValueError, match="order"):
+            loader.batches(np.array(order))
+
+
+def test_without_ffcv_the_twin_serves_and_says_so(tmp_path: Path) -> None:
+    program = """if True:
+        import logging, sys
+        logging.basicConfig(level=logging.WARNING)
+        sys.modules["ffcv"] = None  # what an import of a missing package meets
+        import numpy as np
+        import ffcv_writers
+        path = sys.argv[1] + "/set" + ffcv_writers.suffix()
+        images = np.arange(10 * 64, dtype=np.uint8).reshape(10, 8, 8, 1)
+        names = np.arange(10)
+        ffcv_writers.write(path, images, labels=names, synthetic=0 * names, index=names)
+        batch = next(ffcv_writers.Loader(ffcv_writers.open_set([path]), 4).batches(names[::-1]))
+        assert (batch.images.numpy() == images[9:5:-1]).all()
+        for attempt in (
+            lambda: ffcv_writers.write(sys.argv[1] + "/set.beton", images, labels=names, synthetic=names, index=names),
+            lambda: (open(sys.argv[1] + "/x.beton", "w"), ffcv_writers.open_set([sys.argv[1] + "/x.beton"])),
+        ):
+            try:
+                attempt()
+            except ValueError as error:
+                print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ffcv") == 2 + done.stdout.count("install ffcv")
+    assert done.stderr.count("ffcv is not there") == 1
+    assert (tmp_path / "set.npz").exists()
+
+
+def test_importing_the_package_does_not_import_ffcv() -> None:
+    program = "import sys, ffcv_writers; assert 'ffcv' not in sys.modules and 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
+KINDS = st.sampled_from(["natural", "class_balanced"])
+
+
+@given(kind=KINDS, labels=LABELS, seed=st.integers(0, 2**70), start=st.integers(0, 200), count=st.integers(0, 150))
+@settings(max_examples=200, deadline=None)
+def test_a_stream_is_its_epochs_end_to_end(
+    kind: ffcv_writers.OrderKind, labels: np.ndarray, seed: int, start: int, count: int
+) -> None:
+    whole = np.concatenate([epoch_order(kind, labels, seed, e) for e in range(350 // len(labels) + 1)])
+    cut = stream_order(kind, labels, seed, start, count)
+    assert cut.dtype == np.int64
+    np.testing.assert_array_equal(cut, whole[start : start + count])
+
+
+@given(labels=LABELS, seed=st.integers(0, 1000), epoch=st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_orders_draw_as_often_as_they_say(labels: np.ndarray, seed: int, epoch: int) -> None:
+    natural = epoch_order("natural", labels, seed, epoch)
+    np.testing.assert_array_equal(np.sort(natural), np.arange(len(labels)))
+    balanced = epoch_order("class_balanced", labels, seed, epoch)
+    assert len(balanced) == len(labels)
+    present = np.unique(labels)
+    draws = np.bincount(labels[balanced], minlength=5)[present]
+    assert draws.max() - draws.min() <= 1
+    for label in present:
+        each = np.bincount(balanced, minlength=len(labels))[labels == label]
+        assert each.max() - each.min() <= 1
+
+
+def test_orders_differ_by_seed_and_epoch_and_are_spread() -> None:
+    labels = np.repeat(np.arange(10), [1000, 600, 360, 215, 129, 77, 46, 28, 17, 10])
+    for kind in ("natural", "class_balanced"):
+        orders = [tuple(epoch_order(kind, labels, *name)) for name in ((0, 0), (0, 1), (1, 0), (0, 0))]  # type: ignore[arg-type]
+        assert len(set(orders)) == 3 and orders[0] == orders[3]
+    # Classes are mixed, not in a row: of 2482 draws, 248 are expected to follow one of their own class (sd 15).
+    drawn = labels[epoch_order("class_balanced", labels, 0, 0)]
+    assert abs((drawn[1:] == drawn[:-1]).sum() - 248) < 75
+
+
+def test_orders_refuse() -> None:
+    with pytest.raises(ValueError, match="unknown order"):
+        epoch_order("random", np.zeros(3, int), 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not empty"):
+        stream_order("natural", np.zeros(0, int), 0, 0, 5)
+    with pytest.raises(ValueError, match="negative"):
+        epoch_order("natural", np.zeros(3, int), -1, 0)
+    with pytest.raises(ValueError, match="negative"):
+        stream_order("natural", np.zeros(3, int), 0, -1, 0)

@@ -1,0 +1,95 @@
+"""The import rules that keep data flowing one way, and file sizes that keep a file readable."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"kernels", "diffult", "ffcv_writers", "bench"}
+VERBS = {
+    "run", "generate", "train_extractor", "train_diffusion", "balance", "train_classifier", "evaluate", "report", "doctor",
+}  # fmt: skip
+NOUNS = ("data", "models", "diffusion", "longtail")
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of all modules of ours that a file imports, anywhere in it."""
+    package = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (prefix, node.module) if part)
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.split(".")[0] in OURS}
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ["kernels", "ffcv_writers"])
+def test_libraries_import_nothing_of_ours(package):
+    for file in files(package):
+        assert {name.split(".")[0] for name in imports(file)} <= {package}, file
+
+
+def test_nouns_do_not_import_verbs():
+    verbs = {f"diffult.{verb}" for verb in VERBS}
+    for noun in NOUNS:
+        for file in files(f"diffult/{noun}"):
+            assert not imports(file) & verbs, file
+
+
+def test_verbs_import_each_other_only_in_run():
+    verbs = {f"diffult.{verb}" for verb in VERBS}
+    for verb in VERBS - {"run"}:
+        assert not imports(ROOT / "diffult" / f"{verb}.py") & verbs, verb
+
+
+def test_no_circular_imports():
+    graph = {}
+    for folder in ("kernels", "ffcv_writers", "diffult"):
+        for file in files(folder):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            graph[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = imports(file)
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if state.get(name) == 2 or name not in graph:
+            return
+        assert state.get(name) != 1, " -> ".join((*path, name))
+        state[name] = 1
+        for target in graph[name]:
+            if not name.startswith(target + ".") and target != name:  # a package's face is no circle
+                visit(target, (*path, name))
+        state[name] = 2
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_files_are_short():
+    for folder in OURS | {"tests"}:
+        for file in files(folder):
+            assert len(file.read_text().splitlines()) <= 420, file
+
+
+def test_nothing_names_what_lies_outside_the_repository():
+    """The product never reads a neighbour folder; tests may, and skip where it is absent."""
+    for folder in OURS:
+        for file in files(folder):
+            assert "../shared" not in file.read_text() and "/shared/" not in file.read_text(), file
+
+
+def test_our_kernels_package_does_not_disturb_the_hub_package_of_that_name():
+    """transformers and diffusers look for a package `kernels`; importing them beside ours must work."""
+    pytest.importorskip("diffusers", reason="the bench extra (diffusers) is not installed")
+    code = "import kernels.random, diffusers; diffusers.UNet2DModel, diffusers.DDIMScheduler; print(kernels.__file__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert str(ROOT / "kernels") in out.stdout
