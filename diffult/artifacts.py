@@ -7,6 +7,7 @@ from torch import nn
 
 from diffult.config import Config
 from diffult.files import load_tensors
+from diffult.longtail.extractor import Extractor
 from diffult.longtail.methods import Method
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
@@ -18,8 +19,8 @@ def build_unet(config: Config, num_classes: int) -> UNet:
     return UNet(config.unet, config.data.image_size, config.data.channels, num_classes)
 
 
-def load_extractor(run: RunDir, device: torch.device) -> tuple[nn.Module, ClassStatistics]:
-    """phi0 in evaluation mode and the class statistics.
+def load_extractor(run: RunDir, device: torch.device) -> Extractor:
+    """phi0 in evaluation mode with the class statistics.
 
     Raises:
         UserError: the stage is not finished or a file is damaged.
@@ -32,8 +33,9 @@ def load_extractor(run: RunDir, device: torch.device) -> tuple[nn.Module, ClassS
         config.extractor.network, int(info["num_classes"]), config.data.channels, config.extractor.image_size
     )
     model.load_state_dict(weights)
-    return (
+    return Extractor(
         _frozen(model, device),
+        config.extractor.image_size,
         ClassStatistics(statistics["centres"], statistics["radii"]).to(device),
     )
 

@@ -133,9 +133,16 @@ class Config(Section):
     classifier: ClassifierConfig
 
     @model_validator(mode="after")
-    def _samplers_fit(self) -> Self:
+    def _sections_fit(self) -> Self:
         if self.generate.steps > self.diffusion.timesteps:
             raise ValueError(f"generate.steps = {self.generate.steps} exceeds diffusion.timesteps")
+        if self.extractor.image_size > self.data.image_size:
+            raise ValueError(f"extractor.image_size = {self.extractor.image_size} exceeds data.image_size")
+        stored = self.classifier.stored_size or self.data.image_size
+        if self.classifier.image_size > stored:
+            raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
+        if self.diffusion.augment_probability and not self.unet.augment_dim:
+            raise ValueError("diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented")
         return self
 
     def to_toml(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 20}  # --fast: second order
 def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
     """Opens a run's diffusion model and extractor for drawing."""
     device = pick_device()
-    extractor, statistics = load_extractor(run, device)
+    extractor = load_extractor(run, device)
     config = run.config
     return Generator(
         unet=load_diffusion(run, device),
@@ -49,9 +50,8 @@ def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generat
         prediction=config.diffusion.prediction,
         settings=settings,
         extractor=extractor,
-        statistics=statistics,
         shape=(config.data.channels, config.data.image_size, config.data.image_size),
-        null_label=len(statistics.radii),
+        null_label=len(extractor.statistics.radii),
         seed=seed,
         dtype=compute_dtype(config.precision, device),
         device=device,
@@ -109,10 +109,11 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     """
     chosen: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise UserError(f"--classes {text!r}: expected numbers and ranges such as 3,7-9")
-        chosen |= set(range(int(first), int(last or first) + 1))
+        chosen |= set(range(first, last + 1))
     if outside := [c for c in chosen if c >= num_classes]:
         raise UserError(f"--classes {text!r}: no class {outside[0]}, the set has 0 to {num_classes - 1}")
     return sorted(chosen)

@@ -18,9 +18,9 @@ from diffult.data.shards import Wave
 from diffult.device import autocast
 from diffult.diffusion import samplers
 from diffult.diffusion.schedule import Prediction, Schedule
+from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import judge
 from diffult.longtail.quota import Quota
-from diffult.longtail.statistics import ClassStatistics
 from kernels.augment import denormalise, normalise
 from kernels.random import normal
 
@@ -33,7 +33,7 @@ class Generator:
         unet: the denoising network in evaluation mode.
         schedule, prediction: the process it was trained for.
         settings: sampler, steps, guidance and batch size.
-        extractor, statistics: phi0 and the classes in its feature space.
+        extractor: phi0, which judges.
         shape: (C, H, W) of a sample.
         null_label: the label for "no class".
         seed: of the noise.
@@ -43,8 +43,7 @@ class Generator:
     schedule: Schedule
     prediction: Prediction
     settings: GenerateConfig
-    extractor: nn.Module
-    statistics: ClassStatistics
+    extractor: Extractor
     shape: tuple[int, int, int]
     null_label: int
     seed: int
@@ -101,8 +100,8 @@ class Generator:
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances float32 [B] and verdicts uint8 [B] of samples as they will be stored, uint8 [B, H, W, C]."""
         with autocast(self.dtype, self.device):
-            features = self.extractor.features(normalise(images))  # type: ignore[operator]
-        return judge(features, labels, self.statistics)
+            features = self.extractor.features(normalise(images))
+        return judge(features, labels, self.extractor.statistics)
 
     def wave(self, labels: np.ndarray, indices: np.ndarray, quota: Quota) -> Wave:
         """Draws and judges up to a batch of candidates; a short one is padded to the full shape."""

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +19,7 @@ MAX_CLASSES = 40  # rows that a reader still looks at
 TILE = 64  # pixels: the side of an image in a picture, at the most
 _GAP = 2
 _LABEL_WIDTH = 160
+_QUIET = "#555555"
 _REAL, _SYNTHETIC = "#0072b2", "#e69f00"  # blue and orange of Okabe & Ito, told apart in any colour vision
 
 
@@ -44,8 +45,8 @@ def first_images(samples: Samples, label: int, count: int) -> list[np.ndarray]:
 def image_strip(images: Sequence[np.ndarray]) -> Image.Image:
     """Images side by side on white, as an RGB picture.
 
-    Images below 64 pixels are enlarged by the largest whole factor that keeps them within it, every pixel a sharp
-    square; larger ones are reduced to 64 with antialiasing.
+    Images below 64 pixels are enlarged by the largest whole factor that keeps them within it, every pixel a
+    sharp square; larger ones are reduced to 64 with antialiasing.
 
     Args:
         images: at least one, uint8 (H, W, C), C = 1 or 3, all of one shape.
@@ -71,8 +72,8 @@ def _tile(image: np.ndarray) -> Image.Image:
 def sample_grid(samples: Samples, classes: tuple[str, ...], path: Path, per_class: int = 10) -> None:
     """Writes a PNG with a row for each class: its name, then its first samples.
 
-    Classes without a sample have no row. Of more than 40 classes an even choice of 40 is shown. Without any sample the
-    picture says so.
+    Classes without a sample have no row. Of more than 40 classes an even choice of 40 is shown. Without any
+    sample the picture says so.
 
     Args:
         samples: labels in 0..len(classes)-1.
@@ -112,8 +113,9 @@ def class_histogram(
 ) -> bytes:
     """The class histogram as SVG: the real images of each class, and on them the synthetic ones.
 
-    Classes stand in the order of their real images, most first, so that groups are neighbours. The axis is linear:
-    on a logarithmic one the parts of a stacked bar cannot be compared. The file is the same for the same counts.
+    Classes stand in the order of their real images, most first, so that groups are neighbours. The axis is
+    linear: on a logarithmic one the parts of a stacked bar cannot be compared. The same counts give the same
+    file.
 
     Args:
         real, synthetic: int64 [num_classes], images of each class.
@@ -133,14 +135,19 @@ def class_histogram(
         return np.stack([heights, np.zeros_like(heights)], axis=1).ravel()[:-1]
 
     below, above = outline(real[order]), outline((real + synthetic)[order])
-    style = {"svg.hashsalt": "diffult", "svg.fonttype": "none", "font.size": 9, "axes.edgecolor": "#888888"}
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "diffult",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.edgecolor": "#888888",
+    }
     with mpl.rc_context(style):
         figure = Figure((9.6, 3.3), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.stairs(below, edges, fill=True, color=_REAL, label="real")
         axes.stairs(above, edges, baseline=below, fill=True, color=_SYNTHETIC, label="synthetic")
-        axes.set(xlim=(-0.6, len(order) - 0.4), ylim=(0, None), ylabel="images")
+        axes.set(xlim=(-0.6, len(order) - 0.4), ylim=(0, 1.08 * float(above.max())), ylabel="images")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1.08), ncols=2, frameon=False, borderaxespad=0)
         if len(order) <= 12:
             _count_images(axes, real[order], synthetic[order])
@@ -153,8 +160,15 @@ def _count_images(axes: Axes, real: np.ndarray, synthetic: np.ndarray) -> None:
     """The counts over each bar, such as 10+490: the real images of the tail are too few to see."""
     for place, (before, added) in enumerate(zip(real, synthetic, strict=True)):
         text = f"{before}+{added}" if added else f"{before}"
-        at = (place, before + added)
-        axes.annotate(text, at, (0, 2), textcoords="offset points", ha="center", color="#555555", fontsize=7.5)
+        axes.annotate(
+            text,
+            (place, before + added),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            color=_QUIET,
+            size=7.5,
+        )
 
 
 def _mark_groups(axes: Axes, order: np.ndarray, groups: dict[str, np.ndarray]) -> None:
@@ -163,7 +177,8 @@ def _mark_groups(axes: Axes, order: np.ndarray, groups: dict[str, np.ndarray]) -
         places = np.flatnonzero(np.isin(order, members))
         if len(places) == 0:
             continue
-        axes.annotate(name, (places.mean(), 1.02), xycoords=("data", "axes fraction"), ha="center", color="#555555")
+        at = (places.mean(), 1.02)
+        axes.annotate(name, at, xycoords=("data", "axes fraction"), ha="center", color=_QUIET)
         if places[-1] < len(order) - 1:
             axes.axvline(places[-1] + 0.5, color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 4)))
 
@@ -175,9 +190,11 @@ def _name_classes(axes: Axes, names: list[str]) -> None:
         return
     names = [name if len(name) <= 16 else name[:15] + "…" for name in names]
     slanted = max(map(len, names)) * len(names) > 120
-    style = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(range(len(names)), names, parse_math=False, **style)
+    axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.tick_params(axis="x", length=0)
+    if slanted:
+        for text in axes.get_xticklabels():
+            text.set(rotation=40, ha="right", rotation_mode="anchor")
 
 
 def _as_svg(figure: Figure) -> bytes:

@@ -48,10 +48,10 @@ def prepare(run: RunDir) -> Data:
     for title, part in (("extractor", config.extractor), ("classifier", config.classifier)):
         classifier = build_classifier(part.network, num_classes, config.data.channels, part.image_size)
         image = torch.empty(1, config.data.channels, part.image_size, part.image_size)
-        log.info("%s: %s", title, summary(classifier, [image]))
+        log.info(summary(f"{title} ({part.network})", classifier, [image]))
     image = torch.empty(1, config.data.channels, config.data.image_size, config.data.image_size)
     label = torch.zeros(1, dtype=torch.int64)
-    log.info("diffusion: %s", summary(build_unet(config, num_classes), [image, label, label]))
+    log.info(summary("diffusion (UNet)", build_unet(config, num_classes), [image, label, label]))
     data.check()
     return data
 
@@ -62,8 +62,7 @@ def run_pipeline(run: RunDir, until: Until = "report") -> None:
     counts, classes = data.train.counts(), data.train.classes
 
     def diffusion() -> None:
-        extractor, statistics = load_extractor(run, pick_device())
-        train_diffusion(run, data, extractor, statistics)
+        train_diffusion(run, data, load_extractor(run, pick_device()))
 
     def report() -> None:
         print(table(evaluate(run)))

@@ -21,7 +21,7 @@ from diffult.diffusion.augment import augment
 from diffult.diffusion.losses import aid_distance, aid_loss, cbdm_loss, ddpm_loss
 from diffult.diffusion.schedule import Schedule
 from diffult.files import save_tensors
-from diffult.longtail.statistics import ClassStatistics
+from diffult.longtail.extractor import Extractor
 from diffult.run_dir import RunDir
 from diffult.training import Ema, learning_rate_factor, train_loop
 from ffcv_writers import stream_order
@@ -41,18 +41,17 @@ class DiffusionLoss:
         schedule: Schedule,
         class_share: torch.Tensor,
         null_label: int,
-        extractor: nn.Module,
-        radii: torch.Tensor,
+        extractor: Extractor,
     ) -> None:
         """
         Args:
             class_share: float [num_classes], the share of each class in the training batches; L_CBDM draws y' from it.
             null_label: the label that stands for "no class".
-            extractor, radii: phi0 and d_f, float [num_classes], for L_AID.
+            extractor: phi0 with the radii d_f, for L_AID.
         """
         self.model, self.config, self.schedule = model, config, schedule
         self.class_share, self.null_label = class_share, null_label
-        self.extractor, self.radii = extractor, radii
+        self.extractor = extractor
         self.noise_last = float((1 - schedule.alphas_cumprod[-1]).sqrt())
 
     def __call__(self, x0: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -97,27 +96,25 @@ class DiffusionLoss:
     def _aid(
         self, x0: torch.Tensor, eps: torch.Tensor, eps_theta: torch.Tensor, t: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        real = self.extractor.features(x0)  # type: ignore[operator]
-        shifted = self.extractor.features(x0 + eps - eps_theta)  # type: ignore[operator]
+        real = self.extractor.features(x0)
+        shifted = self.extractor.features(x0 + eps - eps_theta)
         _, s = self.schedule.levels(t)
         distance = aid_distance(real, shifted, s.flatten(), self.noise_last)
-        return aid_loss(distance, self.radii[y], self.config.aid_alpha)
+        return aid_loss(distance, self.extractor.statistics.radii[y], self.config.aid_alpha)
 
 
-def train_diffusion(run: RunDir, data: Data, extractor: nn.Module, statistics: ClassStatistics) -> None:
+def train_diffusion(run: RunDir, data: Data, extractor: Extractor) -> None:
     """Trains the diffusion model on the long-tailed set.
 
     Args:
-        extractor, statistics: phi0 in evaluation mode and its class radii, which L_AID needs.
+        extractor: phi0, which L_AID needs.
     """
     with run.stage("diffusion") as note:
         if note is not None:
-            _train(run, data, extractor, statistics, note)
+            _train(run, data, extractor, note)
 
 
-def _train(
-    run: RunDir, data: Data, extractor: nn.Module, statistics: ClassStatistics, note: dict[str, Any]
-) -> None:
+def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) -> None:
     config, train = run.config.diffusion, data.train
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
@@ -139,7 +136,6 @@ def _train(
         torch.ones_like(counts) / num_classes if balanced else counts / counts.sum(),
         num_classes,
         extractor,
-        statistics.radii,
     )
     images = torch.from_numpy(train.load()).to(device)
     labels = torch.from_numpy(train.labels).to(device)
@@ -178,7 +174,7 @@ def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None)
     """Train the class-conditional diffusion model on the long-tailed set. Needs the extractor stage."""
     run_dir = RunDir.open(run, preset, set_)
     data = load_data(run_dir.config.data)
-    train_diffusion(run_dir, data, *load_extractor(run_dir, pick_device()))
+    train_diffusion(run_dir, data, load_extractor(run_dir, pick_device()))
 
 
 if __name__ == "__main__":

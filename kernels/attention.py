@@ -1,8 +1,8 @@
 """Scaled dot-product attention in xformers' layout: softmax(q k^T / sqrt(width)) v, no mask.
 
-On CUDA xformers' memory-efficient attention serves where it can; everywhere else, and for the types and widths that
-it refuses, torch's scaled_dot_product_attention. Neither writes the [tokens, tokens] matrix, so the least traffic is
-q, k, v in and the output out.
+On CUDA xformers' memory-efficient attention serves where it can; everywhere else, and for the types and
+widths that it refuses, torch's scaled_dot_product_attention. Neither writes the [tokens, tokens] matrix: what
+must move is q, k and v in and the result out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend without a mask, scale 1 / sqrt(width).
 
-    q, k, v: [batch, tokens, heads, width], one floating dtype and device; k and v may have other tokens than q.
+    q, k, v: [batch, tokens, heads, width], of one floating dtype; k and v may have another number of tokens.
     Returns [batch, tokens of q, heads, width] in the same dtype. Raises ValueError on shapes that do not fit.
     """
     if q.ndim != 4 or k.shape != v.shape or q.shape[:1] + q.shape[2:] != k.shape[:1] + k.shape[2:]:

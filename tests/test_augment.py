@@ -35,7 +35,9 @@ def _apply(images: torch.Tensor, **entries: float) -> torch.Tensor:
 def _smooth(size: int = 24) -> torch.Tensor:
     """A smooth image, on which interpolation of the third order is nearly exact."""
     x = torch.linspace(-1, 1, size)
-    image = 0.5 * torch.sin(3 * x[None, :] + 1) * torch.cos(2 * x[:, None]) + 0.3 * x[None, :] * x[:, None] ** 2
+    image = (
+        0.5 * torch.sin(3 * x[None, :] + 1) * torch.cos(2 * x[:, None]) + 0.3 * x[None, :] * x[:, None] ** 2
+    )
     return image[None, None]
 
 
@@ -89,7 +91,9 @@ def test_zoom_and_stretch_matrices_against_expm() -> None:
 
 def test_composite_against_scipy() -> None:
     image, angle = _smooth(), 0.4
-    label = _label(flip_x=1, zoom=0.8, cosine=math.cos(angle) - 1, sine=math.sin(angle), u=0.5, v=0.9, shift_x=0.3)
+    label = _label(
+        flip_x=1, zoom=0.8, cosine=math.cos(angle) - 1, sine=math.sin(angle), u=0.5, v=0.9, shift_x=0.3
+    )
     got = warp(image, affine(label))[0, 0].numpy()
 
     stretch = scipy.linalg.expm(0.2 * math.log(2) * np.array([[0.5, 0.9], [0.9, -0.5]]))
@@ -99,7 +103,11 @@ def test_composite_against_scipy() -> None:
     inverse = swap @ np.linalg.inv(forward) @ swap
     centre, shift = np.full(2, 11.5), np.array([0.0, 0.3 * 24 / 8])
     want = scipy.ndimage.affine_transform(
-        image[0, 0].numpy().astype(np.float64), inverse, centre - inverse @ (centre + shift), order=3, mode="reflect"
+        image[0, 0].numpy().astype(np.float64),
+        inverse,
+        centre - inverse @ (centre + shift),
+        order=3,
+        mode="reflect",
     )
     np.testing.assert_allclose(got[4:-4, 4:-4], want[4:-4, 4:-4], atol=0.01)
 

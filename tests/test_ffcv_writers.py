@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import ffcv_writers
-from ffcv_writers import Loader, epoch_order, open_set, stream_order, write
+from ffcv_writers import Loader, open_set, stream_order, write
 
 needs_ffcv = pytest.mark.skipif(not ffcv_writers.have_ffcv(), reason="needs ffcv")
 FORMATS = [pytest.param(".beton", marks=needs_ffcv), ".npz"]
@@ -76,9 +74,7 @@ def test_raw_images_keep_every_bit(tmp_path: Path, suffix: str, shape: tuple[int
     batches = list(Loader(image_set, 128).sequential())
     assert [len(batch.images) for batch in batches] == [128] * 5 + [60]
     assert batches[0].images.dtype == torch.uint8 and batches[0].synthetic.dtype == torch.bool
-    assert all(
-        getattr(batches[0], name).dtype == torch.int64 for name in ("labels", "index", "sample")
-    )
+    assert all(getattr(batches[0], name).dtype == torch.int64 for name in ("labels", "index", "sample"))
     np.testing.assert_array_equal(torch.cat([batch.images for batch in batches]).numpy(), images)
     np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches]).numpy(), columns["labels"])
     np.testing.assert_array_equal(torch.cat([batch.sample for batch in batches]).numpy(), np.arange(700))
@@ -212,9 +208,9 @@ def test_reading_leaves_global_state_alone(tmp_path: Path) -> None:
     try:
         torch.set_num_threads(3)
         np.random.seed(5)
-        state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+        state = np.random.get_state()[1].copy()
         list(Loader(open_set([tmp_path / "set.beton"]), 8).sequential())
-        assert (np.random.get_state()[1] == state).all()  # type: ignore[index]
+        assert (np.random.get_state()[1] == state).all()
         asking = threading.Thread(target=lambda: seen_by_new_threads.append(torch.get_num_threads()))
         asking.start()
         asking.join()
@@ -249,20 +245,13 @@ def test_a_bad_sample_is_named_and_nothing_stays(
 @pytest.mark.timeout(60)
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     images, columns = random_set(64, (8, 8, 1))
-    program = """if True:
-        import resource, signal, sys
-        import numpy as np
-        from ffcv_writers import have_ffcv, write
-        have_ffcv()  # imported, and its caches written, before the limit
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
-        names = np.arange(64)
-        write(sys.argv[1], np.zeros((64, 8, 8, 1), np.uint8), labels=names, synthetic=0 * names, index=names)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "set.beton")], capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 1 and re.search("damaged|File too large", done.stderr), done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, hard))  # the second page is cut in its middle
+    try:
+        with pytest.raises((OSError, ValueError)):
+            write(tmp_path / "set.beton", images, **columns)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
 
 
@@ -309,32 +298,29 @@ def overwrite(offset: int, new: bytes) -> Callable[[bytearray], bytes]:
     return damage
 
 
-FIRST_POINTER = 24 + 4 * 1041  # after the header and four field descriptors
+FIRST_POINTER = 24 + 4 * 1041  # in a .beton, after the header and four field descriptors
+DAMAGES = {
+    "emptied": cut(0),
+    "cut in the header": cut(10),
+    "cut in the descriptors": cut(3000),
+    "cut in the metadata": cut(5000),
+    "cut by a byte": cut(-1),
+    "cut in the last table": cut(-2000),
+    "another format": lambda content: b"not a set at all" * 1000,
+    "another version": overwrite(0, b"\xff\xff"),
+    "a pointer out of range": overwrite(FIRST_POINTER, b"\xff" * 8),
+    "an image too large": overwrite(-8, b"\xff\xff"),
+}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut(0),
-        cut(10),
-        cut(3000),
-        cut(5000),
-        cut(-1),
-        cut(-2000),
-        lambda content: bytes(content) + b"\0" * 24,
-        lambda content: b"not a set at all" * 1000,
-        overwrite(0, b"\xff\xff"),
-        overwrite(FIRST_POINTER, b"\xff" * 8),
-        overwrite(-8, b"\xff\xff"),  # the size of the last image
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, damage: Callable[[bytearray], bytes]) -> None:
     images, columns = random_set(100, (8, 8, 1))
     path = tmp_path / f"set{suffix}"
     write(path, images, **columns)
     path.write_bytes(damage(bytearray(path.read_bytes())))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged.*: delete it and run the stage"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged.*: delete it and run the"):
         open_set([path])
 
 
@@ -346,7 +332,7 @@ def test_refusals(tmp_path: Path, suffix: str) -> None:
         write(path, images[:0], **{name: values[:0] for name, values in columns.items()})
     with pytest.raises(ValueError, match="jpg needs 3 channels"):
         write(path, images, **columns, storage="jpg")
-    with pytest.raises(ValueError, match="labels|label must be 20 integers"):
+    with pytest.raises(ValueError, match="label must be 20 integers"):
         write(path, images, **(columns | {"labels": columns["labels"][:19]}))
     with pytest.raises(ValueError, match="index must be 20 integers"):
         write(path, images, **(columns | {"index": columns["index"] / 2}))
@@ -371,84 +357,34 @@ def test_refusals(tmp_path: Path, suffix: str) -> None:
 
 def test_without_ffcv_the_twin_serves_and_says_so(tmp_path: Path) -> None:
     program = """if True:
-        import logging, sys
+        import logging, os, pathlib, sys
         logging.basicConfig(level=logging.WARNING)
-        sys.modules["ffcv"] = None  # what an import of a missing package meets
+        sys.modules["ffcv"] = None  # as if it were not installed
         import numpy as np
-        import ffcv_writers
-        path = sys.argv[1] + "/set" + ffcv_writers.suffix()
+        from ffcv_writers import Loader, open_set, suffix, write
+        os.chdir(sys.argv[1])
         images = np.arange(10 * 64, dtype=np.uint8).reshape(10, 8, 8, 1)
         names = np.arange(10)
-        ffcv_writers.write(path, images, labels=names, synthetic=0 * names, index=names)
-        batch = next(ffcv_writers.Loader(ffcv_writers.open_set([path]), 4).batches(names[::-1]))
+        columns = dict(labels=names, synthetic=0 * names, index=names)
+        write("set" + suffix(), images, **columns)
+        batch = next(Loader(open_set(["set.npz"]), 4).batches(names[::-1]))
         assert (batch.images.numpy() == images[9:5:-1]).all()
-        for attempt in (
-            lambda: ffcv_writers.write(sys.argv[1] + "/set.beton", images, labels=names, synthetic=names, index=names),
-            lambda: (open(sys.argv[1] + "/x.beton", "w"), ffcv_writers.open_set([sys.argv[1] + "/x.beton"])),
-        ):
+        pathlib.Path("there.beton").touch()
+        for attempt in (lambda: write("set.beton", images, **columns), lambda: open_set(["there.beton"])):
             try:
                 attempt()
             except ValueError as error:
                 print(error)
     """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(ffcv_writers.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ffcv") == 2 + done.stdout.count("install ffcv")
+    write_refused, open_refused = done.stdout.splitlines()
+    assert "set.beton: ffcv is not there" in write_refused and "there.beton needs ffcv" in open_refused
     assert done.stderr.count("ffcv is not there") == 1
-    assert (tmp_path / "set.npz").exists()
 
 
 def test_importing_the_package_does_not_import_ffcv() -> None:
     program = "import sys, ffcv_writers; assert 'ffcv' not in sys.modules and 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-
-
-LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
-KINDS = st.sampled_from(["natural", "class_balanced"])
-
-
-@given(kind=KINDS, labels=LABELS, seed=st.integers(0, 2**70), start=st.integers(0, 200), count=st.integers(0, 150))
-@settings(max_examples=200, deadline=None)
-def test_a_stream_is_its_epochs_end_to_end(
-    kind: ffcv_writers.OrderKind, labels: np.ndarray, seed: int, start: int, count: int
-) -> None:
-    whole = np.concatenate([epoch_order(kind, labels, seed, e) for e in range(350 // len(labels) + 1)])
-    cut = stream_order(kind, labels, seed, start, count)
-    assert cut.dtype == np.int64
-    np.testing.assert_array_equal(cut, whole[start : start + count])
-
-
-@given(labels=LABELS, seed=st.integers(0, 1000), epoch=st.integers(0, 1000))
-@settings(max_examples=200, deadline=None)
-def test_orders_draw_as_often_as_they_say(labels: np.ndarray, seed: int, epoch: int) -> None:
-    natural = epoch_order("natural", labels, seed, epoch)
-    np.testing.assert_array_equal(np.sort(natural), np.arange(len(labels)))
-    balanced = epoch_order("class_balanced", labels, seed, epoch)
-    assert len(balanced) == len(labels)
-    present = np.unique(labels)
-    draws = np.bincount(labels[balanced], minlength=5)[present]
-    assert draws.max() - draws.min() <= 1
-    for label in present:
-        each = np.bincount(balanced, minlength=len(labels))[labels == label]
-        assert each.max() - each.min() <= 1
-
-
-def test_orders_differ_by_seed_and_epoch_and_are_spread() -> None:
-    labels = np.repeat(np.arange(10), [1000, 600, 360, 215, 129, 77, 46, 28, 17, 10])
-    for kind in ("natural", "class_balanced"):
-        orders = [tuple(epoch_order(kind, labels, *name)) for name in ((0, 0), (0, 1), (1, 0), (0, 0))]  # type: ignore[arg-type]
-        assert len(set(orders)) == 3 and orders[0] == orders[3]
-    # Classes are mixed, not in a row: of 2482 draws, 248 are expected to follow one of their own class (sd 15).
-    drawn = labels[epoch_order("class_balanced", labels, 0, 0)]
-    assert abs((drawn[1:] == drawn[:-1]).sum() - 248) < 75
-
-
-def test_orders_refuse() -> None:
-    with pytest.raises(ValueError, match="unknown order"):
-        epoch_order("random", np.zeros(3, int), 0, 0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not empty"):
-        stream_order("natural", np.zeros(0, int), 0, 0, 5)
-    with pytest.raises(ValueError, match="negative"):
-        epoch_order("natural", np.zeros(3, int), -1, 0)
-    with pytest.raises(ValueError, match="negative"):
-        stream_order("natural", np.zeros(3, int), 0, -1, 0)

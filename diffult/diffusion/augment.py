@@ -1,7 +1,7 @@
 """Augmentation that does not leak into the samples (Karras et al., 2022, appendix F.2; after ADA, 2020).
 
-Each image is moved by a random affine map, and the network is told by which: nine numbers that are zero for an image
-left as it is. At sampling the label is zero. The label says all there is to say: the map is a function of it.
+Each image is moved by a random affine map, and the network is told by which: nine numbers that are zero for
+an image left as it is. At sampling the label is zero. The label tells all: the map is a function of it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Apply each of six transformations to each image with `probability`, independently.
 
-    images: float [B, C, N, N] in [-1, 1]. flips: whether mirrored and upside-down images stay in their class; False
-    (digits, letters) leaves out both flips and turns by 30 degrees at most, for a 6 on its head is a 9.
-    generator: of the device of `images`; torch's global one if None.
-    Returns images in [-1, 1], channels-last, unchanged where no transformation fell, and labels float32 [B, 9]:
-    flip x, flip y, log2 zoom / 0.2, cos(turn) - 1, sin(turn), stretch (2), translation in x and y / (N / 8).
+    images: float [B, C, N, N] in [-1, 1].
+    flips: whether mirrored and upside-down images stay in their class. False (digits, letters) leaves out
+    both flips and turns by 30 degrees at most, for a 6 on its head is a 9.
+    generator: on the device of `images`; torch's global one if None.
+    Returns images in [-1, 1], channels-last, bit for bit the input where no transformation fell, and labels,
+    float32 [B, 9]: flip x, flip y, log2(zoom) / 0.2, cos(turn) - 1, sin(turn), stretch (2, see `affine`),
+    translation in x and y in units of N / 8 pixels.
     Raises UserError on images that are not square and on a probability outside [0, 1].
     """
     if images.shape[2] != images.shape[3]:
-        raise UserError(f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first")
+        raise UserError(
+            f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first"
+        )
     if not 0 <= probability <= 1:
         raise UserError(f"augment: the probability must lie in [0, 1], got {probability}")
     labels = draw_labels(images.shape[0], probability, flips, images.device, generator)
@@ -43,9 +47,13 @@ def augment(
 
 
 def draw_labels(
-    batch: int, probability: float, flips: bool, device: torch.device, generator: torch.Generator | None = None
+    batch: int,
+    probability: float,
+    flips: bool,
+    device: torch.device,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Random labels, float32 [batch, 9]; all draws are made whatever comes of them, and nothing waits for a device."""
+    """Random labels, float32 [batch, 9]. All numbers are drawn, used or not: nothing waits for the device."""
     uniform = torch.rand(batch, 8, device=device, generator=generator)
     normal = torch.randn(batch, 4, device=device, generator=generator)
     flip_x, flip_y, zoom, turn, stretch, shift = (uniform[:, :6] < probability).float().unbind(1)
@@ -68,12 +76,12 @@ def draw_labels(
 
 
 def affine(labels: Tensor) -> Tensor:
-    """The map of each label, [B, 9] -> [B, 2, 3]: where a point (x, y) of the image goes, in half image widths.
+    """The map of each label, [B, 9] -> [B, 2, 3]: where a point (x, y) of the image goes.
 
-    x points right and y down, the centre is 0, turns are from x towards y. In this order: flips, zoom, turn, stretch,
-    shift. The stretch (u, v) is the symmetric matrix 2^(0.2 [[u, v], [v, -u]]): factors 2^(0.2 r) and 2^(-0.2 r),
-    r = |(u, v)|, along an axis at half the angle of (u, v) and across it. An axis has no sign, hence half: each stretch
-    has one label.
+    In half image widths: x points right and y down, the centre is 0, turns are from x towards y. The order is
+    flips, zoom, turn, stretch, shift. The stretch (u, v) is the symmetric matrix 2^(0.2 [[u, v], [v, -u]]):
+    factors 2^(0.2 r) along an axis and 2^(-0.2 r) across it, r = |(u, v)|, the axis at half the angle of
+    (u, v). Half, because an axis has no sign: so each stretch has one label.
     """
     flip_x, flip_y, zoom, cosine, sine, u, v, shift_x, shift_y = labels.unbind(1)
     cosine = cosine + 1
@@ -84,13 +92,15 @@ def affine(labels: Tensor) -> Tensor:
     even, odd = exponent.cosh(), exponent.sinh() / r.clamp_min(torch.finfo(r.dtype).tiny)
 
     turned = torch.stack([torch.stack([cosine * a, -sine * d], 1), torch.stack([sine * a, cosine * d], 1)], 1)
-    stretch = torch.stack([torch.stack([even + odd * u, odd * v], 1), torch.stack([odd * v, even - odd * u], 1)], 1)
+    stretch = torch.stack(
+        [torch.stack([even + odd * u, odd * v], 1), torch.stack([odd * v, even - odd * u], 1)], 1
+    )
     shift = 2 * SHIFT * torch.stack([shift_x, shift_y], 1)
     return torch.cat([stretch @ turned, shift[:, :, None]], dim=2)
 
 
 def warp(images: Tensor, maps: Tensor) -> Tensor:
-    """Images [B, C, N, N] moved by maps [B, 2, 3] (see `affine`): bicubic, mirrored at the border, within [-1, 1]."""
+    """Images [B, C, N, N] moved by maps [B, 2, 3] of `affine`: bicubic, mirrored at borders, in [-1, 1]."""
     # grid_sample asks the other way round: which point of the input is shown at a point of the output
     inverse = torch.linalg.inv_ex(maps[:, :, :2])[0]  # inv would wait for the device to report errors
     theta = torch.cat([inverse, -inverse @ maps[:, :, 2:]], dim=2).to(images.dtype)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class UNetConfig(BaseModel):
     """Shape of the diffusion UNet; see `diffult.models.unet.UNet`.
 
-    Resolutions are in pixels of the feature map, that is after `patch`: a 28x28 image with patch 2 starts at 14.
+    Resolutions are in pixels of the feature map, that is after `patch`: a 28x28 image, patch 2, starts at 14.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,7 +28,7 @@ class UNetConfig(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropout before the second convolution of a block."""
     scale_shift: bool = False
-    """How a block takes the embedding. False: added (DDPM). True: scale and shift of its second norm (ADM)."""
+    """How a block takes the embedding. False: added (DDPM). True: scales and shifts its second norm (ADM)."""
     resample_in_block: bool = False
     """How resolutions change. False: a convolution (DDPM). True: inside a residual block (ADM)."""
     patch: Annotated[int, Field(ge=1)] = 1

@@ -18,8 +18,8 @@ def parameters(model: nn.Module) -> int:
 def forward_flops(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Work of one forward per image at 2 FLOP per multiply-add: convolutions, products and attention.
 
-    inputs: the positional arguments of `model`, the batch as their first dimension; only shapes and types matter.
-    Nothing is computed: the forward runs on the meta device, where also attention is an operator that is counted.
+    inputs: the positional arguments of `model`, batch first; only shapes and types matter. Nothing is
+    computed: the forward runs on the meta device, where attention too is an operator that the counter knows.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -29,7 +29,7 @@ def forward_flops(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     return counter.get_total_flops() // inputs[0].shape[0]
 
 
-def summary(model: nn.Module, inputs: Sequence[Tensor]) -> str:
-    """One line, such as "UNet: 0.70 M parameters, 0.094 GFLOP per image"."""
+def summary(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """One line, such as "UNet: 0.70 M parameters, 0.1012 GFLOP per image"; inputs as for `forward_flops`."""
     giga = forward_flops(model, inputs) / 1e9
-    return f"{type(model).__name__}: {parameters(model) / 1e6:.2f} M parameters, {giga:.3g} GFLOP per image"
+    return f"{name}: {parameters(model) / 1e6:.2f} M parameters, {giga:.4g} GFLOP per image"

@@ -18,8 +18,8 @@ def group_norm_silu(
 ) -> Tensor:
     """SiLU(norm(x) * (1 + scale) + shift), norm(x) being group normalisation with weight and bias, eps 1e-5.
 
-    x: [B, C, H, W] in any floating type, channels-last. weight, bias: [C]. scale, shift: [B, C], both or neither.
-    Statistics and arithmetic are float32. Returns the shape, type and memory format of x.
+    x: [B, C, H, W] in any floating type, channels-last. weight, bias: [C]. scale, shift: [B, C], both or
+    neither. Statistics and arithmetic are float32. Returns the shape, type and memory format of x.
     """
     # One cast up and one down: in bfloat16 the steps below take two to three times as long on a CPU.
     y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps=1e-5)
@@ -32,7 +32,7 @@ def group_norm_silu(
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, by default with SiLU, that can take scale and shift [B, C] from an embedding (ADM)."""
+    """Group normalisation, by default with SiLU, that can be scaled and shifted by an embedding (ADM)."""
 
     def __init__(self, channels: int, silu: bool = True) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GroupNorm(nn.Module):
 
 
 def _groups(channels: int) -> int:
-    """32 as in DDPM and ADM; in narrow networks the largest power of two that leaves 4 channels or more each."""
+    """32 as in DDPM and ADM; in narrow networks the largest power of two that leaves each 4 channels."""
     groups = 32
     while groups > 1 and (channels % groups or channels // groups < 4):
         groups //= 2

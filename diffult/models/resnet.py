@@ -39,16 +39,18 @@ class Classifier(nn.Module):
 def build_classifier(name: str, num_classes: int, channels: int, image_size: int) -> Classifier:
     """A freshly initialised classifier: smallcnn, resnet32, resnet10, resnet50 or resnext50.
 
-    channels: colours of the input. Raises UserError on an unknown name and on images that the network would shrink
-    below one pixel of its last stage.
+    channels: colours of the input. Raises UserError on an unknown name and on images smaller than the factor
+    by which the network shrinks them.
     """
     if name not in CLASSIFIERS:
         nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})")
+        raise UserError(
+            f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})"
+        )
     entry = CLASSIFIERS[name]
     if image_size < entry.smallest_image:
         raise UserError(
-            f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, these have {image_size}: "
+            f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, not {image_size}: "
             "take smallcnn or resnet32"
         )
     model = Classifier(entry.trunk(channels), entry.feature_dim, num_classes)
@@ -79,7 +81,7 @@ class CifarResNet(nn.Module):
 
 
 class CifarBlock(nn.Module):
-    """Two 3x3 convolutions; where the width doubles the shortcut is every other pixel and zero channels (option A)."""
+    """Two 3x3 convolutions; where the width doubles, the shortcut skips pixels and adds zeros (option A)."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class SmallCNN(nn.Module):
 def _torchvision(build: Callable[[], torchvision_resnet.ResNet]) -> Callable[[int], nn.Module]:
     def trunk(channels: int) -> nn.Module:
         net = build()
-        net.fc = nn.Identity()  # type: ignore[assignment]
+        net.fc = nn.Identity()
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -1,8 +1,8 @@
 """The class-conditional UNet that predicts noise or velocity in pixel space.
 
-One network with two published shapes: DDPM's (Ho et al., 2020; CBDM uses it with labels) adds the embedding and
-resamples with convolutions; ADM's (Dhariwal and Nichol, 2021) scales and shifts the norms and resamples inside
-residual blocks. Activations are torch.channels_last throughout.
+One network with two published shapes: DDPM's (Ho et al., 2020; with labels in CBDM) adds the embedding and
+resamples with convolutions; ADM's (Dhariwal and Nichol, 2021) scales and shifts the norms and resamples
+inside residual blocks. Activations are torch.channels_last throughout.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from diffult.models.config import UNetConfig
 from diffult.models.norm import GroupNorm
 from kernels.attention import attention
 
+Resample = Literal["", "down", "up"]
+
 
 class UNet(nn.Module):
     """Class-conditional diffusion UNet for square images of `image_size` pixels and `channels` colours.
@@ -32,44 +34,46 @@ class UNet(nn.Module):
         sizes = _level_sizes(config, image_size)
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         _check_attention(config, image_size, sizes, widths)
-        self.config, self.image_size, self.channels, self.num_classes = config, image_size, channels, num_classes
+        self.config = config
 
         embed = 4 * config.channels
-        self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed)
+        )
         self.label_embedding = nn.Embedding(num_classes + 1, embed)
-        self.augment_embedding = nn.Linear(config.augment_dim, embed, bias=False) if config.augment_dim else None
+        self.augment_embedding = (
+            nn.Linear(config.augment_dim, embed, bias=False) if config.augment_dim else None
+        )
 
-        def block(inputs: int, width: int, attend: bool, resample: Literal["", "down", "up"] = "") -> ResBlock:
+        def block(inputs: int, width: int, attend: bool, resample: Resample = "") -> ResBlock:
             return ResBlock(inputs, width, embed, config, attend, resample)
 
         attends = [size in config.attention_resolutions for size in sizes]
         pixels = channels * config.patch**2
-        self.head = nn.Conv2d(pixels, widths[0], 3, padding=1)
-        width, skips = widths[0], [widths[0]]
-        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        width = widths[0]
+        self.head = nn.Conv2d(pixels, width, 3, padding=1)
+        skips = [width]
+        self.down = nn.ModuleList()
         for level, out in enumerate(widths):
             if level:
                 in_block = config.resample_in_block
-                self.downsample.append(block(width, width, False, "down") if in_block else Downsample(width))
+                self.down.append(block(width, width, False, "down") if in_block else Downsample(width))
                 skips.append(width)
-            blocks = nn.ModuleList()
             for _ in range(config.blocks):
-                blocks.append(block(width, out, attends[level]))
+                self.down.append(block(width, out, attends[level]))
                 width = out
                 skips.append(width)
-            self.down.append(blocks)
 
         self.middle = nn.ModuleList([block(width, width, True), block(width, width, False)])
 
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
-            blocks = nn.ModuleList()
             for _ in range(config.blocks + 1):
-                blocks.append(block(width + skips.pop(), out, attends[level]))
+                self.up.append(block(width + skips.pop(), out, attends[level]))
                 width = out
-            self.up.append(blocks)
             if level:
-                self.upsample.append(block(width, width, False, "up") if config.resample_in_block else Upsample(width))
+                in_block = config.resample_in_block
+                self.upsample.append(block(width, width, False, "up") if in_block else Upsample(width))
 
         self.tail_norm = GroupNorm(width)
         self.tail = nn.Conv2d(width, pixels, 3, padding=1)
@@ -95,8 +99,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
 
-        x: float [B, channels, image_size, image_size]. t: timestep 0 .. T-1, int or float [B]. y: int64 [B] in
-        0 .. num_classes, the last meaning no class. augment: float [B, augment_dim]; None is the same as zeros.
+        x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
+        y: int64 [B] in 0 .. num_classes, the last meaning no class.
+        augment: float [B, augment_dim]; None is the same as zeros.
         Returns the shape and type of x, channels-last.
         """
         embedding = self.time_embedding(sinusoid(t, self.config.channels)) + self.label_embedding(y)
@@ -107,28 +112,25 @@ class UNet(nn.Module):
         h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
         h = self.head(h)
         skips = [h]
-        for level, blocks in enumerate(self.down):
-            if level:
-                h = self.downsample[level - 1](h, embedding)
-                skips.append(h)
-            for block in blocks:
-                h = block(h, embedding)
-                skips.append(h)
-        for block in self.middle:
-            h = block(h, embedding)
-        for step, blocks in enumerate(self.up):
-            if step:
-                h = self.upsample[step - 1](h, embedding)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for i, layer in enumerate(self.up):
+            level, first = divmod(i, self.config.blocks + 1)
+            if level and not first:
+                h = self.upsample[level - 1](h, embedding)
+            h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
         h = F.pixel_shuffle(self.tail(self.tail_norm(h)), self.config.patch)
         return h.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, plus the input; takes the embedding at the second norm; may then attend.
+    """Norm, SiLU, convolution, twice, plus the input; the embedding enters at the second norm; may attend.
 
-    With `resample` both branches are halved ("down", mean) or doubled ("up", nearest) before the first convolution.
+    With `resample` both branches are halved ("down": mean) or doubled ("up": nearest) before the first
+    convolution.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class ResBlock(nn.Module):
         embed: int,
         config: UNetConfig,
         attend: bool,
-        resample: Literal["", "down", "up"],
+        resample: Resample,
     ) -> None:
         super().__init__()
         self.resample = resample
@@ -189,7 +191,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution with a strided convolution (DDPM). Takes the embedding only to be called as a block."""
+    """Halves the resolution with a strided convolution (DDPM). Called like a block, with the embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -200,7 +202,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest, then a convolution (DDPM). Takes the embedding only to be called as a block."""
+    """Doubles the resolution: nearest, then a convolution (DDPM). Called like a block, with the embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -215,7 +217,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """Timestep features (Vaswani et al., 2017): cos and sin of t / 10000^(2i / width). t: [B]; returns [B, width]."""
+    """Features of timesteps (Vaswani, 2017): cos, then sin of t / 10000^(2i / width), [B] -> [B, width]."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
     angles = t.float()[:, None] * frequencies
@@ -227,8 +229,9 @@ def _level_sizes(config: UNetConfig, image_size: int) -> list[int]:
     factor = config.patch * 2 ** (len(config.multipliers) - 1)
     if image_size < factor or image_size % factor:
         raise UserError(
-            f"UNet: images of {image_size} pixels cannot be halved {len(config.multipliers) - 1} times with patch "
-            f"{config.patch}: the size must be a multiple of {factor}; use fewer multipliers or another patch"
+            f"UNet: images of {image_size} pixels do not go with patch {config.patch} and "
+            f"{len(config.multipliers)} multipliers: the size must be a multiple of {factor}; use fewer "
+            "multipliers or another patch"
         )
     return [image_size // config.patch // 2**level for level in range(len(config.multipliers))]
 
@@ -237,11 +240,13 @@ def _check_attention(config: UNetConfig, image_size: int, sizes: list[int], widt
     missing = set(config.attention_resolutions) - set(sizes)
     if missing:
         raise UserError(
-            f"UNet: attention_resolutions has {sorted(missing)}, but at image size {image_size} the levels are "
-            f"{sizes}; name some of these"
+            f"UNet: attention_resolutions names {sorted(missing)}, but a {image_size}-pixel image has levels "
+            f"of {sizes}; choose among these"
         )
     if config.head_width:
-        attending = [w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions] + widths[-1:]
+        attending = [
+            w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions
+        ] + widths[-1:]
         for width in attending:
             if width % config.head_width:
                 raise UserError(

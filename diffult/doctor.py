@@ -1,0 +1,137 @@
+"""What this machine will use for each operation, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import textwrap
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from diffult.cli import main
+from diffult.config import preset_names
+from diffult.device import compute_dtype, fast_bfloat16, pick_device
+from ffcv_writers import have_ffcv, suffix
+from kernels.attention import attention_backend
+
+_WIDTH = 110  # of the table, in characters
+_GIB = 2**30
+
+
+class Row(NamedTuple):
+    operation: str
+    used: str
+    why: str
+
+
+def installed(package: str) -> str | None:
+    """A package's version, None if it is not there. It is not imported: xformers warns without a GPU."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def rows() -> list[Row]:
+    """What is used on the device that every verb would pick now."""
+    device = pick_device()
+    return [
+        Row("Python", platform.python_version(), platform.platform(terse=True)),
+        Row("torch", torch.__version__, _torch_build()),
+        device_row(device),
+        dtype_row(device),
+        attention_row(device),
+        triton_row(),
+        loader_row(),
+        memory_row(device),
+        Row("disk", f"{shutil.disk_usage(Path.cwd()).free / _GIB:.1f} GiB free", f"in {Path.cwd()}"),
+        Row("presets", f"{len(preset_names())} known", ", ".join(preset_names())),
+    ]
+
+
+def _torch_build() -> str:
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+
+
+def device_row(device: torch.device) -> Row:
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        why = "the one GPU that torch finds" if count == 1 else f"the first of {count} GPUs"
+        return Row("device", torch.cuda.get_device_name(device), why)
+    used = f"CPU, {torch.get_num_threads()} threads"
+    if torch.version.cuda is None:
+        return Row("device", used, "this torch is built without CUDA")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Row("device", used, "CUDA_VISIBLE_DEVICES hides every GPU")
+    return Row("device", used, "torch finds no CUDA device; if there is one, look at its driver")
+
+
+def dtype_row(device: torch.device) -> Row:
+    used = str(compute_dtype("auto", device)).removeprefix("torch.")
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        why = f"compute capability {major}.{minor}; bfloat16 needs 8.0"
+    else:
+        has = "has" if fast_bfloat16(device) else "has no"
+        why = f"the CPU {has} bfloat16 instructions (AVX512-BF16 or AMX)"
+    return Row("convolutions, products", used, f"{why}; weights and statistics stay float32")
+
+
+def attention_row(device: torch.device) -> Row:
+    backend, why = attention_backend(device)
+    there = installed("xformers")
+    if backend == "xformers":
+        return Row("attention", f"xformers {there}", why)
+    return Row("attention", "torch SDPA", f"{why}; {_state('xformers', there)}")
+
+
+def triton_row() -> Row:
+    state = _state("triton", installed("triton"))
+    return Row("norms, noise, samplers", "torch", f"these have no Triton kernel; {state}")
+
+
+def _state(package: str, there: str | None) -> str:
+    return f"{package} {there} is installed, not used" if there else f"{package} is not installed"
+
+
+def loader_row() -> Row:
+    there = installed("ffcv")
+    files = f"balanced sets are {suffix()} files"
+    if have_ffcv():
+        return Row("image loading", f"ffcv {there}", f"it imports; {files}")
+    state = "is not installed" if there is None else "is installed but does not import"
+    return Row("image loading", "in-memory loader", f"ffcv {state}; {files}")
+
+
+def memory_row(device: torch.device) -> Row:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Row("memory", f"{free / _GIB:.1f} GiB free", f"of {total / _GIB:.1f} GiB on the GPU")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Row("memory", f"{total / _GIB:.1f} GiB", "all of this machine's, whatever else is running")
+
+
+def table(lines: list[Row]) -> str:
+    """The rows as text in three aligned columns, the last one wrapped."""
+    header = Row("operation", "used", "why")
+    first, second = (max(len(row[column]) for row in [header, *lines]) for column in (0, 1))
+    rest = max(_WIDTH - first - second - 4, 30)
+    text = []
+    for row in [header, *lines]:
+        for number, why in enumerate(textwrap.wrap(row.why, rest) or [""]):
+            operation, used = (row.operation, row.used) if number == 0 else ("", "")
+            text.append(f"{operation:{first}}  {used:{second}}  {why}".rstrip())
+    return "\n".join(text)
+
+
+def command() -> None:
+    """Tell what this machine will use for each operation, and why."""
+    print(table(rows()))
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,225 @@
+"""The report of a run: one HTML file that needs nothing beside it.
+
+`render` turns plain values into the document; `write_report` gathers them from a run directory.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, StrictUndefined, Template
+
+from diffult.cli import RunOption, main
+from diffult.config import Config
+from diffult.data import ImageSet, load_data
+from diffult.device import pick_device
+from diffult.errors import UserError
+from diffult.files import read_json, write_text
+from diffult.longtail.methods import RECIPES, Method
+from diffult.longtail.metrics import class_groups
+from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
+from diffult.run_dir import RunDir
+from diffult.synthetic import quotas_to, run_samples
+
+log = logging.getLogger(__name__)
+COLUMNS = ("top1", "many", "medium", "few")
+_PER_CLASS = 6  # real images of a class, and as many samples beside them
+_LONG_TABLE = 40  # rows beyond which a table is folded
+
+
+def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each method that was trained, in the order of RECIPES.
+
+    Args:
+        accuracies: method -> {"top1", "many", "medium", "few"} in percent, None where there is no test image.
+
+    Returns:
+        {"title", "cells"}; a cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of
+        its column, and its difference to cross-entropy in points, None for cross-entropy itself. All follow
+        from the accuracies rounded to the one decimal shown, so that what is read adds up.
+    """
+    shown: dict[Method, dict[str, float | None]] = {
+        method: {column: _rounded(accuracies[method][column]) for column in COLUMNS}
+        for method in RECIPES
+        if method in accuracies
+    }
+
+    def cell(method: Method, column: str) -> dict[str, Any]:
+        value, base = shown[method][column], shown["ce"][column]
+        best = max(row[column] or 0.0 for row in shown.values())
+        return {
+            "value": value,
+            "best": value == best,
+            "delta": None if method == "ce" or value is None or base is None else value - base,
+        }
+
+    return [{"title": RECIPES[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def generation_rows(
+    by_class: Mapping[str, Mapping[str, int]],
+    classes: tuple[str, ...],
+    counts: np.ndarray,
+    quotas: np.ndarray,
+) -> list[dict[str, Any]]:
+    """What became of the candidates of each class that drew any; the class with most real images first.
+
+    Args:
+        by_class: class name -> {"drawn", "accepted", "id", "aid", "ood"}.
+        counts, quotas: int64 [num_classes], real images, and samples needed.
+
+    Returns:
+        {"name", "real", "needed", "drawn", "accepted", "id", "aid", "ood"}, the last three in percent.
+    """
+    rows = []
+    for c in np.argsort(-counts, kind="stable"):
+        tally = by_class.get(classes[c])
+        if tally is not None:
+            row = {"name": classes[c], "real": counts[c], "needed": quotas[c]}
+            rows.append(row | {"drawn": tally["drawn"], "accepted": tally["accepted"]} | _shares(tally))
+    return rows
+
+
+def _shares(tally: Mapping[str, int]) -> dict[str, float]:
+    """Verdicts in percent of the candidates drawn."""
+    return {verdict: 100.0 * tally[verdict] / max(tally["drawn"], 1) for verdict in ("id", "aid", "ood")}
+
+
+def gallery(real: ImageSet, samples: Samples, quotas: np.ndarray) -> list[dict[str, Any]]:
+    """The first real images and the first samples of each class, the class with most real images first; of
+    more than 40 classes an even choice."""
+    counts = real.counts()
+    drawn = np.bincount(samples.labels, minlength=len(counts))
+
+    def strip(images: Samples, label: int) -> dict[str, Any] | None:
+        shown = first_images(images, label, _PER_CLASS)
+        return _picture(shown) if shown else None
+
+    return [
+        {
+            "name": real.classes[c],
+            "real": strip(real, c),
+            "real_count": counts[c],
+            "generated": strip(samples, c),
+            "generated_count": drawn[c],
+            "needed": quotas[c],
+        }
+        for c in evenly(np.argsort(-counts, kind="stable"), MAX_CLASSES)
+    ]
+
+
+def _picture(images: list[np.ndarray]) -> dict[str, Any]:
+    strip, buffer = image_strip(images), io.BytesIO()
+    strip.save(buffer, format="PNG", optimize=True)
+    return {"src": _data_uri(buffer.getvalue(), "image/png"), "width": strip.width}
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """{"stage", "seconds", "share"} for each stage, the share in percent of the whole."""
+    total = sum(seconds.values())
+    return [
+        {"stage": stage, "seconds": spent, "share": 100.0 * spent / total if total else 0.0}
+        for stage, spent in seconds.items()
+    ]
+
+
+def duration(seconds: float) -> str:
+    """8.4 s, 1 min 45 s or 2 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def render(config: Config, metrics: Mapping[str, Any], real: ImageSet, samples: Samples, machine: str) -> str:
+    """The report as HTML.
+
+    Args:
+        metrics: the content of metrics.json.
+        real: the long-tailed training set.
+        samples: the accepted samples.
+        machine: what the report names as the machine, one line.
+    """
+    counts = real.counts()
+    quotas = quotas_to(config.generate.balance_to, counts)
+    groups = class_groups(counts, config.groups.many, config.groups.few)
+    synthetic = np.bincount(samples.labels, minlength=len(counts))
+    histogram = class_histogram(counts, synthetic, groups, real.classes)
+    generation = metrics["generation"]
+    return _template().render(
+        config=config,
+        metrics=metrics,
+        machine=machine,
+        counts=counts,
+        group_sizes={name: len(members) for name, members in groups.items()},
+        synthetic=int(synthetic.sum()),
+        accuracy=accuracy_rows(metrics),
+        validation=accuracy_rows(metrics["validation"]) if "validation" in metrics else [],
+        histogram=_data_uri(histogram, "image/svg+xml"),
+        gallery=gallery(real, samples, quotas),
+        generation=generation,
+        shares=_shares(generation),
+        by_class=generation_rows(generation["by_class"], real.classes, counts, quotas),
+        long_table=_LONG_TABLE,
+        timings=timing_rows(metrics["seconds"]),
+    )
+
+
+def _template() -> Template:
+    text = (resources.files("diffult") / "report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    return environment.from_string(text)
+
+
+def write_report(run: RunDir) -> Path:
+    """Writes report.html into the run directory and returns its path.
+
+    Raises:
+        UserError: the run is not evaluated yet, or was under another configuration.
+    """
+    file = run.path / "metrics.json"
+    metrics = read_json(file) if file.exists() else {}
+    if metrics.get("config") != run.config.hash:
+        raise UserError(f"{file}: no metrics of this run; run python -m diffult.evaluate --run {run.path}")
+    real = load_data(run.config.data).train
+    path = run.path / "report.html"
+    write_text(path, render(run.config, metrics, real, run_samples(run, real.counts()), _machine()))
+    return path
+
+
+def _machine() -> str:
+    device = pick_device()
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def command(run: RunOption) -> None:
+    """Write the report of an evaluated run: one HTML file with table, histogram, samples and timings."""
+    print(write_report(RunDir.open(run)))
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,42 @@
+"""A finished run at a tiny size, made once for all tests that need one."""
+
+from pathlib import Path
+
+import pytest
+
+from diffult.run import run_pipeline
+from diffult.run_dir import RunDir
+
+TINY = [
+    "extractor.steps=12",
+    "diffusion.steps=6",
+    "diffusion.batch_size=8",
+    "diffusion.checkpoint_every=3",
+    "diffusion.cbdm=true",
+    "diffusion.aid=true",
+    "unet.channels=8",
+    "generate.balance_to=10",
+    "generate.steps=2",
+    "generate.batch_size=8",
+    "generate.max_draws=3",
+    "classifier.steps=8",
+    "classifier.methods=['ce', 'diffult']",
+    "data.val_per_class=5",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """digits-lt with a handful of steps a stage, run to its report."""
+    run = RunDir.open(tmp_path_factory.mktemp("runs") / "tiny", "digits-lt", TINY)
+    run_pipeline(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images beside the checkout, where they are there."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    return folder

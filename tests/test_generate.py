@@ -1,0 +1,135 @@
+"""Generation: exact counts, the same samples whatever the batch, damaged shards, refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffult import generate as verb
+from diffult.data.shards import ShardStore
+from diffult.errors import UserError
+from diffult.generate import build_generator, command, fill, parse_classes
+from diffult.run_dir import RunDir
+from diffult.synthetic import kept_samples, open_store, read_quota
+
+CLASSES = tuple("0123456789")
+QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
+
+
+def draw(run: RunDir, folder: Path, batch_size: int, **settings):
+    s = run.config.generate.model_copy(update={"batch_size": batch_size, "max_draws": 6.0, **settings})
+    store = open_store(folder, run, s, QUOTAS, seed=3)
+    quota = read_quota(store, s, QUOTAS)
+    result = fill(build_generator(run, s, 3), store, quota, CLASSES)
+    samples = kept_samples(store, quota)
+    images = np.stack([samples.read(i) for i in range(len(samples))])
+    return result, list(zip(samples.labels.tolist(), samples.indices.tolist(), strict=True)), images
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("dpm++", 0.0), ("ddpm", 1.0), ("ddim", 0.0)])
+def test_the_same_samples_whatever_the_batch_size(tiny_run, tmp_path, sampler, guidance):
+    settings = {"sampler": sampler, "guidance": guidance, "steps": 3}
+    results = [draw(tiny_run, tmp_path / str(size), size, **settings) for size in (7, 64, 1)]
+    first, names, images = results[0]
+    assert [c for c, _ in names] == np.repeat(np.arange(10), QUOTAS).tolist()  # exact counts
+    for other, other_names, other_images in results[1:]:
+        assert other_names == names
+        assert {k: other[k] for k in ("drawn", "id", "aid", "ood")} == {k: first[k] for k in ("drawn", "id", "aid", "ood")}
+        assert np.abs(images.astype(int) - other_images).max() <= 1  # one grey level: rounding of convolutions
+
+
+def test_bits_are_the_same_at_one_batch_shape(tiny_run):
+    generator = build_generator(tiny_run, tiny_run.config.generate, 5)
+    labels, indices = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8]), torch.arange(8)
+    turned = torch.arange(7, -1, -1)
+    assert torch.equal(generator.draw(labels, indices)[turned], generator.draw(labels[turned], indices[turned]))
+
+
+def test_damaged_shard_is_set_aside_and_drawn_again(tiny_run, tmp_path):
+    _, names, images = draw(tiny_run, tmp_path / "s", 8)
+    shard = sorted((tmp_path / "s").glob("shard-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])
+    _, again, images_again = draw(tiny_run, tmp_path / "s", 8)
+    assert again == names
+    assert np.abs(images.astype(int) - images_again).max() <= 1
+    assert shard.with_suffix(".damaged").exists()
+
+
+def test_hopeless_class_warns_and_ends(tiny_run, tmp_path, caplog, monkeypatch):
+    def all_out(self, images, labels):
+        return torch.full((len(images),), 9.0), torch.full((len(images),), 2, dtype=torch.uint8)
+
+    monkeypatch.setattr("diffult.generation.Generator.judge", all_out)
+    settings = tiny_run.config.generate.model_copy(update={"max_draws": 2.0})
+    store = open_store(tmp_path, tiny_run, settings, QUOTAS, 0)
+    quota = read_quota(store, settings, QUOTAS)
+    result = fill(build_generator(tiny_run, settings, 0), store, quota, CLASSES)
+    assert (result["drawn"], result["accepted"], result["ood"]) == (44, 0, 44)
+    assert "class 3: only 0 of 5 samples after 10 candidates" in caplog.text
+
+
+def test_samples_of_other_settings_are_refused(tmp_path):
+    ShardStore(tmp_path, {"diffusion": "abc", "steps": 20})
+    ShardStore(tmp_path, {"diffusion": "abc", "steps": 20})
+    with pytest.raises(UserError, match=r"holds samples made otherwise \(steps: 20, now 10\)"):
+        ShardStore(tmp_path, {"diffusion": "abc", "steps": 10})
+
+
+def test_command_counts_and_output(tiny_run, tmp_path, capsys):
+    command(run=tiny_run.path, fast=True, steps=2, per_class=2, classes="3,7-9", out=tmp_path / "out")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["accepted"] == 8 and printed["nfe"] == 2
+    assert (tmp_path / "out" / "grid.png").exists()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["by_class"].keys() == {"3", "7", "8", "9"}
+
+
+def test_dry_run_writes_nothing(tiny_run, caplog):
+    before = sorted(tiny_run.path.rglob("*"))
+    with caplog.at_level("INFO"):
+        command(run=tiny_run.path, fast=True, balance_to=100, dry_run=True)
+    assert sorted(tiny_run.path.rglob("*")) == before
+    assert f"{1000 - 201} samples, 20 evaluations each (dpm++, 20 steps)" in caplog.text
+
+
+def test_parse_classes():
+    assert parse_classes("3,7-9", 10) == [3, 7, 8, 9]
+    for bad, message in (("x", "expected numbers"), ("3-", "expected"), ("10", "no class 10"), ("5-3", "expected")):
+        with pytest.raises(UserError, match=message):
+            parse_classes(bad, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balance_to": 3, "per_class": 4}, "exclude each other"),
+        ({"sampler": "euler"}, "expected one of ddim, ddpm, dpm"),
+        ({"steps": 2000}, "the model has 1000 timesteps"),
+        ({"classes": "11"}, "no class 11"),
+    ],
+)
+def test_bad_options(tiny_run, options, message):
+    with pytest.raises(UserError, match=message):
+        command(run=tiny_run.path, **options)
+
+
+def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def pretend(arguments, check):
+        commands.append(arguments)
+        shutil.copytree(tiny_run.path, tmp_path / "runs" / "digits-lt")
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(verb.subprocess, "run", pretend)
+    with caplog.at_level("INFO"):
+        command(fast=True, dry_run=True)
+        command(fast=True, dry_run=True)
+    assert "training the bundled digits-lt run first" in caplog.text
+    expected = ["-m", "diffult.run", "--run", "runs/digits-lt", "--until", "diffusion", "--preset", "digits-lt"]
+    assert commands == [[sys.executable, *expected]]  # once: the second call finds it

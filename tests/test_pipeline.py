@@ -1,0 +1,168 @@
+"""The whole pipeline at a tiny size: what it leaves, that it survives being killed, and that bad input is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors import safe_open
+
+from diffult.artifacts import load_classifier, load_diffusion
+from diffult.errors import UserError
+from diffult.run import run_pipeline
+from diffult.run_dir import RunDir
+
+# Runs the pipeline in children that each die by SIGKILL just before their second rename: one file is whole, the next is
+# there under its temporary name only. The parent imports everything once and never starts a thread before it forks.
+KILLER = """
+import os, signal, sys
+import ffcv_writers.beton
+from pathlib import Path
+import diffult.run
+from diffult.run_dir import RunDir
+
+def child():
+    renames, replace = 0, os.replace
+    def dying_replace(a, b):
+        nonlocal renames
+        renames += 1
+        if renames == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(a, b)
+    os.replace = dying_replace
+    diffult.run.run_pipeline(RunDir.open(Path(sys.argv[1]), "digits-lt", sys.argv[2:]))
+
+for deaths in range(100):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if not os.WIFSIGNALED(status):
+        print(deaths)
+        sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def comparable(path: Path) -> dict:
+    metrics = json.loads((path / "metrics.json").read_text())
+    del metrics["seconds"], metrics["generation"]["images_per_s"]
+    return metrics
+
+
+def test_metrics_hold_what_the_contract_says(tiny_run):
+    metrics = json.loads((tiny_run.path / "metrics.json").read_text())
+    for method in ("ce", "diffult"):
+        assert set(metrics[method]) == {"top1", "many", "medium", "few"}
+        assert all(0 <= value <= 100 for value in metrics[method].values())
+    generation = metrics["generation"]
+    assert generation["drawn"] == generation["id"] + generation["aid"] + generation["ood"]
+    assert generation["accepted"] == generation["id"] + generation["aid"]
+    assert generation["nfe"] == 2
+    assert (tiny_run.path / "report.html").stat().st_size > 10_000
+
+
+def test_weights_carry_the_configuration(tiny_run):
+    for file in tiny_run.path.rglob("*.safetensors"):
+        if not file.name.startswith("shard"):
+            with safe_open(file, framework="pt") as opened:
+                assert opened.metadata()["config"] == tiny_run.config.hash, file
+
+
+def test_weights_open_again(tiny_run):
+    x = torch.zeros(2, 1, 8, 8)
+    assert load_classifier(tiny_run, "diffult", torch.device("cpu"))(x).shape == (2, 10)
+    unet = load_diffusion(tiny_run, torch.device("cpu"))
+    assert unet(x, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 10])).shape == x.shape
+
+
+def test_a_finished_run_is_skipped(tiny_run):
+    before = {file: file.stat().st_mtime_ns for file in tiny_run.path.rglob("*") if file.name != "report.html"}
+    run_pipeline(RunDir.open(tiny_run.path, "digits-lt", TINY))
+    changed = [f for f, t in before.items() if f.is_file() and f.stat().st_mtime_ns != t]
+    assert changed == []
+
+
+@pytest.mark.timeout(280)
+def test_killed_at_every_file_it_writes_it_ends_with_the_same_metrics(tiny_run, tmp_path):
+    run = tmp_path / "killed"
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(run), *TINY], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.split()[-1]) > 15  # deaths: it was really killed in every stage
+    assert comparable(run) == comparable(tiny_run.path)
+
+
+@pytest.fixture
+def copied_run(tiny_run, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+
+
+def test_truncated_checkpoint_is_refused_before_any_work(copied_run):
+    for done in copied_run.rglob("done.json"):
+        done.unlink()
+    checkpoint = copied_run / "diffusion" / "state.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"diffusion/state.pt: damaged checkpoint .*delete it"):
+        run_pipeline(RunDir.open(copied_run))
+    assert not (copied_run / "extractor" / "done.json").exists()
+
+
+def test_truncated_weights_are_named(copied_run):
+    weights = copied_run / "diffusion" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"ema.safetensors: damaged"):
+        load_diffusion(RunDir.open(copied_run), torch.device("cpu"))
+
+
+def test_a_config_edited_by_hand_is_told(copied_run):
+    file = copied_run / "config.toml"
+    file.write_text(file.read_text().replace("label_dropout = 0.1", "label_dropout = 0.2"))
+    with pytest.raises(UserError, match=r"written under another configuration"):
+        run_pipeline(RunDir.open(copied_run))
+
+
+def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
+    run = RunDir.open(tmp_path / "new", "digits-lt", TINY)
+    for module, missing in (("train_diffusion", "extractor"), ("balance", "synthetic"), ("evaluate", "betons")):
+        out = subprocess.run(
+            [sys.executable, "-m", f"diffult.{module}", "--run", str(run.path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert out.returncode == 2
+        last = out.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and f"stage {missing!r} is not finished" in last, out.stderr
+
+
+def test_cifar_preset_runs_on_an_image_folder_and_resumes(shared_data, tmp_path):
+    """cifar10-lt-100 with its losses, sampler and methods, at a small width and a few steps, on real images."""
+    folder = tmp_path / "cifar"
+    with tarfile.open(shared_data / "cifar10-jpeg.tar.gz") as tar:
+        for member in tar:
+            number = int(Path(member.name).stem) if member.name.endswith(".jpg") else 0
+            split = member.name.removeprefix("./").split("/")[0]
+            if member.isfile() and 1 <= number % 5000 <= (20 if split == "train" else 4):
+                tar.extract(member, folder, filter="data")
+    settings = [
+        "data.source=folder", f"data.path={folder}", "data.imbalance=5", "data.n_max=15", "data.val_per_class=2",
+        "extractor.steps=3", "extractor.batch_size=16", "unet.channels=8", "diffusion.steps=4",
+        "diffusion.batch_size=4", "diffusion.checkpoint_every=2", "generate.balance_to=5", "generate.steps=3",
+        "generate.batch_size=8", "classifier.steps=3", "classifier.batch_size=16",
+    ]  # fmt: skip
+    path = tmp_path / "run"
+    run_pipeline(RunDir.open(path, "cifar10-lt-100", settings), "diffusion")
+    (path / "diffusion" / "done.json").unlink()  # as if killed after its last checkpoint
+    run_pipeline(RunDir.open(path))
+    metrics = json.loads((path / "metrics.json").read_text())
+    assert len([m for m in metrics if isinstance(metrics[m], dict) and "top1" in metrics[m]]) == 6
+    assert metrics["generation"]["nfe"] == 6  # guidance doubles the three steps
