@@ -64,7 +64,10 @@ def load_classifier(run: RunDir, method: Method, device: torch.device) -> nn.Mod
     weights, info = load_tensors(run.folder("classifier") / f"{method}.safetensors")
     config = run.config
     model = build_classifier(
-        config.classifier.network, int(info["num_classes"]), config.data.channels, config.classifier.image_size
+        config.classifier.network,
+        int(info["num_classes"]),
+        config.data.channels,
+        config.classifier.image_size,
     )
     model.load_state_dict(weights)
     return _frozen(model, device)
@@ -72,4 +75,4 @@ def load_classifier(run: RunDir, method: Method, device: torch.device) -> nn.Mod
 
 def _frozen(model: nn.Module, device: torch.device) -> nn.Module:
     model.eval().requires_grad_(False)
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device).to(memory_format=torch.channels_last)

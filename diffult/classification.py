@@ -20,9 +20,7 @@ Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 _CHUNK = 4096  # batches whose order is laid out at a time
 
 
-def training_batches(
-    loader: Loader, kind: OrderKind, seed: int, start: int, steps: int
-) -> Iterator[Batch]:
+def training_batches(loader: Loader, kind: OrderKind, seed: int, start: int, steps: int) -> Iterator[Batch]:
     """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
     size = loader.batch_size
     for first in range(start, steps, _CHUNK):
@@ -50,7 +48,11 @@ def fit(
         seed: the run's seed and the stage's number.
     """
     optimizer = torch.optim.SGD(
-        model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=False
+        model.parameters(),
+        config.learning_rate,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=False,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -60,9 +62,7 @@ def fit(
 
     def step(i: int, batch: Batch) -> dict[str, torch.Tensor]:
         positions = i * config.batch_size + torch.arange(len(batch.labels), device=device)
-        images = augment(
-            batch.images, order_seed, positions, size=config.image_size, **config.augment.model_dump()
-        )
+        images = augment(batch.images, order_seed, positions, size=config.image_size, **config.augment.model_dump())
         with autocast(dtype, device):
             logits = model(images)
         value = loss(logits, batch)

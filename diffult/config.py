@@ -142,7 +142,9 @@ class Config(Section):
         if self.classifier.image_size > stored:
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
         if self.diffusion.augment_probability and not self.unet.augment_dim:
-            raise ValueError("diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented")
+            raise ValueError(
+                "diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented"
+            )
         return self
 
     def to_toml(self) -> str:
@@ -162,7 +164,9 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def preset_names() -> list[str]:
-    return sorted(entry.name[:-5] for entry in resources.files("diffult.presets").iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name[:-5] for entry in resources.files("diffult.presets").iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def _preset_document(name: str) -> dict[str, Any]:

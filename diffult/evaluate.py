@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffult.artifacts import load_classifier
 from diffult.classification import predict
@@ -35,6 +36,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     counts = np.bincount(open_part(run, "real").labels)
     groups = class_groups(counts, run.config.groups.many, run.config.groups.few)
     metrics = {"name": run.config.name, "config": run.config.hash, "seed": run.config.seed}
+    metrics |= {"device": str(pick_device()), "torch": torch.__version__}
     metrics |= _accuracies(run, "test", groups)
     if (run.done("betons") or {}).get("val"):
         metrics["validation"] = _accuracies(run, "val", groups)
@@ -42,7 +44,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     metrics["seconds"] = {
         stage: (run.done(stage) or {})["seconds"]
         for stage in ("extractor", "diffusion", "synthetic", "betons", "classifier")
-    }  # type: ignore[union-attr]
+    }
     write_json(file, metrics)
     return metrics
 
@@ -51,7 +53,7 @@ def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[s
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
     loader = Loader(open_part(run, part), _BATCH, device=device)
-    result = {}
+    result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run, method, device)
         predictions, labels = predict(model, loader, run.config.classifier.image_size, dtype, device)
@@ -75,7 +77,6 @@ def command(run: RunOption) -> None:
     """Measure every classifier on the balanced test set: top-1 and many / medium / few."""
     metrics = evaluate(RunDir.open(run))
     print(table(metrics))
-
 
 
 if __name__ == "__main__":

@@ -84,6 +84,4 @@ def load_state(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: damaged checkpoint ({reason[:120]}); delete it to start this stage anew"
-        ) from None
+        raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to start this stage anew") from None

@@ -36,7 +36,10 @@ from diffult.synthetic import kept_samples, open_store, quotas_to, read_quota
 
 log = logging.getLogger(__name__)
 BUNDLED = "digits-lt"
-FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 20}  # --fast: second order, fifty times fewer evaluations
+FAST: dict[str, Any] = {
+    "sampler": "dpm++",
+    "steps": 20,
+}  # --fast: second order, fifty times fewer evaluations
 
 
 def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
@@ -91,7 +94,12 @@ def generate_stage(run: RunDir, counts: np.ndarray, classes: tuple[str, ...]) ->
 
 
 def _generate_into(
-    folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int, classes: tuple[str, ...]
+    folder: Path,
+    run: RunDir,
+    settings: GenerateConfig,
+    quotas: np.ndarray,
+    seed: int,
+    classes: tuple[str, ...],
 ) -> dict[str, Any]:
     store = open_store(folder, run, settings, quotas, seed)
     quota = read_quota(store, settings, quotas)

@@ -186,9 +186,7 @@ def render(config: Config, metrics: Mapping[str, Any], real: ImageSet, samples: 
 
 def _template() -> Template:
     text = (resources.files("diffult") / "report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
     return environment.from_string(text)
 

@@ -81,7 +81,9 @@ class RunDir:
     def require(self, stage: Stage, verb: str) -> None:
         """Raises UserError unless the stage is finished; `verb` is the command that does it."""
         if self.done(stage) is None:
-            raise UserError(f"{self.path}: stage {stage!r} is not finished; run python -m diffult.{verb} --run {self.path}")
+            raise UserError(
+                f"{self.path}: stage {stage!r} is not finished; run python -m diffult.{verb} --run {self.path}"
+            )
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[dict[str, Any] | None]:

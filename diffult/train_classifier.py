@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffult.cli import RunOption, main
 from diffult.classification import fit
+from diffult.cli import RunOption, main
 from diffult.device import compute_dtype, pick_device
 from diffult.files import save_tensors
 from diffult.longtail.losses import log_prior, weighted_cross_entropy
@@ -38,8 +38,6 @@ def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> No
     device = pick_device()
     weight = np.where(train.synthetic, config.omega, 1.0)
     effective_counts = np.bincount(train.labels, weight, minlength=num_classes)
-    if recipe.order == "class_balanced":  # the stream itself is balanced; what is left to adjust is nothing
-        effective_counts = np.ones(num_classes)
     prior = log_prior(torch.from_numpy(effective_counts)).to(device)
 
     def loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -49,7 +47,7 @@ def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> No
 
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device).to(memory_format=torch.channels_last)
     fit(
         f"classifier {method}",
         model,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -78,9 +77,7 @@ class DiffusionLoss:
             eps_theta = schedule.to_eps(config.prediction, out, x_t, t)
         if config.cbdm:
             eps_other = schedule.to_eps(config.prediction, out_other, x_t, t)
-            losses["cbdm"] = cbdm_loss(
-                eps_theta, eps_other, t, schedule.timesteps, config.cbdm_tau, config.cbdm_gamma
-            )
+            losses["cbdm"] = cbdm_loss(eps_theta, eps_other, t, schedule.timesteps, config.cbdm_tau, config.cbdm_gamma)
         if config.aid:
             losses["aid"] = self._aid(x0, eps, eps_theta, t, y)
         return {"loss": torch.stack(list(losses.values())).sum()} | {k: v.detach() for k, v in losses.items()}
@@ -120,7 +117,7 @@ def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) 
     dtype = compute_dtype(run.config.precision, device)
     num_classes = len(train.classes)
     torch.manual_seed(run.config.seed)
-    model = build_unet(run.config, num_classes).to(device, memory_format=torch.channels_last).train()
+    model = build_unet(run.config, num_classes).to(device).to(memory_format=torch.channels_last).train()
     ema = Ema(model, config.ema)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -165,7 +162,11 @@ def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) 
         "diffusion", config.steps, batches, step, parts, folder / "state.pt", config.checkpoint_every,
         (run.config.seed, _STAGE),
     )  # fmt: skip
-    info = {"config": run.config.hash, "num_classes": str(num_classes), "unet": run.config.unet.model_dump_json()}
+    info = {
+        "config": run.config.hash,
+        "num_classes": str(num_classes),
+        "unet": run.config.unet.model_dump_json(),
+    }
     save_tensors(folder / "ema.safetensors", ema.state_dict(), info)
     note["images"] = config.steps * config.batch_size
 

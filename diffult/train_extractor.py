@@ -1,4 +1,4 @@
-"""Stage 1: the extractor phi0, an ordinary classifier on the long-tailed set, and where each class lies in its features.
+"""Stage 1: the extractor phi0, an ordinary classifier on the long-tailed set, and where each class lies in it.
 
 Writes extractor/weights.safetensors and extractor/statistics.safetensors (centres, radii).
 """
@@ -37,7 +37,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     num_classes = len(train.classes)
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     loader = Loader(ArraySet(train.load(), train.labels), config.batch_size, device=device)
     fit(
         "extractor", model, loader, "natural", config,
@@ -49,9 +49,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     statistics = class_statistics(features, labels, num_classes)
     info = {"config": run.config.hash, "network": config.network, "num_classes": str(num_classes)}
     save_tensors(folder / "weights.safetensors", model.state_dict(), info)
-    save_tensors(
-        folder / "statistics.safetensors", {"centres": statistics.centres, "radii": statistics.radii}, info
-    )
+    save_tensors(folder / "statistics.safetensors", {"centres": statistics.centres, "radii": statistics.radii}, info)
     note["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 
@@ -63,4 +61,3 @@ def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None)
 
 if __name__ == "__main__":
     main(command)
-

@@ -36,9 +36,7 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         current = model.state_dict()
         averaged = [key for key, value in self.state.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.state[key] for key in averaged], [current[key] for key in averaged], 1 - decay
-        )
+        torch._foreach_lerp_([self.state[key] for key in averaged], [current[key] for key in averaged], 1 - decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.state
@@ -49,7 +47,12 @@ class Ema:
 
 
 def learning_rate_factor(
-    step: int, steps: int, warmup: float, milestones: tuple[float, ...] = (), decay: float = 0.1, cosine: bool = False
+    step: int,
+    steps: int,
+    warmup: float,
+    milestones: tuple[float, ...] = (),
+    decay: float = 0.1,
+    cosine: bool = False,
 ) -> float:
     """What the learning rate is multiplied by: linear warm-up over `warmup` steps, then decay at milestones, shares of
     all steps, or half a cosine to 0."""

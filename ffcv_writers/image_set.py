@@ -66,6 +66,5 @@ class ImageSet(ABC):
 def damaged(path: Path, reason: object) -> ValueError:
     """The error for a file that cannot be used as it is."""
     return ValueError(
-        f"{path} is damaged or not an image set of ours ({reason}): "
-        "delete it and run the stage that writes it again"
+        f"{path} is damaged or not an image set of ours ({reason}): delete it and run the stage that writes it again"
     )

@@ -10,9 +10,7 @@ import numpy as np
 from .image_set import ImageSet, Part, PixelReader, Shape, damaged
 
 
-def write_npz(
-    path: Path, images: Iterable[np.ndarray], shape: Shape, columns: Mapping[str, np.ndarray]
-) -> None:
+def write_npz(path: Path, images: Iterable[np.ndarray], shape: Shape, columns: Mapping[str, np.ndarray]) -> None:
     """Writes uint8 images of one shape and the (n,) int64 columns label, synthetic and index."""
     pixels = np.empty((len(columns["label"]), *shape), np.uint8)
     for number, image in enumerate(images):

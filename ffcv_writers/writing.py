@@ -113,9 +113,7 @@ def _sample(path: Path, samples: Samples, number: int, shape: Shape | None) -> n
     return image
 
 
-def _read_ahead(
-    path: Path, samples: Samples, shape: Shape, workers: int
-) -> Generator[np.ndarray, None, None]:
+def _read_ahead(path: Path, samples: Samples, shape: Shape, workers: int) -> Generator[np.ndarray, None, None]:
     def read(begin: int) -> list[np.ndarray]:
         numbers = range(begin, min(begin + _READ_TOGETHER, len(samples)))
         return [_sample(path, samples, number, shape) for number in numbers]

@@ -86,7 +86,10 @@ def _resized_crop(x: torch.Tensor, u: torch.Tensor, size: int) -> torch.Tensor:
     """Bilinear crops; a crop wider or higher than the image is cut to it, as torchvision's fallback does."""
     area = 0.08 + 0.92 * u[:, 0]
     aspect = torch.exp(math.log(3 / 4) + u[:, 1] * (math.log(4 / 3) - math.log(3 / 4)))
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # shares of the sides
+    width, height = (
+        (area * aspect).sqrt().clamp(max=1),
+        (area / aspect).sqrt().clamp(max=1),
+    )  # shares of the sides
     left, top = (1 - width) * u[:, 2], (1 - height) * u[:, 3]
     theta = torch.zeros(len(x), 2, 3, device=x.device)
     theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1

@@ -67,9 +67,7 @@ def uniform(seed: int, labels: torch.Tensor, indices: torch.Tensor, step: int, c
     return torch.stack([_uniform(word) for word in words], dim=-1).flatten(1)[:, :count]
 
 
-def normal(
-    seed: int, labels: torch.Tensor, indices: torch.Tensor, step: int, shape: tuple[int, ...]
-) -> torch.Tensor:
+def normal(seed: int, labels: torch.Tensor, indices: torch.Tensor, step: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise for samples named (seed, class, index) at one step.
 
     Args:

@@ -107,13 +107,9 @@ def test_compiles_without_a_break() -> None:
 @pytest.mark.parametrize("width", [8, 32, 64, 256])
 def test_cuda_agrees_with_torch_and_float64(dtype: torch.dtype, width: int) -> None:
     q, k, v = (x.to(dtype) for x in _qkv((2, 64, 2, width), "cuda"))
-    tolerance = (
-        0.05 if dtype == torch.bfloat16 else 1e-4 if not torch.backends.cuda.matmul.allow_tf32 else 1e-2
-    )
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4 if not torch.backends.cuda.matmul.allow_tf32 else 1e-2
     out = attention(q, k, v)
-    sdpa = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v))
-    ).transpose(1, 2)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(out.double(), _naive(q, k, v), rtol=0, atol=tolerance)
     torch.testing.assert_close(out, sdpa, rtol=0, atol=tolerance)
 

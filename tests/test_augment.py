@@ -35,9 +35,7 @@ def _apply(images: torch.Tensor, **entries: float) -> torch.Tensor:
 def _smooth(size: int = 24) -> torch.Tensor:
     """A smooth image, on which interpolation of the third order is nearly exact."""
     x = torch.linspace(-1, 1, size)
-    image = (
-        0.5 * torch.sin(3 * x[None, :] + 1) * torch.cos(2 * x[:, None]) + 0.3 * x[None, :] * x[:, None] ** 2
-    )
+    image = 0.5 * torch.sin(3 * x[None, :] + 1) * torch.cos(2 * x[:, None]) + 0.3 * x[None, :] * x[:, None] ** 2
     return image[None, None]
 
 
@@ -91,9 +89,7 @@ def test_zoom_and_stretch_matrices_against_expm() -> None:
 
 def test_composite_against_scipy() -> None:
     image, angle = _smooth(), 0.4
-    label = _label(
-        flip_x=1, zoom=0.8, cosine=math.cos(angle) - 1, sine=math.sin(angle), u=0.5, v=0.9, shift_x=0.3
-    )
+    label = _label(flip_x=1, zoom=0.8, cosine=math.cos(angle) - 1, sine=math.sin(angle), u=0.5, v=0.9, shift_x=0.3)
     got = warp(image, affine(label))[0, 0].numpy()
 
     stretch = scipy.linalg.expm(0.2 * math.log(2) * np.array([[0.5, 0.9], [0.9, -0.5]]))

@@ -26,14 +26,38 @@ def test_every_preset_loads_and_survives_a_round_trip(tmp_path):
 def test_cifar_presets_are_the_papers(classes, balance_to, imbalance):
     """shared hyper-parameters of DiffuLT's CIFAR rows: N_t, omega, alpha, 500k steps of 128, ResNet-32, 200 epochs."""
     c = load_preset(f"cifar{classes}-lt-{imbalance}")
-    assert (c.data.source, c.data.imbalance, c.data.profile, c.data.seed) == (f"cifar{classes}", imbalance, "exponential", 0)
+    assert (c.data.source, c.data.imbalance, c.data.profile, c.data.seed) == (
+        f"cifar{classes}",
+        imbalance,
+        "exponential",
+        0,
+    )
     assert (c.generate.balance_to, c.classifier.omega) == (balance_to, 0.3)
     d = c.diffusion
-    assert (d.steps, d.batch_size, d.learning_rate, d.timesteps, d.warmup_steps) == (500_000, 128, 2e-4, 1000, 5000)
-    assert (d.schedule, d.prediction, d.ema, d.aid_alpha, d.cbdm_tau, d.cbdm_gamma) == ("linear", "epsilon", 0.9999, 0.1, 1.0, 0.25)
+    assert (d.steps, d.batch_size, d.learning_rate, d.timesteps, d.warmup_steps) == (
+        500_000,
+        128,
+        2e-4,
+        1000,
+        5000,
+    )
+    assert (d.schedule, d.prediction, d.ema, d.aid_alpha, d.cbdm_tau, d.cbdm_gamma) == (
+        "linear",
+        "epsilon",
+        0.9999,
+        0.1,
+        1.0,
+        0.25,
+    )
     assert d.cbdm and d.aid and d.augment_probability == 0.12
     k = c.classifier
-    assert (k.network, k.batch_size, k.learning_rate, k.momentum, k.weight_decay) == ("resnet32", 128, 0.1, 0.9, 2e-4)
+    assert (k.network, k.batch_size, k.learning_rate, k.momentum, k.weight_decay) == (
+        "resnet32",
+        128,
+        0.1,
+        0.9,
+        2e-4,
+    )
     assert k.steps == 200 * classes * balance_to // 128
     assert k.augment.pad == 4 and k.augment.flip
 

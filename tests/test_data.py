@@ -70,9 +70,7 @@ def test_files_of_the_right_size_pass_untouched(tmp_path: Path) -> None:
     assert images.read(2).flags.writeable  # torch.from_numpy warns otherwise
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(100, 75), (75, 100), (101, 76), (40, 333), (20, 31), (32, 45)]
-)
+@pytest.mark.parametrize(("height", "width"), [(100, 75), (75, 100), (101, 76), (40, 333), (20, 31), (32, 45)])
 def test_resize_and_crop_equal_torchvision(tmp_path: Path, height: int, width: int) -> None:
     image = Image.fromarray(picture(height, width))
     image.save(tmp_path / "a.png")
@@ -154,9 +152,7 @@ def test_cifar_lt_sizes_are_the_published_ones(classes: int, imbalance: float, t
     counts = exponential(50000 // classes, imbalance, classes)
     assert sum(counts) == total
     # as imbalance_cifar.py writes it, with the reciprocal factor
-    assert counts == [
-        int(50000 / classes * ((1 / imbalance) ** (i / (classes - 1.0)))) for i in range(classes)
-    ]
+    assert counts == [int(50000 / classes * ((1 / imbalance) ** (i / (classes - 1.0)))) for i in range(classes)]
 
 
 def test_imbalance_factor_is_exact_at_the_last_class() -> None:
@@ -250,18 +246,14 @@ def test_config_refuses(fields: dict[str, object], message: str) -> None:
 
 def source_of(monkeypatch: pytest.MonkeyPatch, train: list[int], val: list[int] | None = None) -> Source:
     """Puts a source with these class sizes in place of the configured one."""
-    source = Source(
-        array_set(train), array_set([2] * len(train), 1), None if val is None else array_set(val, 2)
-    )
+    source = Source(array_set(train), array_set([2] * len(train), 1), None if val is None else array_set(val, 2))
     monkeypatch.setattr("diffult.data.splits.load_source", lambda config: source)
     return source
 
 
 def test_drawn_splits_are_disjoint_and_test_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(monkeypatch, [60, 60, 60])
-    config = DataConfig(
-        source="digits", profile="exponential", imbalance=9, n_max=45, val_per_class=20, seed=4
-    )
+    config = DataConfig(source="digits", profile="exponential", imbalance=9, n_max=45, val_per_class=20, seed=4)
     data = load_data(config)
     train, val = numbers_of(data.train), numbers_of(data.val)
     assert data.train.counts().tolist() == [45, 15, 5]
@@ -283,10 +275,7 @@ def test_no_remainder_means_no_validation_and_a_warning(
         data = load_data(DataConfig(source="digits", profile="counts", counts=(10, 4, 10), val_per_class=3))
     assert data.val is not None and data.val.counts().tolist() == [0, 3, 0]
     assert "no image is left to validate 2 of 3 classes: c0, c2" in caplog.text
-    assert (
-        load_data(DataConfig(source="digits", profile="counts", counts=(10, 10, 10), val_per_class=3)).val
-        is None
-    )
+    assert load_data(DataConfig(source="digits", profile="counts", counts=(10, 10, 10), val_per_class=3)).val is None
     assert load_data(DataConfig(source="digits", profile="counts", counts=(5, 5, 5))).val is None
 
 

@@ -40,9 +40,7 @@ def folder_config(root: Path) -> DataConfig:
     return DataConfig(source="folder", path=str(root), image_size=8)
 
 
-def test_folder_classes_are_sorted_and_files_in_order(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_folder_classes_are_sorted_and_files_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_folder(tmp_path, ("train", "test", "val"))
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / "ant" / ".hidden.png").write_text("")
@@ -131,9 +129,7 @@ def test_list_with_spaces_in_paths_and_a_validation_list(tmp_path: Path) -> None
     for i, name in enumerate(["a/one two.png", "b.png", "c 1.png", "dé.png"]):
         write_image(tmp_path / name, i)
     train = "\ufeffa/one two.png 1\r\nb.png 0\n\nc 1.png\t2\ndé.png 0"
-    source = load_source(
-        list_config(tmp_path, train, "b.png 0\nb.png 1\nb.png 2\n", "b.png 2\nb.png 1\nb.png 0\n")
-    )
+    source = load_source(list_config(tmp_path, train, "b.png 0\nb.png 1\nb.png 2\n", "b.png 2\nb.png 1\nb.png 0\n"))
     assert source.train.labels.tolist() == [1, 0, 2, 0]
     assert source.train.load()[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
     assert source.train.classes == ("0", "1", "2")

@@ -42,9 +42,7 @@ def test_digits_are_scaled_and_split_for_good() -> None:
     assert np.array_equal(again.test.load(), source.test.load())
 
 
-@pytest.mark.parametrize(
-    ("size", "channels", "message"), [(32, 1, "digits images are 8x8"), (8, 3, "have 1 channel")]
-)
+@pytest.mark.parametrize(("size", "channels", "message"), [(32, 1, "digits images are 8x8"), (8, 3, "have 1 channel")])
 def test_images_of_another_shape_than_configured_are_refused(size: int, channels: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_source(DataConfig(source="digits", image_size=size, channels=channels))
@@ -54,10 +52,7 @@ def test_images_of_another_shape_than_configured_are_refused(size: int, channels
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
-    return (
-        struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-        + values.astype(np.uint8).tobytes()
-    )
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
 
 
 def write_idx(folder: Path, compress: bool) -> dict[str, np.ndarray]:
@@ -104,9 +99,7 @@ def test_idx_round_trip(tmp_path: Path, compress: bool) -> None:
         ("t10k-images-idx3-ubyte", lambda b: idx_bytes(np.zeros((12, 9, 9))), r"test images are \(9, 9, 1\)"),
     ],
 )
-def test_bad_idx_is_refused(
-    tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str
-) -> None:
+def test_bad_idx_is_refused(tmp_path: Path, name: str, change: Callable[[bytes], bytes], message: str) -> None:
     write_idx(tmp_path, compress=False)
     (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
     with pytest.raises(UserError, match=message):
@@ -264,9 +257,7 @@ def test_bad_cifar_pickles_are_refused_by_name(tmp_path: Path, content: bytes, m
 
 
 def test_missing_or_wrong_cifar_archives_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"nowhere is neither cifar-10-python\.tar\.gz nor cifar-10-batches-py"
-    ):
+    with pytest.raises(UserError, match=r"nowhere is neither cifar-10-python\.tar\.gz nor cifar-10-batches-py"):
         load_source(DataConfig(source="cifar10", path=str(tmp_path / "nowhere")))
     pickled = {file: python2_pickle(value) for file, value in cifar_files("cifar100")[0].items()}
     path = write_cifar(tmp_path, "cifar100", True, pickled)

@@ -80,7 +80,9 @@ def test_min_snr_weighs_the_x0_error_by_clipped_snr(prediction, batch):
 def test_ddpm_loss(batch):
     _, eps, other, _ = batch
     weight = torch.rand(6, dtype=torch.float64)
-    naive = np.mean([w * np.mean((e - o) ** 2) for w, e, o in zip(weight.numpy(), eps.numpy(), other.numpy(), strict=True)])
+    naive = np.mean(
+        [w * np.mean((e - o) ** 2) for w, e, o in zip(weight.numpy(), eps.numpy(), other.numpy(), strict=True)]
+    )
     assert float(ddpm_loss(eps, other, weight)) == pytest.approx(naive, rel=1e-5)
     assert float(ddpm_loss(eps, other)) == pytest.approx(float(((eps - other) ** 2).mean()), rel=1e-5)
 

@@ -24,9 +24,7 @@ FORMATS = [pytest.param(".beton", marks=needs_ffcv), ".npz"]
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
-def random_set(
-    number: int, shape: tuple[int, int, int], seed: int = 0
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def random_set(number: int, shape: tuple[int, int, int], seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (number, *shape), dtype=np.uint8)
     columns = {

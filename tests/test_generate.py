@@ -39,7 +39,9 @@ def test_the_same_samples_whatever_the_batch_size(tiny_run, tmp_path, sampler, g
     assert [c for c, _ in names] == np.repeat(np.arange(10), QUOTAS).tolist()  # exact counts
     for other, other_names, other_images in results[1:]:
         assert other_names == names
-        assert {k: other[k] for k in ("drawn", "id", "aid", "ood")} == {k: first[k] for k in ("drawn", "id", "aid", "ood")}
+        assert {k: other[k] for k in ("drawn", "id", "aid", "ood")} == {
+            k: first[k] for k in ("drawn", "id", "aid", "ood")
+        }
         assert np.abs(images.astype(int) - other_images).max() <= 1  # one grey level: rounding of convolutions
 
 
@@ -85,7 +87,12 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["accepted"] == 8 and printed["nfe"] == 2
     assert (tmp_path / "out" / "grid.png").exists()
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["by_class"].keys() == {"3", "7", "8", "9"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["by_class"].keys() == {
+        "3",
+        "7",
+        "8",
+        "9",
+    }
 
 
 def test_dry_run_writes_nothing(tiny_run, caplog):
@@ -98,7 +105,12 @@ def test_dry_run_writes_nothing(tiny_run, caplog):
 
 def test_parse_classes():
     assert parse_classes("3,7-9", 10) == [3, 7, 8, 9]
-    for bad, message in (("x", "expected numbers"), ("3-", "expected"), ("10", "no class 10"), ("5-3", "expected")):
+    for bad, message in (
+        ("x", "expected numbers"),
+        ("3-", "expected"),
+        ("10", "no class 10"),
+        ("5-3", "expected"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_classes(bad, 10)
 
@@ -131,5 +143,14 @@ def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monk
         command(fast=True, dry_run=True)
         command(fast=True, dry_run=True)
     assert "training the bundled digits-lt run first" in caplog.text
-    expected = ["-m", "diffult.run", "--run", "runs/digits-lt", "--until", "diffusion", "--preset", "digits-lt"]
+    expected = [
+        "-m",
+        "diffult.run",
+        "--run",
+        "runs/digits-lt",
+        "--until",
+        "diffusion",
+        "--preset",
+        "digits-lt",
+    ]
     assert commands == [[sys.executable, *expected]]  # once: the second call finds it

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = {"kernels", "diffult", "ffcv_writers", "bench"}
 VERBS = {
-    "run", "generate", "train_extractor", "train_diffusion", "balance", "train_classifier", "evaluate", "report", "doctor",
+    "run", "train_extractor", "train_diffusion", "generate", "balance", "train_classifier", "evaluate", "report",
+    "doctor",
 }  # fmt: skip
 NOUNS = ("data", "models", "diffusion", "longtail")
 

@@ -128,8 +128,17 @@ def test_log_prior():
 def test_groups_and_accuracies():
     counts = np.array([101, 100, 20, 19])
     groups = class_groups(counts, many=100, few=20)
-    assert {name: classes.tolist() for name, classes in groups.items()} == {"many": [0], "medium": [1, 2], "few": [3]}
+    assert {name: classes.tolist() for name, classes in groups.items()} == {
+        "many": [0],
+        "medium": [1, 2],
+        "few": [3],
+    }
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
     predictions = np.array([0, 1, 1, 1, 2, 0, 3, 3])
-    assert accuracies(predictions, labels, groups) == {"top1": 75.0, "many": 50.0, "medium": 75.0, "few": 100.0}
+    assert accuracies(predictions, labels, groups) == {
+        "top1": 75.0,
+        "many": 50.0,
+        "medium": 75.0,
+        "few": 100.0,
+    }
     assert accuracies(predictions, labels, {"many": np.array([], dtype=int)})["many"] is None

@@ -152,15 +152,10 @@ def test_sinusoid_against_closed_form() -> None:
 def test_self_attention_against_float64() -> None:
     block = _randomised(SelfAttention(32, 8))
     x = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(2))
-    h = (
-        _norm_reference(x, 8, block.norm.weight, block.norm.bias, None, None, False)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    h = _norm_reference(x, 8, block.norm.weight, block.norm.bias, None, None, False).flatten(2).transpose(1, 2)
     q, k, v = (h @ block.qkv.weight.double().T + block.qkv.bias.double()).chunk(3, dim=-1)
     heads = [
-        ((q[..., i : i + 8] @ k[..., i : i + 8].mT) / 8**0.5).softmax(-1) @ v[..., i : i + 8]
-        for i in range(0, 32, 8)
+        ((q[..., i : i + 8] @ k[..., i : i + 8].mT) / 8**0.5).softmax(-1) @ v[..., i : i + 8] for i in range(0, 32, 8)
     ]
     out = torch.cat(heads, -1) @ block.out.weight.double().T + block.out.bias.double()
     torch.testing.assert_close(block(x).double(), x + out.mT.reshape(2, 32, 4, 4), rtol=1e-4, atol=1e-4)
@@ -208,9 +203,7 @@ def test_shapes_start_at_zero_and_reach_every_parameter(size: int, channels: int
     x, t, y = _batch(size, channels)
     label = torch.ones(3, 9) if config.augment_dim else None
     out = model(x, t, y, label)
-    assert (
-        out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous(memory_format=torch.channels_last)
-    )
+    assert out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous(memory_format=torch.channels_last)
     assert not out.any()
 
     _randomised(model)(x, t, y, label).square().sum().backward()
@@ -347,9 +340,7 @@ def test_classifier_work_against_published() -> None:
     with torch.device("meta"):
         resnet50, images = build_classifier("resnet50", 1000, 3, 224), torch.empty(1, 3, 224, 224)
         resnet32, small = build_classifier("resnet32", 10, 3, 32), torch.empty(1, 3, 32, 32)
-    assert forward_flops(resnet50, (images,)) / 2e9 == pytest.approx(
-        4.09, abs=0.01
-    )  # torchvision's documentation
+    assert forward_flops(resnet50, (images,)) / 2e9 == pytest.approx(4.09, abs=0.01)  # torchvision's documentation
     assert forward_flops(resnet32, (small,)) / 2e6 == pytest.approx(69, abs=1)
 
 

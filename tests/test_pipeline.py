@@ -134,7 +134,11 @@ def test_a_config_edited_by_hand_is_told(copied_run):
 
 def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     run = RunDir.open(tmp_path / "new", "digits-lt", TINY)
-    for module, missing in (("train_diffusion", "extractor"), ("balance", "synthetic"), ("evaluate", "betons")):
+    for module, missing in (
+        ("train_diffusion", "extractor"),
+        ("balance", "synthetic"),
+        ("evaluate", "betons"),
+    ):
         out = subprocess.run(
             [sys.executable, "-m", f"diffult.{module}", "--run", str(run.path)],
             capture_output=True, text=True, check=False,

@@ -1,5 +1,6 @@
 """Solvers on a Gaussian, whose exact solution is known, and against closed forms of single steps."""
 
+import itertools
 import math
 
 import pytest
@@ -114,7 +115,7 @@ def test_ddpm_step_is_eq_7_with_the_large_variance():
 def test_grid_falls_from_the_last_timestep(steps):
     grid = timestep_grid(1000, steps)
     assert len(grid) == steps and grid[0] == 999 and grid[-1] >= 0
-    assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(grid))
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

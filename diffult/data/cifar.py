@@ -144,9 +144,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return _ADMITTED[module_name, global_name]
         except KeyError:
             name = f"{module_name}.{global_name}"
-            raise UserError(
-                f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it"
-            ) from None
+            raise UserError(f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it") from None
 
 
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:

@@ -26,9 +26,7 @@ def load_folder(root: Path, image_size: int) -> Source:
     """
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            raise UserError(
-                f"no folder {root / split}: an image folder needs train/CLASS/FILE and test/CLASS/FILE"
-            )
+            raise UserError(f"no folder {root / split}: an image folder needs train/CLASS/FILE and test/CLASS/FILE")
     classes = _class_folders(root / "train")
     if not classes:
         raise UserError(f"{root / 'train'} has no class folders: an image folder needs train/CLASS/FILE")
@@ -46,9 +44,7 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 def _load_split(folder: Path, classes: tuple[str, ...], image_size: int) -> FileImages:
     odd = set(_class_folders(folder)).symmetric_difference(classes)
     if odd:
-        raise UserError(
-            f"{folder} and the train folder must have the same classes, but only one has {min(odd)}"
-        )
+        raise UserError(f"{folder} and the train folder must have the same classes, but only one has {min(odd)}")
     paths: list[str] = []
     counts, passed_over = [], 0
     for name in classes:
@@ -94,15 +90,11 @@ def load_list(root: Path, train_list: str, test_list: str, val_list: str, image_
         outside = np.flatnonzero(labels >= class_count)
         if len(outside):
             i = outside[0]
-            raise UserError(
-                f"{path}:{lines[i]}: label {labels[i]} is not in 0..{class_count - 1}, the training labels"
-            )
+            raise UserError(f"{path}:{lines[i]}: label {labels[i]} is not in 0..{class_count - 1}, the training labels")
         empty = np.flatnonzero(np.bincount(labels, minlength=class_count) == 0)
         if len(empty):
             raise UserError(f"{path}: class {empty[0]} has no image, but labels go up to {class_count - 1}")
-        return FileImages(
-            [os.path.join(root, name) for name in names], labels, classes, image_size, path, lines
-        )
+        return FileImages([os.path.join(root, name) for name in names], labels, classes, image_size, path, lines)
 
     val = split(val_list, _read_list(val_list)) if val_list else None
     return Source(split(train_list, train), split(test_list, _read_list(test_list)), val)
@@ -119,9 +111,7 @@ def _read_list(path: str) -> tuple[list[str], np.ndarray, np.ndarray]:
                 if not parts:
                     continue
                 if len(parts) != 2:
-                    raise UserError(
-                        f"{path}:{number}: a line must be 'relative/path label', not {line.strip()!r}"
-                    )
+                    raise UserError(f"{path}:{number}: a line must be 'relative/path label', not {line.strip()!r}")
                 name, label = parts
                 if not (label.isascii() and label.isdecimal() and len(label) < 10):
                     raise UserError(f"{path}:{number}: the label is not an integer from 0 but {label!r}")

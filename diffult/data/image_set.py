@@ -74,9 +74,7 @@ class ArrayImages(ImageSet):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
-            raise ValueError(
-                f"images must be uint8 (N, H, W, C) with N labels, not {images.dtype} {images.shape}"
-            )
+            raise ValueError(f"images must be uint8 (N, H, W, C) with N labels, not {images.dtype} {images.shape}")
         super().__init__(labels, classes, images.shape[1:])
         self._images = images
 
@@ -224,9 +222,7 @@ def array_source(
             raise UserError(f"{where}: test images are {images.shape[1:]}, train images {train[0].shape[1:]}")
         outside = labels[(labels < 0) | (labels >= len(classes))]
         if len(outside):
-            raise UserError(
-                f"{where}: label {outside[0]} in the {split} split is not in 0..{len(classes) - 1}"
-            )
+            raise UserError(f"{where}: label {outside[0]} in the {split} split is not in 0..{len(classes) - 1}")
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if len(empty):
             raise UserError(f"{where}: class {classes[empty[0]]} has no image in the {split} split")

@@ -77,8 +77,7 @@ def draw(labels: np.ndarray, counts: list[int], seed: int) -> np.ndarray:
         positions = np.flatnonzero(labels == label)
         if wanted < 1:
             raise UserError(
-                f"class {label} would get {wanted} images: raise data.n_max, lower data.imbalance"
-                " or mend data.counts"
+                f"class {label} would get {wanted} images: raise data.n_max, lower data.imbalance or mend data.counts"
             )
         if wanted > len(positions):
             raise UserError(

@@ -74,7 +74,7 @@ class ShardStore:
         save_tensors(self.folder / f"shard-{number:06d}.safetensors", tensors, {})
 
     def waves(self) -> Iterator[tuple[Path, Wave]]:
-        """All whole shards with their files, in order, one in memory at a time. A damaged one is named and set aside."""
+        """Whole shards with their files, in order, one in memory at a time. A damaged one is named and set aside."""
         for file in self._files():
             try:
                 tensors, _ = load_tensors(file)

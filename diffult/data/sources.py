@@ -40,9 +40,7 @@ def load_source(config: DataConfig) -> Source:
     if (height, width) != (size, size):
         raise UserError(f"{config.source} images are {height}x{width}, but data.image_size is {size}")
     if channels != config.channels:
-        raise UserError(
-            f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}"
-        )
+        raise UserError(f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}")
     return source
 
 

@@ -35,9 +35,7 @@ def augment(
     Raises UserError on images that are not square and on a probability outside [0, 1].
     """
     if images.shape[2] != images.shape[3]:
-        raise UserError(
-            f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first"
-        )
+        raise UserError(f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first")
     if not 0 <= probability <= 1:
         raise UserError(f"augment: the probability must lie in [0, 1], got {probability}")
     labels = draw_labels(images.shape[0], probability, flips, images.device, generator)
@@ -92,9 +90,7 @@ def affine(labels: Tensor) -> Tensor:
     even, odd = exponent.cosh(), exponent.sinh() / r.clamp_min(torch.finfo(r.dtype).tiny)
 
     turned = torch.stack([torch.stack([cosine * a, -sine * d], 1), torch.stack([sine * a, cosine * d], 1)], 1)
-    stretch = torch.stack(
-        [torch.stack([even + odd * u, odd * v], 1), torch.stack([odd * v, even - odd * u], 1)], 1
-    )
+    stretch = torch.stack([torch.stack([even + odd * u, odd * v], 1), torch.stack([odd * v, even - odd * u], 1)], 1)
     shift = 2 * SHIFT * torch.stack([shift_x, shift_y], 1)
     return torch.cat([stretch @ turned, shift[:, :, None]], dim=2)
 

@@ -86,9 +86,7 @@ def ddpm(
     return x
 
 
-def dpm_solver_pp(
-    denoise: Denoiser, x: torch.Tensor, grid: list[int], alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
+def dpm_solver_pp(denoise: Denoiser, x: torch.Tensor, grid: list[int], alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in the half log-SNR, one evaluation a step.
 
     Arguments and result as in `ddim`; it draws no noise. The first and the last step are of first order.

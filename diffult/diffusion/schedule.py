@@ -3,7 +3,7 @@
 x_t = a_t x_0 + s_t eps with a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4). From a network's
 output the clean image and the noise follow in closed form, whatever it predicts:
 
-    epsilon:  out = eps                        x0: out = x_0                v: out = a_t eps - s_t x_0  (Salimans & Ho 2022)
+    epsilon: out = eps        x0: out = x_0        v: out = a_t eps - s_t x_0  (Salimans & Ho 2022)
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class Schedule:
         a, s = self.levels(t)
         return a * eps - s * x0
 
-    def to_eps(
-        self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def to_eps(self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that the network's output implies, [B, C, H, W]."""
         if prediction == "epsilon":
             return out
@@ -69,9 +67,7 @@ class Schedule:
             return (x_t - a * out) / s
         return s * x_t + a * out
 
-    def to_x0(
-        self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def to_x0(self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The clean image that the network's output implies, [B, C, H, W], not clipped."""
         if prediction == "x0":
             return out

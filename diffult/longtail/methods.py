@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal[
-    "ce", "resample", "logit_adjust", "diffult", "diffult+resample", "diffult+logit_adjust"
-]
+Method = Literal["ce", "resample", "logit_adjust", "diffult", "diffult+resample", "diffult+logit_adjust"]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ def class_groups(train_counts: np.ndarray, many: int, few: int) -> dict[str, np.
     }
 
 
-def accuracies(
-    predictions: np.ndarray, labels: np.ndarray, groups: dict[str, np.ndarray]
-) -> dict[str, float | None]:
+def accuracies(predictions: np.ndarray, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict[str, float | None]:
     """Top-1 over all samples and over the samples of each group, in percent; None for a group without a test image.
 
     Args:
@@ -35,6 +33,4 @@ def accuracies(
         return 100.0 * float(right[mask].mean()) if mask.any() else None
 
     everything = np.ones(len(right), dtype=bool)
-    return {"top1": percent(everything)} | {
-        name: percent(np.isin(labels, classes)) for name, classes in groups.items()
-    }
+    return {"top1": percent(everything)} | {name: percent(np.isin(labels, classes)) for name, classes in groups.items()}

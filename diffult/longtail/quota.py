@@ -40,12 +40,12 @@ class Quota:
         """
         labels: list[int] = []
         indices: list[int] = []
-        for c in np.flatnonzero(self.missing > 0):
+        for c in np.flatnonzero(self.missing > 0).tolist():
             judged = self._verdicts[c]
             rate = (self._passed[c] + 1) / (len(judged) + 1)
             wanted = min(int(np.ceil(self.missing[c] / rate)), size - len(labels))
             taken = self._take(c, wanted)
-            labels += [int(c)] * len(taken)
+            labels += [c] * len(taken)
             indices += taken
             if len(labels) == size:
                 break
@@ -88,7 +88,7 @@ class Quota:
         return sorted(passed)[: int(self.quotas[c])]
 
     def tally(self, c: int) -> dict[str, int]:
-        """How many candidates of class c were drawn and how they were judged: {"drawn", "accepted", "id", "aid", "ood"}.
+        """How many candidates of class c were drawn, and their fates: {"drawn", "accepted", "id", "aid", "ood"}.
 
         Counted are those up to the last one kept, or all where the class is short: what was drawn beyond is waste of
         the batching, and would make the figures depend on the batch size.

@@ -44,9 +44,7 @@ def build_classifier(name: str, num_classes: int, channels: int, image_size: int
     """
     if name not in CLASSIFIERS:
         nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})"
-        )
+        raise UserError(f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})")
     entry = CLASSIFIERS[name]
     if image_size < entry.smallest_image:
         raise UserError(

@@ -37,13 +37,9 @@ class UNet(nn.Module):
         self.config = config
 
         embed = 4 * config.channels
-        self.time_embedding = nn.Sequential(
-            nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed)
-        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
         self.label_embedding = nn.Embedding(num_classes + 1, embed)
-        self.augment_embedding = (
-            nn.Linear(config.augment_dim, embed, bias=False) if config.augment_dim else None
-        )
+        self.augment_embedding = nn.Linear(config.augment_dim, embed, bias=False) if config.augment_dim else None
 
         def block(inputs: int, width: int, attend: bool, resample: Resample = "") -> ResBlock:
             return ResBlock(inputs, width, embed, config, attend, resample)
@@ -244,9 +240,7 @@ def _check_attention(config: UNetConfig, image_size: int, sizes: list[int], widt
             f"of {sizes}; choose among these"
         )
     if config.head_width:
-        attending = [
-            w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions
-        ] + widths[-1:]
+        attending = [w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions] + widths[-1:]
         for width in attending:
             if width % config.head_width:
                 raise UserError(
