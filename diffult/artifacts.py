@@ -36,7 +36,7 @@ def load_extractor(run: RunDir, device: torch.device) -> Extractor:
     return Extractor(
         _frozen(model, device),
         config.extractor.image_size,
-        ClassStatistics(statistics["centres"], statistics["radii"]).to(device),
+        ClassStatistics(**statistics).to(device),
     )
 
 

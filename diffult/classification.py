@@ -80,7 +80,7 @@ def fit(
         step,
         {"model": model, "optimizer": optimizer, "scheduler": scheduler},
         checkpoint,
-        every=max(1, min(1000, config.steps // 4)),
+        every=max(1, min(1000, config.steps // 2)),
         seed=seed,
     )
     model.eval()

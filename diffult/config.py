@@ -93,7 +93,9 @@ class GenerateConfig(Section):
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1)
-    filter: bool = True  # drop what the extractor judges out of distribution
+    # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
+    # the extractor, its logits adjusted for class frequency, takes for another class.
+    filter: Literal["none", "distance", "distance+label"] = "distance"
     max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
 
 

@@ -101,7 +101,8 @@ class Generator:
         """Distances float32 [B] and verdicts uint8 [B] of samples as they will be stored, uint8 [B, H, W, C]."""
         with autocast(self.dtype, self.device):
             features = self.extractor.features(normalise(images))
-        return judge(features, labels, self.extractor.statistics)
+            predicted = self.extractor.classify(features) if self.settings.filter == "distance+label" else None
+        return judge(features, labels, self.extractor.statistics, predicted)
 
     def wave(self, labels: np.ndarray, indices: np.ndarray, quota: Quota) -> Wave:
         """Draws and judges up to a batch of candidates; a short one is padded to the full shape."""

@@ -31,7 +31,7 @@ def open_store(folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.n
 
 def read_quota(store: ShardStore, settings: GenerateConfig, quotas: np.ndarray) -> Quota:
     """The ledger with the verdicts of all shards on disk."""
-    quota = Quota(quotas, settings.max_draws, keep_ood=not settings.filter)
+    quota = Quota(quotas, settings.max_draws, keep_ood=settings.filter == "none")
     for _, wave in store.waves():
         quota.record(wave.labels, wave.indices, wave.verdict)
     return quota

@@ -49,7 +49,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     statistics = class_statistics(features, labels, num_classes)
     info = {"config": run.config.hash, "network": config.network, "num_classes": str(num_classes)}
     save_tensors(folder / "weights.safetensors", model.state_dict(), info)
-    save_tensors(folder / "statistics.safetensors", {"centres": statistics.centres, "radii": statistics.radii}, info)
+    save_tensors(folder / "statistics.safetensors", vars(statistics), info)
     note["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 
