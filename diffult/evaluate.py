@@ -32,6 +32,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     file = run.path / "metrics.json"
     if file.exists() and (metrics := read_json(file)).get("config") == run.config.hash:
         return metrics
+    run.require("classifier", "train_classifier")
     generated = (run.done("synthetic") or {})["generation"]
     counts = np.bincount(open_part(run, "real").labels)
     groups = class_groups(counts, run.config.groups.many, run.config.groups.few)

@@ -10,7 +10,8 @@ def test_summary_is_mean_and_sample_deviation():
     rng = np.random.default_rng()
     few = {"ce": rng.uniform(0, 100, 5), "diffult": rng.uniform(0, 100, 5)}
     runs = [
-        {method: {"top1": 90.0, "many": 95.0, "medium": 92.0, "few": few[method][i]} for method in few} for i in range(5)
+        {method: {"top1": 90.0, "many": 95.0, "medium": 92.0, "few": few[method][i]} for method in few}
+        for i in range(5)
     ]
     summary = summarise(runs)
     assert list(summary) == ["ce", "diffult"]

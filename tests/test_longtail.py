@@ -43,7 +43,9 @@ def test_statistics_refuse_an_empty_class_and_a_set_without_radius():
 
 
 def test_judge_at_the_borders():
-    statistics = ClassStatistics(torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5]))
+    statistics = ClassStatistics(
+        torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5])
+    )
     features = torch.tensor([[0.0, 2.0], [0.0, 2.1], [0.0, 4.0], [0.0, 4.1], [11.5, 0.0], [0.0, 0.0]])
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
     distance, verdict = judge(features, labels, statistics)

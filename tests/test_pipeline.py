@@ -17,8 +17,9 @@ from diffult.errors import UserError
 from diffult.run import run_pipeline
 from diffult.run_dir import RunDir
 
-# Runs the pipeline in children that each die by SIGKILL just before their second rename: one file is whole, the next is
-# there under its temporary name only. The parent imports everything once and never starts a thread before it forks.
+# Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files are
+# whole, the next is there under its temporary name only. (Always the 2nd would never end: a stage writes up to four files
+# without looking back.) The parent imports everything once and never starts a thread before it forks.
 KILLER = """
 import os, signal, sys
 import ffcv_writers.beton
@@ -26,12 +27,12 @@ from pathlib import Path
 import diffult.run
 from diffult.run_dir import RunDir
 
-def child():
+def child(fatal):
     renames, replace = 0, os.replace
     def dying_replace(a, b):
         nonlocal renames
         renames += 1
-        if renames == 2:
+        if renames == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(a, b)
     os.replace = dying_replace
@@ -41,7 +42,7 @@ for deaths in range(100):
     pid = os.fork()
     if pid == 0:
         try:
-            child()
+            child(2 + deaths % 5)
         except BaseException as error:
             print(repr(error), file=sys.stderr)
             os._exit(1)
@@ -99,7 +100,7 @@ def test_killed_at_every_file_it_writes_it_ends_with_the_same_metrics(tiny_run, 
         [sys.executable, "-c", KILLER, str(run), *TINY], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert int(result.stdout.split()[-1]) > 15  # deaths: it was really killed in every stage
+    assert int(result.stdout.split()[-1]) > 8  # deaths: it was really killed in every stage
     assert comparable(run) == comparable(tiny_run.path)
 
 
@@ -137,7 +138,7 @@ def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     for module, missing in (
         ("train_diffusion", "extractor"),
         ("balance", "synthetic"),
-        ("evaluate", "betons"),
+        ("evaluate", "classifier"),
     ):
         out = subprocess.run(
             [sys.executable, "-m", f"diffult.{module}", "--run", str(run.path)],
