@@ -17,9 +17,9 @@ from diffult.errors import UserError
 from diffult.run import run_pipeline
 from diffult.run_dir import RunDir
 
-# Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files are
-# whole, the next is there under its temporary name only. (Always the 2nd would never end: a stage writes up to four files
-# without looking back.) The parent imports everything once and never starts a thread before it forks.
+# Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files
+# are whole, the next is there under its temporary name only. (Always the 2nd would never end: a stage writes up to four
+# files without looking back.) The parent imports everything once and never starts a thread before it forks.
 KILLER = """
 import os, signal, sys
 import ffcv_writers.beton
