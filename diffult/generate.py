@@ -84,11 +84,13 @@ def fill(generator: Generator, store: ShardStore, quota: Quota, classes: tuple[s
     return totals | {"images_per_s": speed, "nfe": generator.evaluations, "by_class": by_class}
 
 
-def generate_stage(run: RunDir, counts: np.ndarray, classes: tuple[str, ...]) -> None:
-    """The pipeline's own generation: fills every class up to N_t, into synthetic/."""
+def generate_stage(run: RunDir, counts: np.ndarray, classes: tuple[str, ...], batch_size: int | None = None) -> None:
+    """The pipeline's own generation: fills every class up to N_t, into synthetic/. The batch size, the run's where it
+    is None, changes the speed alone."""
     with run.stage("synthetic") as note:
         if note is not None:
-            settings, seed = run.config.generate, run.config.seed
+            own, seed = run.config.generate, run.config.seed
+            settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
             quotas = quotas_to(settings.balance_to, counts)
             note["generation"] = _generate_into(run.folder("synthetic"), run, settings, quotas, seed, classes)
 
@@ -186,7 +188,7 @@ def command(
     own = run_dir.config.generate.model_copy(update={"batch_size": settings.batch_size})
     same_quotas = bool((quotas == quotas_to(own.balance_to, counts)).all())
     if out is None and settings == own and same_quotas and noise_seed == run_dir.config.seed:
-        generate_stage(run_dir, counts, names)
+        generate_stage(run_dir, counts, names, settings.batch_size)
         folder, result = run_dir.folder("synthetic"), (run_dir.done("synthetic") or {})["generation"]
     else:
         folder = out or run / "generated"

@@ -96,6 +96,8 @@ class RunDir:
             yield None
             return
         self.folder(stage).mkdir(parents=True, exist_ok=True)
+        for orphan in self.folder(stage).glob(".*.tmp"):  # what a killed attempt was writing
+            orphan.unlink()
         log.info("%s: started", stage)
         begun = time.perf_counter()
         note: dict[str, Any] = {"config": self.config.hash}
