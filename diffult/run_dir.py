@@ -33,7 +33,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, preset: str | None = None, overrides: list[str] | None = None) -> RunDir:
-        """Opens the run at `path`, or starts one there from a preset.
+        """Opens the run at `path`, or makes one from a preset; nothing is written before a stage starts.
 
         Raises:
             UserError: no run there and no preset given; or the run there has another configuration.
@@ -52,11 +52,15 @@ class RunDir:
                 raise UserError(
                     f"{path}: holds a run of another configuration ({changed[0]}{more}); give another directory"
                 )
-        else:
-            if path.is_dir() and any(path.iterdir()):
-                raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
-            write_text(file, config.to_toml())
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
         return cls(path, config)
+
+    def start(self) -> None:
+        """Writes config.toml where it is not there. Called as the first stage starts, when all that can be refused has
+        been: a command refused for a bad path can be typed again, corrected."""
+        if not (self.path / "config.toml").exists():
+            write_text(self.path / "config.toml", self.config.to_toml())
 
     def folder(self, stage: Stage) -> Path:
         return self.path / stage
@@ -95,6 +99,7 @@ class RunDir:
             log.info("%s: finished before, skipped", stage)
             yield None
             return
+        self.start()
         self.folder(stage).mkdir(parents=True, exist_ok=True)
         for orphan in self.folder(stage).glob(".*.tmp"):  # what a killed attempt was writing
             orphan.unlink()

@@ -92,7 +92,7 @@ def test_bad_settings_are_one_line(preset, overrides, expected):
 
 
 def test_run_directory_refuses_another_configuration(tmp_path):
-    RunDir.open(tmp_path / "run", "digits-lt")
+    RunDir.open(tmp_path / "run", "digits-lt").start()
     assert RunDir.open(tmp_path / "run").config == load_preset("digits-lt")
     with pytest.raises(UserError, match=r"another configuration \(seed: 0 -> 1\)"):
         RunDir.open(tmp_path / "run", "digits-lt", ["seed=1"])

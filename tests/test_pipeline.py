@@ -7,9 +7,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from safetensors import safe_open
 
 from diffult.artifacts import load_classifier, load_diffusion
@@ -126,6 +128,31 @@ def test_truncated_weights_are_named(copied_run):
         load_diffusion(RunDir.open(copied_run), torch.device("cpu"))
 
 
+def test_a_refused_command_leaves_nothing_and_can_be_corrected(tmp_path):
+    settings = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.profile=natural"]
+    with pytest.raises(UserError, match="images"):
+        run_pipeline(RunDir.open(tmp_path / "run", "cifar10-lt-100", settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_does_not_decode_is_named_before_any_work(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    bad = tmp_path / "images" / "train" / "dog" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:-900])
+    settings = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.profile=natural", "unet.channels=8"]
+    with pytest.raises(UserError, match=r"cannot decode .*train/dog/2.png") as caught:
+        run_pipeline(RunDir.open(tmp_path / "run", "cifar10-lt-100", settings))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_config_edited_by_hand_is_told(copied_run):
     file = copied_run / "config.toml"
     file.write_text(file.read_text().replace("label_dropout = 0.1", "label_dropout = 0.2"))
@@ -135,6 +162,7 @@ def test_a_config_edited_by_hand_is_told(copied_run):
 
 def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     run = RunDir.open(tmp_path / "new", "digits-lt", TINY)
+    run.start()
     for module, missing in (
         ("train_diffusion", "extractor"),
         ("balance", "synthetic"),
