@@ -6,7 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SYSTEM := g++ pkg-config libopencv-dev libturbojpeg0-dev
-ifneq ($(filter /usr/bin/%,$(shell command -v $(PYTHON))),)
+ifeq ($(shell command -v $(PYTHON)),)
+SYSTEM += python3 python3-venv python3-dev
+else ifneq ($(filter /usr/bin/%,$(shell command -v $(PYTHON))),)
 SYSTEM += python3-venv python3-dev
 endif
 
@@ -27,12 +29,12 @@ setup: $(VENV)/ready
 
 # ffcv is built from source and needs these; nothing is installed where all are there.
 system:
-	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@missing=""; for package in $(SYSTEM); do \
 	  dpkg-query -W -f='$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "error: system packages are missing; run: sudo apt-get install$$missing"; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 
 $(VENV)/ready: pyproject.toml constraints.txt | system
 	$(PYTHON) -m venv $(VENV)

@@ -141,6 +141,8 @@ class Config(Section):
         if self.extractor.image_size > self.data.image_size:
             raise ValueError(f"extractor.image_size = {self.extractor.image_size} exceeds data.image_size")
         stored = self.classifier.stored_size or self.data.image_size
+        if stored != self.data.image_size and self.data.source not in ("folder", "list"):
+            raise ValueError(f"classifier.stored_size: {self.data.source} images have one size, {self.data.image_size}")
         if self.classifier.image_size > stored:
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
         if self.diffusion.augment_probability and not self.unet.augment_dim:

@@ -33,6 +33,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     if file.exists() and (metrics := read_json(file)).get("config") == run.config.hash:
         return metrics
     run.require("classifier", "train_classifier")
+    run.require("synthetic", "generate")
     generated = (run.done("synthetic") or {})["generation"]
     counts = np.bincount(open_part(run, "real").labels)
     groups = class_groups(counts, run.config.groups.many, run.config.groups.few)
@@ -43,7 +44,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
         metrics["validation"] = _accuracies(run, "val", groups)
     metrics["generation"] = generated
     metrics["seconds"] = {
-        stage: (run.done(stage) or {})["seconds"]
+        stage: (run.done(stage) or {}).get("seconds", 0.0)
         for stage in ("extractor", "diffusion", "synthetic", "betons", "classifier")
     }
     write_json(file, metrics)

@@ -162,10 +162,9 @@ def command(
     """
     if balance_to is not None and per_class is not None:
         raise UserError("--balance-to and --per-class exclude each other; give one")
-    if run is None:
-        run = Path("runs") / BUNDLED
-        _bundled_run(run)
-    run_dir = RunDir.open(run)
+    bundled = run is None
+    run = run or Path("runs") / BUNDLED
+    run_dir = RunDir.open(run, BUNDLED if bundled and not (run / "config.toml").exists() else None)
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "batch_size": batch_size}
     settings = _settings(run_dir, fast, {key: value for key, value in given.items() if value is not None})
     train = load_data(run_dir.config.data).train
@@ -184,6 +183,9 @@ def command(
     )  # fmt: skip
     if dry_run:
         return
+    if bundled:
+        _bundled_run(run)
+        run_dir = RunDir.open(run)
     noise_seed = run_dir.config.seed if seed is None else seed
     own = run_dir.config.generate.model_copy(update={"batch_size": settings.batch_size})
     same_quotas = bool((quotas == quotas_to(own.balance_to, counts)).all())

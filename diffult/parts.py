@@ -15,14 +15,14 @@ def part_path(run: RunDir, name: str) -> Path:
 
 
 def open_part(run: RunDir, *names: str) -> ImageSet:
-    """Parts joined to one set; an absent synthetic part, where no class needed a sample, is left out.
+    """Parts joined to one set; the synthetic part is left out where no class needed a sample.
 
     Raises:
         UserError: the stage is not finished, or a file is damaged.
     """
     run.require("betons", "balance")
-    paths = [part_path(run, name) for name in names]
+    sizes = run.done("betons") or {}
     try:
-        return open_set([path for path, name in zip(paths, names, strict=True) if name != "synthetic" or path.exists()])
+        return open_set([part_path(run, name) for name in names if sizes[name] or name != "synthetic"])
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None

@@ -18,6 +18,7 @@ from diffult.device import compute_dtype, pick_device
 from diffult.errors import UserError
 from diffult.evaluate import evaluate, table
 from diffult.generate import generate_stage
+from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
 from diffult.models.cost import summary
 from diffult.models.resnet import build_classifier
 from diffult.report import write_report
@@ -39,9 +40,14 @@ def prepare(run: RunDir) -> Data:
     """
     config = run.config
     for checkpoint in sorted(run.path.glob("*/*state.pt")):
-        check_checkpoint(checkpoint)
+        if not (checkpoint.parent / "done.json").exists():
+            check_checkpoint(checkpoint)
     data = load_data(config.data)
     num_classes = len(data.train.classes)
+    if data.train.counts().max() < MIN_IMAGES_FOR_RADIUS:
+        raise UserError(
+            f"no class has {MIN_IMAGES_FOR_RADIUS} training images: no radius can be measured; raise data.n_max"
+        )
     log.info("%s: %s", config.name, run.path)
     device = pick_device()
     log.info("device: %s, %s", device, str(compute_dtype(config.precision, device)).removeprefix("torch."))

@@ -52,7 +52,7 @@ class RunDir:
                 raise UserError(
                     f"{path}: holds a run of another configuration ({changed[0]}{more}); give another directory"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(file.suffix != ".tmp" for file in path.iterdir()):  # .tmp: what a kill left
             raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
         return cls(path, config)
 
@@ -66,7 +66,7 @@ class RunDir:
         return self.path / stage
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
-        """What the finished stage noted, or None.
+        """What the finished stage noted, or None. A stage one of whose files has gone is not finished: it runs again.
 
         Raises:
             UserError: it was finished under another configuration.
@@ -80,6 +80,9 @@ class RunDir:
                 f"{file}: written under another configuration ({note.get('config')}, now {self.config.hash}); "
                 "restore config.toml or start a new run directory"
             )
+        if gone := [name for name in note["files"] if not (self.folder(stage) / name).exists()]:
+            log.warning("%s: %s is gone, the stage is not finished", self.folder(stage), gone[0])
+            return None
         return note
 
     def require(self, stage: Stage, verb: str) -> None:
@@ -108,5 +111,7 @@ class RunDir:
         note: dict[str, Any] = {"config": self.config.hash}
         yield note
         note["seconds"] = round(time.perf_counter() - begun, 2)
+        files = {file.name for file in self.folder(stage).iterdir() if file.suffix not in (".tmp", ".damaged")}
+        note["files"] = sorted(files - {"done.json"})
         write_json(self.folder(stage) / "done.json", note)
         log.info("%s: finished in %.0f s", stage, note["seconds"])

@@ -9,6 +9,7 @@ import numpy as np
 
 from diffult.config import GenerateConfig
 from diffult.data.shards import KeptSamples, ShardStore
+from diffult.errors import UserError
 from diffult.longtail.quota import Quota
 from diffult.run_dir import RunDir
 
@@ -51,4 +52,7 @@ def run_samples(run: RunDir, counts: np.ndarray) -> KeptSamples:
     run.require("synthetic", "generate")
     settings, quotas = run.config.generate, quotas_to(run.config.generate.balance_to, counts)
     store = open_store(run.folder("synthetic"), run, settings, quotas, run.config.seed)
-    return kept_samples(store, read_quota(store, settings, quotas))
+    quota = read_quota(store, settings, quotas)
+    if run.done("synthetic") is None:  # a shard was found damaged and set aside just now
+        raise UserError(f"{store.folder}: samples are damaged; run python -m diffult.generate --run {run.path} again")
+    return kept_samples(store, quota)

@@ -31,7 +31,10 @@ _CHUNK = 4096  # batches whose order is laid out at a time
 
 
 class DiffusionLoss:
-    """L_DDPM + L_CBDM + L_AID of one batch. Draws its random numbers from torch's global generator."""
+    """L_DDPM + L_CBDM + L_AID of one batch. Draws its random numbers from torch's global generator.
+
+    A sample whose label is dropped takes part in L_CBDM and L_AID with eps_theta(x_t, t, no class), as in CBDM's code.
+    """
 
     def __init__(
         self,

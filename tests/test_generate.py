@@ -140,8 +140,13 @@ def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monk
 
     monkeypatch.setattr(verb.subprocess, "run", pretend)
     with caplog.at_level("INFO"):
-        command(fast=True, dry_run=True)
-        command(fast=True, dry_run=True)
+        command(fast=True, dry_run=True)  # says what would be drawn, and trains nothing for it
+        assert commands == []
+        with pytest.raises(UserError, match="no class 99"):
+            command(fast=True, classes="99")
+        assert commands == []
+        for out in ("a", "b"):
+            command(fast=True, per_class=1, classes="0", steps=2, out=tmp_path / out)
     assert "training the bundled digits-lt run first" in caplog.text
     expected = [
         "-m",

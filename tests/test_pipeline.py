@@ -153,6 +153,33 @@ def test_an_image_that_does_not_decode_is_named_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("file", ["diffusion/ema.safetensors", "betons/synthetic.beton", "classifier/ce.safetensors"])
+def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
+    """As the error for a damaged file advises: delete it and type the same command again."""
+    (copied_run / file).unlink()
+    (copied_run / "metrics.json").unlink()
+    run_pipeline(RunDir.open(copied_run))
+    assert (copied_run / file).exists()
+    assert comparable(copied_run) == comparable(tiny_run.path)
+
+
+def test_a_damaged_shard_found_late_is_told_and_drawn_again(copied_run, tiny_run):
+    shard = copied_run / "synthetic" / "shard-000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:99])
+    (copied_run / "betons" / "synthetic.beton").unlink()
+    (copied_run / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"samples are damaged; run python -m diffult.generate"):
+        run_pipeline(RunDir.open(copied_run))
+    run_pipeline(RunDir.open(copied_run))
+    assert comparable(copied_run) == comparable(tiny_run.path)
+
+
+def test_killed_before_its_first_file_it_starts_again(tmp_path):
+    (tmp_path / ".config.toml.1.tmp").write_text("")
+    RunDir.open(tmp_path, "digits-lt").start()
+    assert RunDir.open(tmp_path).config.name == "digits-lt"
+
+
 def test_a_config_edited_by_hand_is_told(copied_run):
     file = copied_run / "config.toml"
     file.write_text(file.read_text().replace("label_dropout = 0.1", "label_dropout = 0.2"))

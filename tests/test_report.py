@@ -295,6 +295,7 @@ def test_times() -> None:
 def finished_run(tmp_path: Path) -> RunDir:
     """A run whose tail was filled up to five images with flat grey ones: shards without any network."""
     run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5"])
+    run.start()
     for file in ("diffusion/ema.safetensors", "extractor/weights.safetensors"):
         (run.path / file).parent.mkdir()
         (run.path / file).write_bytes(b"weights")
