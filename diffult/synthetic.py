@@ -6,10 +6,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from diffult.config import GenerateConfig
 from diffult.data.shards import KeptSamples, ShardStore
 from diffult.errors import UserError
+from diffult.files import load_tensors
 from diffult.longtail.quota import Quota
 from diffult.run_dir import RunDir
 
@@ -23,11 +25,19 @@ def open_store(folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.n
     """The shards in `folder`, refused where another model or other settings made them. The batch size is no part of
     what makes a sample, so it may change between attempts."""
     weights = {
-        stage: hashlib.sha256((run.path / stage / file).read_bytes()).hexdigest()[:16]
+        stage: _fingerprint(run.path / stage / file)
         for stage, file in (("diffusion", "ema.safetensors"), ("extractor", "weights.safetensors"))
     }
     sampling = settings.model_dump(exclude={"batch_size", "balance_to"})
     return ShardStore(folder, weights | sampling | {"seed": seed, "quotas": quotas.tolist()})
+
+
+def _fingerprint(weights: Path) -> str:
+    """Of the tensors alone: the file's header orders its metadata anew at each writing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tensors(weights)[0].items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_quota(store: ShardStore, settings: GenerateConfig, quotas: np.ndarray) -> Quota:

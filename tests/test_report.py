@@ -13,13 +13,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffult.config import Config, load_preset
 from diffult.data import ArrayImages, load_data
 from diffult.data.shards import Wave
 from diffult.errors import UserError
-from diffult.files import write_json
+from diffult.files import save_tensors, write_json
 from diffult.longtail.metrics import class_groups
 from diffult.plots import class_histogram, evenly, image_strip, sample_grid
 from diffult.report import accuracy_rows, duration, generation_rows, render, timing_rows, write_report
@@ -297,8 +298,7 @@ def finished_run(tmp_path: Path) -> RunDir:
     run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5"])
     run.start()
     for file in ("diffusion/ema.safetensors", "extractor/weights.safetensors"):
-        (run.path / file).parent.mkdir()
-        (run.path / file).write_bytes(b"weights")
+        save_tensors(run.path / file, {"weight": torch.zeros(1)}, {})
     quotas = quotas_to(5, load_data(run.config.data).train.counts())
     labels = np.repeat(np.arange(10), quotas)
     indices = np.concatenate([np.arange(quota) for quota in quotas])
