@@ -35,6 +35,8 @@ def main(verb: Callable[..., None]) -> None:
         message = str(error)
     except TyperException as error:
         message = f"{error.format_message()} (--help lists the options)"
+    except OSError as error:  # a folder that is a file, a full disk, no permission
+        message = f"{error.filename or 'file system'}: {error.strerror or error}; choose another place or make room"
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -28,7 +28,7 @@ from diffult.models.config import UNetConfig
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AugmentConfig(Section):
@@ -118,6 +118,12 @@ class GroupsConfig(Section):
 
     many: int = Field(100, ge=1)
     few: int = Field(20, ge=0)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if self.few > self.many + 1:
+            raise ValueError(f"few = {self.few} and many = {self.many} overlap: a class would be in both")
+        return self
 
 
 class Config(Section):

@@ -112,6 +112,6 @@ class RunDir:
         yield note
         note["seconds"] = round(time.perf_counter() - begun, 2)
         files = {file.name for file in self.folder(stage).iterdir() if file.suffix not in (".tmp", ".damaged")}
-        note["files"] = sorted(files - {"done.json"})
+        note["files"] = sorted(name for name in files if not name.endswith("state.pt"))  # needed no more
         write_json(self.folder(stage) / "done.json", note)
         log.info("%s: finished in %.0f s", stage, note["seconds"])

@@ -82,6 +82,8 @@ def test_override_and_differences():
         ("digits-lt", ["diffusion=3"], r"diffusion: .*got 3"),
         ("digits-lt", ["diffusion.steps"], r"expected section.key=value"),
         ("digits-lt", ["generate.steps=5000"], r"generate.steps = 5000 exceeds"),
+        ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
+        ("digits-lt", ["groups.few=50"], r"groups: few = 50 and many = 25 overlap"),
         ("digits-lt", ["classifier.stored_size=16"], r"stored_size: digits images have one size, 8"),
         ("digits-lt", ["classifier.methods=['ce']"], r"classifier.*must hold 'diffult'"),
     ],

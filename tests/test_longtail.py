@@ -111,6 +111,31 @@ def test_the_kept_set_is_the_lowest_passing_indices_whatever_the_batches(size, s
         assert resumed.tally(c) == expected
 
 
+@pytest.mark.parametrize("lost", range(4))
+def test_a_lost_wave_does_not_change_the_kept_set(lost):
+    """Any wave may be gone; its indices are drawn again although later ones would fill the quota."""
+    fate = np.random.default_rng(7).random(400) < 0.4
+
+    def go(quota, waves=None):
+        while len(indices := quota.next_batch(16)[1]):
+            verdict = np.where(fate[indices], Verdict.ID, Verdict.OOD).astype(np.uint8)
+            quota.record(np.zeros_like(indices), indices, verdict)
+            if waves is not None:
+                waves.append((indices, verdict))
+        return quota
+
+    waves: list = []
+    whole = go(Quota(np.array([20]), 10.0), waves)
+    assert len(waves) >= 4
+    resumed = Quota(np.array([20]), 10.0)
+    for number, (indices, verdict) in enumerate(waves):
+        if number != lost:
+            resumed.record(np.zeros_like(indices), indices, verdict)
+    go(resumed)
+    assert resumed.kept(0) == whole.kept(0) == np.flatnonzero(fate)[:20].tolist()
+    assert resumed.tally(0) == whole.tally(0)
+
+
 def test_a_hopeless_class_ends_at_its_limit():
     quota = Quota(np.array([10]), max_draws=3.0)
     while len(batch := quota.next_batch(8)[1]):

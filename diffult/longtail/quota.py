@@ -30,6 +30,9 @@ class Quota:
         self.quotas = np.asarray(quotas, dtype=np.int64)
         self.limits = np.ceil(self.quotas * max_draws).astype(np.int64)
         self._verdicts: list[dict[int, int]] = [{} for _ in self.quotas]
+        # Below `_settled` every index is judged; `_passed` counts those that passed. What passed above a gap, left by
+        # a lost shard, counts only when the gap is closed: else the kept set would not be that of the lowest indices.
+        self._settled = [0] * len(self.quotas)
         self._passed = np.zeros_like(self.quotas)
         self._next = [0] * len(self.quotas)  # below it, every index is judged or handed out
 
@@ -65,11 +68,12 @@ class Quota:
 
     def record(self, labels: np.ndarray, indices: np.ndarray, verdict: np.ndarray) -> None:
         """Enters the verdicts of candidates: int64 [B], int64 [B], `Verdict` values [B]."""
-        rows = zip(labels.tolist(), indices.tolist(), verdict.tolist(), self.passes(verdict), strict=True)
-        for c, i, judged, passed in rows:
-            if i not in self._verdicts[c]:
-                self._verdicts[c][i] = judged
-                self._passed[c] += passed
+        for c, i, judged in zip(labels.tolist(), indices.tolist(), verdict.tolist(), strict=True):
+            self._verdicts[c].setdefault(i, judged)
+        for c in np.unique(labels).tolist():
+            while (judged := self._verdicts[c].get(self._settled[c])) is not None:
+                self._passed[c] += self.keep_ood or judged != Verdict.OOD
+                self._settled[c] += 1
 
     @property
     def missing(self) -> np.ndarray:
