@@ -26,8 +26,7 @@ from diffult.device import pick_device
 from diffult.errors import UserError
 from diffult.files import read_json, write_json
 from diffult.longtail.methods import RECIPES
-
-GROUPS = ("top1", "many", "medium", "few")
+from diffult.longtail.metrics import COLUMNS
 
 
 def machine() -> dict[str, Any]:
@@ -63,8 +62,8 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     summary: dict[str, dict[str, list[float]]] = {}
     for method in RECIPES:
         if method in runs[0]:
-            values = {group: [run[method][group] for run in runs] for group in GROUPS}
-            gains = {f"{group}_gain": [run[method][group] - run["ce"][group] for run in runs] for group in GROUPS}
+            values = {group: [run[method][group] for run in runs] for group in COLUMNS}
+            gains = {f"{group}_gain": [run[method][group] - run["ce"][group] for run in runs] for group in COLUMNS}
             summary[method] = {
                 name: [round(mean(v), 2), round(stdev(v), 2) if len(v) > 1 else 0.0]
                 for name, v in (values | gains).items()
@@ -76,7 +75,7 @@ def markdown(summary: dict[str, dict[str, list[float]]]) -> str:
     """The table of the README."""
     lines = ["| | top-1 | many | medium | few | few, gain over CE |", "|---|---|---|---|---|---|"]
     for method, row in summary.items():
-        cells = [f"{row[group][0]:.1f} ± {row[group][1]:.1f}" for group in (*GROUPS, "few_gain")]
+        cells = [f"{row[group][0]:.1f} ± {row[group][1]:.1f}" for group in (*COLUMNS, "few_gain")]
         lines.append(f"| {RECIPES[method].title} | " + " | ".join(cells) + " |")  # type: ignore[index]
     return "\n".join(lines)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from diffult.config import Config
+from diffult.config import Config, TrainingConfig
 from diffult.files import load_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.methods import Method
 from diffult.longtail.statistics import ClassStatistics
-from diffult.models.resnet import build_classifier
+from diffult.models.resnet import Classifier, build_classifier
 from diffult.models.unet import UNet
 from diffult.run_dir import RunDir
 
@@ -26,18 +25,9 @@ def load_extractor(run: RunDir, device: torch.device) -> Extractor:
         UserError: the stage is not finished or a file is damaged.
     """
     run.require("extractor", "train_extractor")
-    weights, info = load_tensors(run.folder("extractor") / "weights.safetensors")
+    network = _load_classifier(run, run.config.extractor, "extractor/weights.safetensors", device)
     statistics, _ = load_tensors(run.folder("extractor") / "statistics.safetensors")
-    config = run.config
-    model = build_classifier(
-        config.extractor.network, int(info["num_classes"]), config.data.channels, config.extractor.image_size
-    )
-    model.load_state_dict(weights)
-    return Extractor(
-        _frozen(model, device),
-        config.extractor.image_size,
-        ClassStatistics(**statistics).to(device),
-    )
+    return Extractor(network, run.config.extractor.image_size, ClassStatistics(**statistics).to(device))
 
 
 def load_diffusion(run: RunDir, device: torch.device) -> UNet:
@@ -50,29 +40,21 @@ def load_diffusion(run: RunDir, device: torch.device) -> UNet:
     weights, info = load_tensors(run.folder("diffusion") / "ema.safetensors")
     model = build_unet(run.config, int(info["num_classes"]))
     model.load_state_dict(weights)
-    _frozen(model, device)
-    return model
+    return model.eval().requires_grad_(False).to(device)
 
 
-def load_classifier(run: RunDir, method: Method, device: torch.device) -> nn.Module:
+def load_classifier(run: RunDir, method: Method, device: torch.device) -> Classifier:
     """The classifier trained by `method`, in evaluation mode.
 
     Raises:
         UserError: the stage is not finished or the file is damaged.
     """
     run.require("classifier", "train_classifier")
-    weights, info = load_tensors(run.folder("classifier") / f"{method}.safetensors")
-    config = run.config
-    model = build_classifier(
-        config.classifier.network,
-        int(info["num_classes"]),
-        config.data.channels,
-        config.classifier.image_size,
-    )
+    return _load_classifier(run, run.config.classifier, f"classifier/{method}.safetensors", device)
+
+
+def _load_classifier(run: RunDir, config: TrainingConfig, file: str, device: torch.device) -> Classifier:
+    weights, info = load_tensors(run.path / file)
+    model = build_classifier(config.network, int(info["num_classes"]), run.config.data.channels, config.image_size)
     model.load_state_dict(weights)
-    return _frozen(model, device)
-
-
-def _frozen(model: nn.Module, device: torch.device) -> nn.Module:
-    model.eval().requires_grad_(False)
-    return model.to(device).to(memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False).to(device)

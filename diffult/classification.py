@@ -13,19 +13,16 @@ from torch import nn
 from diffult.config import TrainingConfig
 from diffult.device import autocast
 from diffult.training import learning_rate_factor, train_loop
-from ffcv_writers import Batch, Loader, OrderKind, stream_order
+from ffcv_writers import Batch, Loader, OrderKind, stream_chunks
 from kernels.augment import augment, center_crop, normalise
 
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
-_CHUNK = 4096  # batches whose order is laid out at a time
 
 
 def training_batches(loader: Loader, kind: OrderKind, seed: int, start: int, steps: int) -> Iterator[Batch]:
     """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
-    size = loader.batch_size
-    for first in range(start, steps, _CHUNK):
-        count = min(_CHUNK, steps - first)
-        yield from loader.batches(stream_order(kind, loader.image_set.labels, seed, first * size, count * size))
+    for order in stream_chunks(kind, loader.image_set.labels, seed, loader.batch_size, start, steps):
+        yield from loader.batches(order)
 
 
 def fit(

@@ -98,6 +98,11 @@ class GenerateConfig(Section):
     filter: Literal["none", "distance", "distance+label"] = "distance"
     max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
 
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one sample; guidance takes two a step."""
+        return self.steps * (2 if self.guidance else 1)
+
 
 class ClassifierConfig(TrainingConfig):
     """The final classifier, and the ways to train it that are compared."""

@@ -13,7 +13,7 @@ from diffult.cli import RunOption, main
 from diffult.device import compute_dtype, pick_device
 from diffult.files import read_json, write_json
 from diffult.longtail.methods import RECIPES
-from diffult.longtail.metrics import accuracies, class_groups
+from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.parts import open_part
 from diffult.run_dir import RunDir
 from ffcv_writers import Loader
@@ -65,12 +65,11 @@ def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[s
 
 def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
-    columns = ("top1", "many", "medium", "few")
-    lines = [f"{'':28}" + "".join(f"{column:>9}" for column in columns)]
+    lines = [f"{'':28}" + "".join(f"{column:>9}" for column in COLUMNS)]
     for method, recipe in RECIPES.items():
         if method in metrics:
             row = metrics[method]
-            cells = ("-" if row[column] is None else f"{row[column]:.1f}" for column in columns)
+            cells = ("-" if row[column] is None else f"{row[column]:.1f}" for column in COLUMNS)
             lines.append(f"{recipe.title:28}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 

@@ -50,11 +50,6 @@ class Generator:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for one sample; guidance takes two a step."""
-        return self.settings.steps * (2 if self.settings.guidance else 1)
-
     @torch.inference_mode()
     def draw(self, labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Samples named by class and index, both int64 [B] -> uint8 [B, H, W, C]."""

@@ -24,13 +24,12 @@ from diffult.device import pick_device
 from diffult.errors import UserError
 from diffult.files import read_json, write_text
 from diffult.longtail.methods import RECIPES, Method
-from diffult.longtail.metrics import class_groups
+from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
 from diffult.run_dir import RunDir
 from diffult.synthetic import quotas_to, run_samples
 
 log = logging.getLogger(__name__)
-COLUMNS = ("top1", "many", "medium", "few")
 _PER_CLASS = 6  # real images of a class, and as many samples beside them
 _LONG_TABLE = 40  # rows beyond which a table is folded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -22,14 +22,13 @@ from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
 from diffult.models.cost import summary
 from diffult.models.resnet import build_classifier
 from diffult.report import write_report
-from diffult.run_dir import RunDir
+from diffult.run_dir import RunDir, Stage
 from diffult.train_classifier import train_classifier
 from diffult.train_diffusion import train_diffusion
 from diffult.train_extractor import train_extractor
 from diffult.training import check_checkpoint
 
 log = logging.getLogger(__name__)
-Until = Literal["extractor", "diffusion", "synthetic", "betons", "classifier", "report"]
 
 
 def prepare(run: RunDir) -> Data:
@@ -62,7 +61,7 @@ def prepare(run: RunDir) -> Data:
     return data
 
 
-def run_pipeline(run: RunDir, until: Until = "report") -> None:
+def run_pipeline(run: RunDir, until: Stage = "report") -> None:
     """Runs every stage up to `until`; finished ones are skipped, an interrupted one goes on where it stopped."""
     data = prepare(run)
     counts, classes = data.train.counts(), data.train.classes
@@ -102,7 +101,7 @@ def command(
         if preset is None:
             raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --run DIR")
         run = Path("runs") / preset
-    stages = Until.__args__  # type: ignore[attr-defined]
+    stages = Stage.__args__  # type: ignore[attr-defined]
     if until not in stages:
         raise UserError(f"--until {until!r}: expected one of {', '.join(stages)}")
     run_pipeline(RunDir.open(run, preset, set_), until)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> No
 
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device).to(memory_format=torch.channels_last)
+    model.to(device)
     fit(
         f"classifier {method}",
         model,

@@ -23,17 +23,16 @@ from diffult.files import save_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.run_dir import RunDir
 from diffult.training import Ema, learning_rate_factor, train_loop
-from ffcv_writers import stream_order
+from ffcv_writers import stream_chunks
 from kernels.augment import normalise
 
 _STAGE = 2  # its number among the seeds
-_CHUNK = 4096  # batches whose order is laid out at a time
 
 
 class DiffusionLoss:
     """L_DDPM + L_CBDM + L_AID of one batch. Draws its random numbers from torch's global generator.
 
-    A sample whose label is dropped takes part in L_CBDM and L_AID with eps_theta(x_t, t, no class), as in CBDM's code.
+    A sample whose label is dropped takes part in L_CBDM and L_AID with eps_theta(x_t, t, no class).
     """
 
     def __init__(
@@ -120,7 +119,7 @@ def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) 
     dtype = compute_dtype(run.config.precision, device)
     num_classes = len(train.classes)
     torch.manual_seed(run.config.seed)
-    model = build_unet(run.config, num_classes).to(device).to(memory_format=torch.channels_last).train()
+    model = build_unet(run.config, num_classes).to(device).train()
     ema = Ema(model, config.ema)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -142,9 +141,7 @@ def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) 
 
     def batches(start: int) -> Iterator[torch.Tensor]:
         size = config.batch_size
-        for first in range(start, config.steps, _CHUNK):
-            count = min(_CHUNK, config.steps - first)
-            order = stream_order(config.batches, train.labels, run.config.seed, first * size, count * size)
+        for order in stream_chunks(config.batches, train.labels, run.config.seed, size, start, config.steps):
             yield from torch.from_numpy(order).split(size)
 
     def step(i: int, rows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     num_classes = len(train.classes)
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device).to(memory_format=torch.channels_last)
+    model.to(device)
     loader = Loader(ArraySet(train.load(), train.labels), config.batch_size, device=device)
     fit(
         "extractor", model, loader, "natural", config,

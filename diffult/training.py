@@ -22,7 +22,7 @@ _WATCH_EVERY = 50  # steps between looks at the loss: each look waits for the de
 
 
 class Ema:
-    """Exponential moving average of a network's parameters, with its buffers copied.
+    """Exponential moving average of a network's floating-point state.
 
     The decay is min(ema, (1 + step) / (10 + step)), so that the first steps do not hold on to the random start.
     """

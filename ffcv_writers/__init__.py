@@ -10,7 +10,7 @@ from .available import have_ffcv, suffix
 from .image_set import ImageSet
 from .loader import Batch, Loader, open_set
 from .memory import ArraySet
-from .orders import OrderKind, epoch_order, stream_order
+from .orders import OrderKind, epoch_order, stream_chunks, stream_order
 from .writing import Samples, write
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "epoch_order",
     "have_ffcv",
     "open_set",
+    "stream_chunks",
     "stream_order",
     "suffix",
     "write",

@@ -7,11 +7,13 @@ at draw s B.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
 
 OrderKind = Literal["natural", "class_balanced"]
+_CHUNK = 4096  # batches whose order is laid out at a time: a long training would fill memory with it
 
 
 def epoch_order(kind: OrderKind, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -66,6 +68,23 @@ def stream_order(kind: OrderKind, labels: np.ndarray, seed: int, start: int, cou
     first, last = start // length, (start + count - 1) // length
     epochs = [epoch_order(kind, labels, seed, epoch) for epoch in range(first, last + 1)]
     return np.concatenate(epochs)[start - first * length :][:count]
+
+
+def stream_chunks(
+    kind: OrderKind, labels: np.ndarray, seed: int, batch_size: int, start: int, steps: int
+) -> Iterator[np.ndarray]:
+    """The draws of batches `start` to `steps` of the endless stream, some thousands of whole batches at a time.
+
+    Args:
+        kind, labels, seed: as in `epoch_order`.
+        batch_size: draws a batch; a batch may span two epochs.
+
+    Yields:
+        (k batch_size,) int64 sample numbers.
+    """
+    for first in range(start, steps, _CHUNK):
+        count = min(_CHUNK, steps - first)
+        yield stream_order(kind, labels, seed, first * batch_size, count * batch_size)
 
 
 def _class_balanced(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+COLUMNS = ("top1", "many", "medium", "few")  # what `accuracies` gives for the groups of `class_groups`
+
 
 def class_groups(train_counts: np.ndarray, many: int, few: int) -> dict[str, np.ndarray]:
     """Class numbers of each group: many has more than `many` training images, few fewer than `few`, medium the rest.

@@ -43,10 +43,11 @@ class Quota:
         """
         labels: list[int] = []
         indices: list[int] = []
-        for c in np.flatnonzero(self.missing > 0).tolist():
+        missing = self.missing
+        for c in np.flatnonzero(missing > 0).tolist():
             judged = self._verdicts[c]
             rate = (self._passed[c] + 1) / (len(judged) + 1)
-            wanted = min(int(np.ceil(self.missing[c] / rate)), size - len(labels))
+            wanted = min(int(np.ceil(missing[c] / rate)), size - len(labels))
             taken = self._take(c, wanted)
             labels += [c] * len(taken)
             indices += taken
@@ -64,7 +65,10 @@ class Quota:
 
     def passes(self, verdict: np.ndarray) -> np.ndarray:
         """Here a sample is accepted or dropped: bool [B] from `Verdict` values."""
-        return np.full(len(verdict), True) if self.keep_ood else verdict != Verdict.OOD
+        return np.array([self._accepts(v) for v in verdict.tolist()], dtype=bool)
+
+    def _accepts(self, verdict: int) -> bool:
+        return self.keep_ood or verdict != Verdict.OOD
 
     def record(self, labels: np.ndarray, indices: np.ndarray, verdict: np.ndarray) -> None:
         """Enters the verdicts of candidates: int64 [B], int64 [B], `Verdict` values [B]."""
@@ -72,7 +76,7 @@ class Quota:
             self._verdicts[c].setdefault(i, judged)
         for c in np.unique(labels).tolist():
             while (judged := self._verdicts[c].get(self._settled[c])) is not None:
-                self._passed[c] += self.keep_ood or judged != Verdict.OOD
+                self._passed[c] += self._accepts(judged)
                 self._settled[c] += 1
 
     @property
@@ -88,7 +92,7 @@ class Quota:
 
     def kept(self, c: int) -> list[int]:
         """The kept indices of class c: the lowest that passed, up to the quota."""
-        passed = (i for i, v in self._verdicts[c].items() if self.keep_ood or v != Verdict.OOD)
+        passed = (i for i, v in self._verdicts[c].items() if self._accepts(v))
         return sorted(passed)[: int(self.quotas[c])]
 
     def tally(self, c: int) -> dict[str, int]:
