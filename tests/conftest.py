@@ -1,11 +1,18 @@
-"""A finished run at a tiny size, made once for all tests that need one."""
+"""A finished run at a tiny size, made once for all tests that need one, and Triton's interpreter where there is no GPU."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before `kernels` is imported
 
 from diffult.run import run_pipeline
 from diffult.run_dir import RunDir
+from kernels import dispatch
 
 TINY = [
     "extractor.steps=12",
@@ -41,3 +48,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}")
     return folder
+
+
+@pytest.fixture
+def triton_kernels() -> Iterator[torch.device]:
+    """Triton serves every operation: on the GPU where there is one, else interpreted on the CPU. Yields the device."""
+    before = dispatch.mode()
+    dispatch.set_mode("triton")
+    yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dispatch.set_mode(before)
