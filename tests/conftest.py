@@ -1,4 +1,4 @@
-"""A finished run at a tiny size, made once for all tests that need one, and Triton's interpreter where there is no GPU."""
+"""A finished run at a tiny size, made once for all tests that need one; Triton's interpreter where there is no GPU."""
 
 import os
 from collections.abc import Iterator
