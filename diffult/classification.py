@@ -34,6 +34,7 @@ def fit(
     loss: Loss,
     checkpoint: Path,
     seed: tuple[int, int],
+    config_hash: str,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -43,6 +44,7 @@ def fit(
         kind: order of the training stream, "natural" or "class_balanced".
         loss: (logits, batch) -> scalar.
         seed: the run's seed and the stage's number.
+        config_hash: of the run's configuration, kept in the checkpoint.
     """
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -79,6 +81,7 @@ def fit(
         checkpoint,
         every=max(1, min(1000, config.steps // 2)),
         seed=seed,
+        config_hash=config_hash,
     )
     model.eval()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffult.data.config import DataConfig
 from diffult.diffusion.samplers import SamplerName
@@ -25,10 +25,7 @@ from diffult.diffusion.schedule import Prediction, ScheduleName
 from diffult.errors import UserError
 from diffult.longtail.methods import Method
 from diffult.models.config import UNetConfig
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from diffult.section import Section
 
 
 class AugmentConfig(Section):
@@ -156,6 +153,8 @@ class Config(Section):
             raise ValueError(f"classifier.stored_size: {self.data.source} images have one size, {self.data.image_size}")
         if self.classifier.image_size > stored:
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
+        if self.generate.guidance and not self.diffusion.label_dropout:
+            raise ValueError("generate.guidance needs diffusion.label_dropout > 0: the model knows no 'no class' else")
         if self.diffusion.augment_probability and not self.unet.augment_dim:
             raise ValueError(
                 "diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented"

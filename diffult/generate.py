@@ -159,6 +159,8 @@ def command(
     """
     if balance_to is not None and per_class is not None:
         raise UserError("--balance-to and --per-class exclude each other; give one")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
     bundled = run is None
     run = run or Path("runs") / BUNDLED
     run_dir = RunDir.open(run, BUNDLED if bundled and not (run / "config.toml").exists() else None)
@@ -203,6 +205,8 @@ def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
         raise UserError(f"--sampler {values['sampler']!r}: expected one of {', '.join(names)}")
     if values["steps"] > run.config.diffusion.timesteps:
         raise UserError(f"--steps {values['steps']}: the model has {run.config.diffusion.timesteps} timesteps")
+    if values["guidance"] and not run.config.diffusion.label_dropout:
+        raise UserError(f"--guidance {values['guidance']}: the model was trained with diffusion.label_dropout = 0")
     return GenerateConfig(**values)
 
 

@@ -8,6 +8,7 @@ one goes on from its own files.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -103,6 +104,26 @@ class RunDir:
             yield None
             return
         self.start()
+        with self._alone():
+            yield from self._work(stage)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the run directory for this process; the system lets go of it however the process ends.
+
+        Raises:
+            UserError: another process is at work in it.
+        """
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another process is at work in this run; wait for it, or stop it"
+                ) from None
+            yield
+
+    def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
         self.folder(stage).mkdir(parents=True, exist_ok=True)
         for orphan in self.folder(stage).glob(".*.tmp"):  # what a killed attempt was writing
             orphan.unlink()

@@ -57,6 +57,7 @@ def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> No
         loss,
         run.folder("classifier") / f"{method}.state.pt",
         (run.config.seed, _STAGE),
+        run.config.hash,
         compute_dtype(run.config.precision, device),
         device,
     )

@@ -160,7 +160,7 @@ def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) 
     folder = run.folder("diffusion")
     train_loop(
         "diffusion", config.steps, batches, step, parts, folder / "state.pt", config.checkpoint_every,
-        (run.config.seed, _STAGE),
+        (run.config.seed, _STAGE), run.config.hash,
     )  # fmt: skip
     info = {
         "config": run.config.hash,

@@ -42,7 +42,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     fit(
         "extractor", model, loader, "natural", config,
         lambda logits, batch: F.cross_entropy(logits.float(), batch.labels),
-        folder / "state.pt", (run.config.seed, _STAGE), dtype, device,
+        folder / "state.pt", (run.config.seed, _STAGE), run.config.hash, dtype, device,
     )  # fmt: skip
 
     features, labels = extract_features(model, loader, config.image_size, dtype, device)

@@ -77,6 +77,7 @@ def train_loop(
     checkpoint: Path,
     every: int,
     seed: tuple[int, int],
+    config_hash: str,
 ) -> None:
     """Runs `step(i, batch)` for i in 0..steps-1, going on from the checkpoint where there is one.
 
@@ -87,13 +88,20 @@ def train_loop(
         parts: what makes up the state, each with state_dict and load_state_dict.
         checkpoint: its file; written every `every` steps and at the end.
         seed: (run's seed, stage's number); torch's generators are seeded from it and i before each step.
+        config_hash: of the run's configuration; a checkpoint of another one is refused.
 
     Raises:
-        UserError: the loss is no longer finite; the last good checkpoint is kept.
+        UserError: the checkpoint is damaged or of another configuration; or the loss is no longer finite: the last good
+            checkpoint is kept.
     """
     start = 0
     if checkpoint.exists():
         state = load_state(checkpoint)
+        if state.get("config") != config_hash:
+            raise UserError(
+                f"{checkpoint}: written under another configuration ({state.get('config')}, now {config_hash}); "
+                "restore config.toml, or delete the checkpoint to start this stage anew"
+            )
         start = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -114,4 +122,5 @@ def train_loop(
                     )
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if (i + 1) % every == 0 or last:
-                save_state(checkpoint, {"step": i + 1} | {k: part.state_dict() for k, part in parts.items()})
+                state = {name: part.state_dict() for name, part in parts.items()}
+                save_state(checkpoint, {"step": i + 1, "config": config_hash} | state)

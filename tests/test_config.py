@@ -76,7 +76,10 @@ def test_override_and_differences():
         ("digit-lt", [], r"unknown preset 'digit-lt'; did you mean 'digits-lt'\?"),
         ("digits-lt", ["diffusion.stps=3"], r"unknown key 'diffusion.stps'; did you mean 'steps'\?"),
         ("digits-lt", ["difusion.steps=3"], r"unknown key 'difusion'; did you mean 'diffusion'\?"),
-        ("digits-lt", ["diffusion.steps=many"], r"diffusion.steps: .*integer.*got 'many'"),
+        ("digits-lt", ["diffusion.steps=many"], r"diffusion.steps: .*a number, got 'many'"),
+        ("digits-lt", ["diffusion.steps='7'"], r"diffusion.steps: expected a number, got '7'"),
+        ("digits-lt", ["data.n_max=true"], r"data.n_max: expected a number, got True"),
+        ("digits-lt", ["generate.guidance=1", "diffusion.label_dropout=0"], r"guidance needs diffusion.label_dropout"),
         ("digits-lt", ["diffusion.steps=0"], r"diffusion.steps: .*greater than or equal to 1, got 0"),
         ("digits-lt", ["diffusion.prediction=w"], r"diffusion.prediction: .*'epsilon'"),
         ("digits-lt", ["diffusion=3"], r"diffusion: .*got 3"),
@@ -111,6 +114,14 @@ def test_run_directory_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match="not empty"):
         RunDir.open(tmp_path / "full", "digits-lt")
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+
+
+def test_one_process_at_a_time_works_in_a_run(tmp_path):
+    run = RunDir.open(tmp_path / "run", "digits-lt")
+    with run.stage("extractor"), pytest.raises(UserError, match="another process is at work"), run.stage("diffusion"):
+        pytest.fail("the second stage began")
+    with run.stage("diffusion") as note:
+        assert note is not None
 
 
 def test_damaged_config_is_named(tmp_path):

@@ -18,7 +18,7 @@ from diffult.train_diffusion import DiffusionLoss
 from diffult.training import Ema, learning_rate_factor, train_loop
 
 
-def noisy_sgd(path, steps, stop_at=None):
+def noisy_sgd(path, steps, stop_at=None, config_hash="one"):
     """Trains a weight on random numbers; optionally dies after a step. Returns the weight."""
     model = nn.Linear(3, 1, bias=False)
     nn.init.ones_(model.weight)
@@ -36,7 +36,7 @@ def noisy_sgd(path, steps, stop_at=None):
     def batches(start):
         return (torch.full((4, 1), float(i)) for i in range(start, steps))
 
-    train_loop("t", steps, batches, step, {"model": model, "optimizer": optimizer}, path, every=3, seed=(5, 1))
+    train_loop("t", steps, batches, step, {"model": model, "optimizer": optimizer}, path, 3, (5, 1), config_hash)
     return model.weight.detach()
 
 
@@ -47,14 +47,24 @@ def test_an_interrupted_loop_ends_as_an_unbroken_one(tmp_path):
     assert torch.equal(noisy_sgd(tmp_path / "b.pt", 10), unbroken)
 
 
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        noisy_sgd(tmp_path / "a.pt", 10, stop_at=7)
+    with pytest.raises(UserError, match=r"a.pt: written under another configuration \(one, now two\)"):
+        noisy_sgd(tmp_path / "a.pt", 10, config_hash="two")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     model = nn.Linear(1, 1)
 
     def step(i, batch):
         return {"loss": torch.tensor(float("nan") if i >= 5 else 1.0)}
 
+    def batches(start):
+        return iter(range(start, 9))
+
     with pytest.raises(UserError, match=r"the loss is nan at step 6; lower the learning rate") as caught:
-        train_loop("t", 9, lambda start: iter(range(start, 9)), step, {"model": model}, tmp_path / "s.pt", 3, (0, 0))
+        train_loop("t", 9, batches, step, {"model": model}, tmp_path / "s.pt", 3, (0, 0), "a")
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "s.pt", weights_only=True)["step"] == 3
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
+
+from diffult.section import Section
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 
 
-class DataConfig(BaseModel, extra="forbid", frozen=True):
+class DataConfig(Section):
     """The `data` section of a configuration.
 
     Attributes:

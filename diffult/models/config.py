@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from diffult.section import Section
 
 
-class UNetConfig(BaseModel):
+class UNetConfig(Section):
     """Shape of the diffusion UNet; see `diffult.models.unet.UNet`.
 
     Resolutions are in pixels of the feature map, that is after `patch`: a 28x28 image, patch 2, starts at 14.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Annotated[int, Field(ge=4, multiple_of=4)]
     """Width of the first level."""
