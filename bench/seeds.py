@@ -58,12 +58,13 @@ def run_seed(preset: str, seed: int, folder: Path, overrides: list[str], threads
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """[mean, sample deviation] of each method and group in percent, and of the gain over cross-entropy of the same
-    seed."""
+    seed. A group without a class is left out."""
     summary: dict[str, dict[str, list[float]]] = {}
     for method in RECIPES:
         if method in runs[0]:
-            values = {group: [run[method][group] for run in runs] for group in COLUMNS}
-            gains = {f"{group}_gain": [run[method][group] - run["ce"][group] for run in runs] for group in COLUMNS}
+            groups = [group for group in COLUMNS if all(run[method][group] is not None for run in runs)]
+            values = {group: [run[method][group] for run in runs] for group in groups}
+            gains = {f"{group}_gain": [run[method][group] - run["ce"][group] for run in runs] for group in groups}
             summary[method] = {
                 name: [round(mean(v), 2), round(stdev(v), 2) if len(v) > 1 else 0.0]
                 for name, v in (values | gains).items()
@@ -75,7 +76,8 @@ def markdown(summary: dict[str, dict[str, list[float]]]) -> str:
     """The table of the README."""
     lines = ["| | top-1 | many | medium | few | few, gain over CE |", "|---|---|---|---|---|---|"]
     for method, row in summary.items():
-        cells = [f"{row[group][0]:.1f} ± {row[group][1]:.1f}" for group in (*COLUMNS, "few_gain")]
+        columns = (*COLUMNS, "few_gain")
+        cells = [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" if name in row else "–" for name in columns]
         lines.append(f"| {RECIPES[method].title} | " + " | ".join(cells) + " |")  # type: ignore[index]
     return "\n".join(lines)
 

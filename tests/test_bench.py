@@ -28,5 +28,12 @@ def test_one_seed_has_no_deviation():
     assert summarise([run])["ce"]["few"] == [4.0, 0.0]
 
 
+def test_a_group_without_classes_is_left_out():
+    run = {"ce": {"top1": 1.0, "many": 2.0, "medium": None, "few": None}}
+    summary = summarise([run, run])
+    assert summary["ce"]["many"] == [2.0, 0.0] and "medium" not in summary["ce"]
+    assert markdown(summary).splitlines()[-1] == "| Cross-entropy | 1.0 ± 0.0 | 2.0 ± 0.0 | – | – | – |"
+
+
 def test_machine_names_device_and_versions():
     assert {"device", "torch", "python"} <= set(machine())
