@@ -55,7 +55,7 @@ class _FakeDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch  # a device for each architecture: Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

@@ -30,8 +30,8 @@ def load_extractor(run: RunDir, device: torch.device) -> Extractor:
     return Extractor(network, run.config.extractor.image_size, ClassStatistics(**statistics).to(device))
 
 
-def load_diffusion(run: RunDir, device: torch.device) -> UNet:
-    """The averaged UNet in evaluation mode.
+def load_diffusion(run: RunDir, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
+    """The averaged UNet in evaluation mode, computing in `dtype`.
 
     Raises:
         UserError: the stage is not finished or the file is damaged.
@@ -40,7 +40,7 @@ def load_diffusion(run: RunDir, device: torch.device) -> UNet:
     weights, info = load_tensors(run.folder("diffusion") / "ema.safetensors")
     model = build_unet(run.config, int(info["num_classes"]))
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 def load_classifier(run: RunDir, method: Method, device: torch.device) -> Classifier:

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffult.config import TrainingConfig
 from diffult.device import autocast
-from diffult.training import learning_rate_factor, train_loop
+from diffult.training import Job, learning_rate_factor, train_loop
 from ffcv_writers import Batch, Loader, OrderKind, stream_chunks
 from kernels.augment import augment, center_crop, normalise
 
@@ -44,7 +44,7 @@ def fit(
         kind: order of the training stream, "natural" or "class_balanced".
         loss: (logits, batch) -> scalar.
         seed: the run's seed and the stage's number.
-        config_hash: of the run's configuration, kept in the checkpoint.
+        config_hash: of the run's configuration.
     """
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -72,16 +72,14 @@ def fit(
         return {"loss": value.detach()}
 
     model.train()
+    job = Job(
+        title, config.steps, checkpoint, max(1, min(1000, config.steps // 2)), seed, config_hash, config.batch_size
+    )
     train_loop(
-        title,
-        config.steps,
+        job,
         lambda start: training_batches(loader, kind, order_seed, start, config.steps),
         step,
         {"model": model, "optimizer": optimizer, "scheduler": scheduler},
-        checkpoint,
-        every=max(1, min(1000, config.steps // 2)),
-        seed=seed,
-        config_hash=config_hash,
     )
     model.eval()
 

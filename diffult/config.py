@@ -63,15 +63,19 @@ class DiffusionConfig(Section):
     cbdm: bool = True
     cbdm_tau: float = Field(1.0, ge=0)
     cbdm_gamma: float = Field(0.25, ge=0)
+    cbdm_share: float = Field(1.0, gt=0, le=1)  # of the batch that L_CBDM is estimated from: every 1/share-th sample
     aid: bool = True
     aid_alpha: float = Field(0.1, ge=0)
+    aid_share: float = Field(1.0, gt=0, le=1)  # of the batch, as above
+    aid_steps: float = Field(1.0, gt=0, le=1)  # of the steps: L_AID is in every 1/share-th
     label_dropout: float = Field(0.1, ge=0, lt=1)
     batches: Literal["natural", "class_balanced"] = "natural"
     flip: bool = False  # mirror left-right with probability 1/2, without a label
     augment_probability: float = Field(0.0, ge=0, le=1)  # adaptive augmentation with its 9-number label
     augment_flips: bool = False  # mirroring among the adaptive augmentations
     steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # of a step, over all processes
+    accumulate: int = Field(1, ge=1)  # parts that a process cuts its share of the batch into, to save memory
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -79,6 +83,8 @@ class DiffusionConfig(Section):
     gradient_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
     checkpoint_every: int = Field(1000, ge=1)
+    # A loss that is no number or ten times what it was: stop, or go back to the last checkpoint once, at half the rate.
+    on_divergence: Literal["stop", "go_back"] = "stop"
 
 
 class GenerateConfig(Section):
@@ -89,6 +95,9 @@ class GenerateConfig(Section):
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
+    # How x0 is kept in [-1, 1] at each step. 0: clipped; otherwise divided by this percentile of its |values| where
+    # that exceeds 1, then clipped (dynamic thresholding, Saharia et al. 2022, who take 0.995).
+    threshold: float = Field(0.0, ge=0, le=1)
     batch_size: int = Field(64, ge=1)
     # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
     # the extractor, its logits adjusted for class frequency, takes for another class.

@@ -11,7 +11,9 @@ import torch
 
 def pick_device() -> torch.device:
     """CUDA where there is a device (CUDA_VISIBLE_DEVICES chooses, empty hides it), the CPU otherwise."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())  # `distributed.join` gives each process its own
 
 
 def compute_dtype(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
@@ -26,6 +28,16 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# Dense bfloat16 FLOP/s of the data sheets, by a part of the name that torch gives.
+_PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """What the card can do at the most in bfloat16, FLOP/s; 0 where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in _PEAK.items() if part in name), 0.0)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

@@ -22,6 +22,7 @@ from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import judge
 from diffult.longtail.quota import Quota
 from kernels.augment import denormalise, normalise
+from kernels.denoise_step import COLUMNS, denoise_step, dynamic_limit
 from kernels.random import normal
 
 
@@ -55,41 +56,39 @@ class Generator:
         """Samples named by class and index, both int64 [B] -> uint8 [B, H, W, C]."""
         settings = self.settings
         grid = samplers.timestep_grid(self.schedule.timesteps, settings.steps)
-        abar = self.schedule.alphas_cumprod
+        rows = samplers.solver_rows(settings.sampler, grid, self.schedule.alphas_cumprod, settings.eta)
+        # All numbers of all steps go to the device at once, so that no step waits for the host.
+        coefficients = self._coefficients(grid, rows).to(self.device)[:, None].repeat(1, len(labels), 1)
+        steps = torch.arange(len(grid) + 1, device=self.device)[:, None].repeat(1, len(labels))
 
-        def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-            return self._predict_x0(x, t, labels)
-
-        def noise(step: int) -> torch.Tensor:
-            drawn = normal(self.seed, labels, indices, step, self.shape)
-            return drawn.contiguous(memory_format=torch.channels_last)
-
-        x = noise(0)
-        if settings.sampler == "ddim":
-            x = samplers.ddim(denoise, x, grid, abar, noise, settings.eta)
-        elif settings.sampler == "ddpm":
-            x = samplers.ddpm(denoise, x, grid, abar, noise)
-        else:
-            x = samplers.dpm_solver_pp(denoise, x, grid, abar)
+        x, x0 = normal(self.seed, labels, indices, steps[0], self.shape), None
+        for i, t in enumerate(grid):
+            out = self._predict(x, t, labels)
+            if settings.threshold:
+                limit = dynamic_limit(x, out, coefficients[i], settings.threshold)
+                coefficients[i, :, COLUMNS.index("limit")] = limit
+            _, _, c_previous, c_noise = rows[i].tolist()
+            x, x0 = denoise_step(
+                x, out, coefficients[i], x0 if c_previous else None, self.seed, labels, indices, steps[i + 1],
+                with_noise=c_noise != 0,
+            )  # fmt: skip
         return denormalise(x)
 
-    def _predict_x0(self, x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
-        """The clean image, clipped to [-1, 1]; guidance is eps + w (eps - eps_null) (Ho & Salimans 2022), which in
-        the clean image reads x0 + w (x0 - x0_null). Both passes run as one doubled batch."""
-        w = self.settings.guidance
-        if w:
-            x_in = torch.cat([x, x])
+    def _coefficients(self, grid: list[int], rows: torch.Tensor) -> torch.Tensor:
+        """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
+        conversions = [self.schedule.x0_coefficients(self.prediction, t) for t in grid]
+        guidance, limit = torch.full((len(grid), 1), self.settings.guidance), torch.ones(len(grid), 1)
+        return torch.cat([torch.tensor(conversions, dtype=torch.float64), guidance, limit, rows], dim=1).float()
+
+    def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+        """The network's output, [B, C, H, W], or with guidance [2B, C, H, W], the second half without class: both
+        passes run as one doubled batch."""
+        if self.settings.guidance:
+            x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
-        else:
-            x_in = x
-        times = torch.full((len(x_in),), t, device=x.device)
+        times = torch.full((len(x),), t, device=x.device)
         with autocast(self.dtype, self.device):
-            out = self.unet(x_in, times, labels).float()
-        x0 = self.schedule.to_x0(self.prediction, out, x_in, times)
-        if w:
-            x0, x0_null = x0.chunk(2)
-            x0 = x0 + w * (x0 - x0_null)
-        return x0.clamp(-1, 1)
+            return self.unet(x, times, labels)
 
     @torch.inference_mode()
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined, Template
 
-from diffult.cli import RunOption, main
+from diffult.cli import RunOption, duration, main
 from diffult.config import Config
 from diffult.data import ImageSet, load_data
 from diffult.device import pick_device
@@ -136,17 +136,6 @@ def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
         {"stage": stage, "seconds": spent, "share": 100.0 * spent / total if total else 0.0}
         for stage, spent in seconds.items()
     ]
-
-
-def duration(seconds: float) -> str:
-    """8.4 s, 1 min 45 s or 2 h 05 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    if seconds < 3599.5:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
 
 
 def render(config: Config, metrics: Mapping[str, Any], real: ImageSet, samples: Samples, machine: str) -> str:

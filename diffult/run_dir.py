@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffult.config import Config, differences, load_preset, read_config
+from diffult.distributed import ALONE, World
 from diffult.errors import UserError
 from diffult.files import read_json, write_json, write_text
 
@@ -94,18 +95,23 @@ class RunDir:
             )
 
     @contextmanager
-    def stage(self, stage: Stage) -> Iterator[dict[str, Any] | None]:
+    def stage(self, stage: Stage, world: World = ALONE) -> Iterator[dict[str, Any] | None]:
         """Marks the stage finished when the block ends well. Yields a dict for its notes, or None where it is finished.
 
-        "seconds" counts the last attempt: where a stage was interrupted, what came before is not in it.
+        "seconds" counts the last attempt: where a stage was interrupted, what came before is not in it. Of several
+        processes in one stage the first writes, and none leaves before it is finished.
         """
         if self.done(stage) is not None:
             log.info("%s: finished before, skipped", stage)
             yield None
             return
-        self.start()
-        with self._alone():
-            yield from self._work(stage)
+        if world.first:
+            self.start()
+            with self._alone():
+                yield from self._work(stage)
+        else:
+            yield {}
+        world.wait()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

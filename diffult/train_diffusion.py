@@ -1,181 +1,123 @@
 """Stage 2: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
-Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn.
+Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, and metrics.jsonl. Alone or with
+torchrun: the batch is shared by the processes, and the model is the same but for rounding.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import nn
+import typer
 
-from diffult.artifacts import build_unet, load_extractor
-from diffult.cli import PresetOption, RunOption, SetOption, main
-from diffult.config import DiffusionConfig
+from diffult.artifacts import load_extractor
+from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data import Data, load_data
-from diffult.device import autocast, compute_dtype, pick_device
-from diffult.diffusion.augment import augment
-from diffult.diffusion.losses import aid_distance, aid_loss, cbdm_loss, ddpm_loss
-from diffult.diffusion.schedule import Schedule
+from diffult.device import peak_flops, pick_device
+from diffult.diffusion.trainer import Trainer, build_trainer
+from diffult.distributed import ALONE, World, join
 from diffult.files import save_tensors
 from diffult.longtail.extractor import Extractor
+from diffult.models.cost import parameters
 from diffult.run_dir import RunDir
-from diffult.training import Ema, learning_rate_factor, train_loop
+from diffult.training import Job, Pace, train_loop
 from ffcv_writers import stream_chunks
-from kernels.augment import normalise
 
 _STAGE = 2  # its number among the seeds
+log = logging.getLogger(__name__)
 
 
-class DiffusionLoss:
-    """L_DDPM + L_CBDM + L_AID of one batch. Draws its random numbers from torch's global generator.
-
-    A sample whose label is dropped takes part in L_CBDM and L_AID with eps_theta(x_t, t, no class).
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: DiffusionConfig,
-        schedule: Schedule,
-        class_share: torch.Tensor,
-        null_label: int,
-        extractor: Extractor,
-    ) -> None:
-        """
-        Args:
-            class_share: float [num_classes], the share of each class in the training batches; L_CBDM draws y' from it.
-            null_label: the label that stands for "no class".
-            extractor: phi0 with the radii d_f, for L_AID.
-        """
-        self.model, self.config, self.schedule = model, config, schedule
-        self.class_share, self.null_label = class_share, null_label
-        self.extractor = extractor
-        self.noise_last = float((1 - schedule.alphas_cumprod[-1]).sqrt())
-
-    def __call__(self, x0: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses by name for clean images x0 [B, C, H, W] in [-1, 1] with labels y [B]; "loss" is their sum."""
-        config, schedule = self.config, self.schedule
-        x0, augment_label = self._augmented(x0)
-        t = torch.randint(schedule.timesteps, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
-        x_t = schedule.add_noise(x0, eps, t)
-        dropped = torch.rand(len(y), device=y.device) < config.label_dropout
-        labels = torch.where(dropped, self.null_label, y)
-
-        if config.cbdm:
-            y_other = torch.multinomial(self.class_share, len(y), replacement=True)
-            both = (torch.cat([z, z]) if z is not None else None for z in (x_t, t, augment_label))
-            x2, t2, augment2 = both
-            out, out_other = self.model(x2, t2, torch.cat([labels, y_other]), augment2).float().chunk(2)
-        else:
-            out = self.model(x_t, t, labels, augment_label).float()
-
-        weight = schedule.min_snr_weight(config.prediction, t, config.min_snr) if config.min_snr else None
-        losses = {"ddpm": ddpm_loss(out, schedule.target(config.prediction, x0, eps, t), weight)}
-        if config.cbdm or config.aid:
-            eps_theta = schedule.to_eps(config.prediction, out, x_t, t)
-        if config.cbdm:
-            eps_other = schedule.to_eps(config.prediction, out_other, x_t, t)
-            losses["cbdm"] = cbdm_loss(eps_theta, eps_other, t, schedule.timesteps, config.cbdm_tau, config.cbdm_gamma)
-        if config.aid:
-            losses["aid"] = self._aid(x0, eps, eps_theta, t, y)
-        return {"loss": torch.stack(list(losses.values())).sum()} | {k: v.detach() for k, v in losses.items()}
-
-    def _augmented(self, x0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        config = self.config
-        if config.flip:
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
-        if not config.augment_probability:
-            return x0, None
-        return augment(x0, config.augment_probability, flips=config.augment_flips)
-
-    def _aid(
-        self, x0: torch.Tensor, eps: torch.Tensor, eps_theta: torch.Tensor, t: torch.Tensor, y: torch.Tensor
-    ) -> torch.Tensor:
-        real = self.extractor.features(x0)
-        shifted = self.extractor.features(x0 + eps - eps_theta)
-        _, s = self.schedule.levels(t)
-        distance = aid_distance(real, shifted, s.flatten(), self.noise_last)
-        return aid_loss(distance, self.extractor.statistics.radii[y], self.config.aid_alpha)
-
-
-def train_diffusion(run: RunDir, data: Data, extractor: Extractor) -> None:
+def train_diffusion(run: RunDir, data: Data, extractor: Extractor, world: World = ALONE) -> None:
     """Trains the diffusion model on the long-tailed set.
 
     Args:
         extractor: phi0, which L_AID needs.
+        world: the processes that share the batch; every one of them calls this.
     """
-    with run.stage("diffusion") as note:
+    with run.stage("diffusion", world) as note:
         if note is not None:
-            _train(run, data, extractor, note)
+            _train(run, data, extractor, world, note)
 
 
-def _train(run: RunDir, data: Data, extractor: Extractor, note: dict[str, Any]) -> None:
-    config, train = run.config.diffusion, data.train
-    device = pick_device()
-    dtype = compute_dtype(run.config.precision, device)
-    num_classes = len(train.classes)
-    torch.manual_seed(run.config.seed)
-    model = build_unet(run.config, num_classes).to(device).train()
-    ema = Ema(model, config.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: learning_rate_factor(i, config.steps, config.warmup_steps, cosine=config.cosine_decay),
-    )
-    balanced = config.batches == "class_balanced"
-    counts = torch.from_numpy(train.counts()).to(device, torch.float32)
-    loss = DiffusionLoss(
-        model,
-        config,
-        Schedule(config.schedule, config.timesteps, device),
-        torch.ones_like(counts) / num_classes if balanced else counts / counts.sum(),
-        num_classes,
-        extractor,
-    )
-    images = torch.from_numpy(train.load()).to(device)
-    labels = torch.from_numpy(train.labels).to(device)
+def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any]) -> None:
+    config, folder = run.config.diffusion, run.folder("diffusion")
+    pace = Pace()
+    trainer = build_trainer(run, data, extractor, world, pace)
+    _tell_cost(trainer, config.batch_size)
 
     def batches(start: int) -> Iterator[torch.Tensor]:
         size = config.batch_size
-        for order in stream_chunks(config.batches, train.labels, run.config.seed, size, start, config.steps):
+        for order in stream_chunks(config.batches, data.train.labels, run.config.seed, size, start, config.steps):
             yield from torch.from_numpy(order).split(size)
 
-    def step(i: int, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows = rows.to(device)
-        with autocast(dtype, device):
-            losses = loss(normalise(images[rows]), labels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        optimizer.step()
-        scheduler.step()
-        ema.update(model, i)
-        return losses
-
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
-    folder = run.folder("diffusion")
-    train_loop(
-        "diffusion", config.steps, batches, step, parts, folder / "state.pt", config.checkpoint_every,
-        (run.config.seed, _STAGE), run.config.hash,
+    job = Job(
+        "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
+        run.config.hash, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
+        folder / "metrics.jsonl", world.first,
     )  # fmt: skip
+    go_back = config.on_divergence == "go_back"
+    train_loop(job, batches, trainer.step, {"optimizer": trainer.optimizer}, pace if go_back else None)
     info = {
         "config": run.config.hash,
-        "num_classes": str(num_classes),
+        "num_classes": str(len(data.train.classes)),
         "unet": run.config.unet.model_dump_json(),
     }
-    save_tensors(folder / "ema.safetensors", ema.state_dict(), info)
+    if world.first:
+        save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
     note["images"] = config.steps * config.batch_size
+    note["learning_rate_factor"] = pace.factor
 
 
-def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None) -> None:
-    """Train the class-conditional diffusion model on the long-tailed set. Needs the extractor stage."""
+def _tell_cost(trainer: Trainer, batch_size: int) -> None:
+    total = sum(trainer.flops.values())
+    shares = ", ".join(f"{name} {work / total:.0%}" for name, work in trainer.flops.items())
+    log.info("diffusion: %.3g GFLOP a step of %d images (%s)", total / 1e9, batch_size, shares)
+
+
+def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> None:
+    """What training would take on this machine, from a few seconds of steps that are thrown away."""
+    config = run.config.diffusion
+    trainer = build_trainer(run, data, extractor, world, Pace())
+    _tell_cost(trainer, config.batch_size)
+    rows = next(iter(stream_chunks(config.batches, data.train.labels, 0, config.batch_size, 0, 1)))
+    steps, times = 0, []
+    begun = time.perf_counter()
+    while steps < 5 or (time.perf_counter() - begun < 5 and steps < 100):
+        start = time.perf_counter()
+        trainer.step(steps, torch.from_numpy(rows))["loss"].item()
+        times.append(time.perf_counter() - start)
+        steps += 1
+    seconds = sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
+    state = 5 * 4 * parameters(trainer.model)
+    memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and average"
+    if trainer.device.type == "cuda":
+        memory += f"; {torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f} GiB at the peak"
+    if world.first:
+        print(
+            f"{config.steps} steps of {config.batch_size} images, {seconds:.3f} s each: about "
+            f"{duration(config.steps * seconds)}; {memory}"
+        )
+
+
+def command(
+    run: RunOption,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell steps, time and memory, and stop.")] = False,
+) -> None:
+    """Train the class-conditional diffusion model on the long-tailed set. Needs the extractor stage.
+
+    On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_diffusion --run RUN
+    """
+    world = join()
     run_dir = RunDir.open(run, preset, set_)
     data = load_data(run_dir.config.data)
-    train_diffusion(run_dir, data, load_extractor(run_dir, pick_device()))
+    extractor = load_extractor(run_dir, pick_device())
+    (tell_cost if dry_run else train_diffusion)(run_dir, data, extractor, world)
 
 
 if __name__ == "__main__":

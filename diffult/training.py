@@ -1,49 +1,75 @@
-"""The loop that every training stage shares: resume, seed each step, watch the loss, keep checkpoints."""
+"""The loop that all training stages share: resume, seed each step, watch the loss, keep checkpoints, tell the rate."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from diffult.device import seed_step
 from diffult.errors import UserError
-from diffult.files import load_state, save_state
+from diffult.files import load_state, save_state, write_text
 
 Batch = TypeVar("Batch")
+Losses = dict[str, torch.Tensor]
 log = logging.getLogger(__name__)
 _WATCH_EVERY = 50  # steps between looks at the loss: each look waits for the device
+_EXPLODED = 10.0  # a loss so many times the first one seen is as bad as NaN
 
 
-class Ema:
-    """Exponential moving average of a network's floating-point state.
+@dataclass(frozen=True)
+class Job:
+    """What the loop is told about the work.
 
-    The decay is min(ema, (1 + step) / (10 + step)), so that the first steps do not hold on to the random start.
+    Attributes:
+        title: what the progress line calls it.
+        steps: how many there are in all.
+        checkpoint: its file; written every `every` steps and at the end.
+        seed: torch's generators are seeded from it and the step's number before each step.
+        config_hash: of the run's configuration; a checkpoint of another one is refused.
+        images: a step takes, over all processes.
+        flops: of a step, over all processes; 0: not told.
+        peak: FLOP/s that the hardware could do at the most; 0: not known.
+        metrics: a file of JSON lines, one for each look at the loss; None: none.
+        writes: False on all processes but one: they write no file and show no progress.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    title: str
+    steps: int
+    checkpoint: Path
+    every: int
+    seed: tuple[int, ...]
+    config_hash: str
+    images: int = 0
+    flops: float = 0
+    peak: float = 0
+    metrics: Path | None = None
+    writes: bool = True
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = model.state_dict()
-        averaged = [key for key, value in self.state.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.state[key] for key in averaged], [current[key] for key in averaged], 1 - decay)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.state
+class Pace:
+    """What the learning rate is multiplied by: 1, and `after` once the loss has diverged and the loop gone back."""
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for key, value in state.items():
-            self.state[key].copy_(value)
+    def __init__(self, after: float = 0.5) -> None:
+        self.factor, self.after = 1.0, after
+
+    def state_dict(self) -> dict[str, float]:
+        return {"factor": self.factor}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.factor = state["factor"]
+
+
+class Diverged(Exception):
+    """The loss is not finite, or many times what it was."""
 
 
 def learning_rate_factor(
@@ -69,58 +95,117 @@ def check_checkpoint(path: Path) -> None:
 
 
 def train_loop(
-    title: str,
-    steps: int,
+    job: Job,
     batches: Callable[[int], Iterator[Batch]],
-    step: Callable[[int, Batch], dict[str, torch.Tensor]],
+    step: Callable[[int, Batch], Losses],
     parts: dict[str, Any],
-    checkpoint: Path,
-    every: int,
-    seed: tuple[int, int],
-    config_hash: str,
+    pace: Pace | None = None,
 ) -> None:
     """Runs `step(i, batch)` for i in 0..steps-1, going on from the checkpoint where there is one.
 
     Args:
-        title: what the progress line calls it.
         batches: the batches from a given step on.
         step: does one step and returns its losses by name, scalar tensors; "loss" is the sum.
         parts: what makes up the state, each with state_dict and load_state_dict.
-        checkpoint: its file; written every `every` steps and at the end.
-        seed: (run's seed, stage's number); torch's generators are seeded from it and i before each step.
-        config_hash: of the run's configuration; a checkpoint of another one is refused.
+        pace: given, a loss that diverges sends the loop back to its last checkpoint, once, at a lower rate.
 
     Raises:
-        UserError: the checkpoint is damaged or of another configuration; or the loss is no longer finite: the last good
-            checkpoint is kept.
+        UserError: the checkpoint is damaged or of another configuration; or the loss diverged: the last good checkpoint
+            is kept.
     """
+    state = parts if pace is None else parts | {"pace": pace}
+    start = _resume(job, state)
+    while True:
+        try:
+            _run(job, start, batches(start), step, state)
+            return
+        except Diverged as error:
+            where = job.checkpoint if job.checkpoint.exists() else "none"
+            if pace is None or pace.factor != 1 or not job.checkpoint.exists():
+                raise UserError(
+                    f"{job.title}: {error}; lower the learning rate, or set precision=float32 "
+                    f"(last good checkpoint: {where})"
+                ) from None
+            log.warning("%s: %s; back to %s at %g times the learning rate", job.title, error, where, pace.after)
+            start = _resume(job, state)
+            pace.factor = pace.after  # kept with the next checkpoint; killed before it, the loop diverges again
+
+
+def _resume(job: Job, parts: dict[str, Any]) -> int:
+    """Loads the checkpoint into the parts and returns the number of steps done."""
     start = 0
-    if checkpoint.exists():
-        state = load_state(checkpoint)
-        if state.get("config") != config_hash:
+    if job.checkpoint.exists():
+        state = load_state(job.checkpoint)
+        if state.get("config") != job.config_hash:
             raise UserError(
-                f"{checkpoint}: written under another configuration ({state.get('config')}, now {config_hash}); "
-                "restore config.toml, or delete the checkpoint to start this stage anew"
+                f"{job.checkpoint}: written under another configuration ({state.get('config')}, now "
+                f"{job.config_hash}); restore config.toml, or delete the checkpoint to start this stage anew"
             )
-        start = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        log.info("%s: going on at step %d of %d", title, start, steps)
+        start = state["step"]
+        if start:
+            log.info("%s: going on at step %d of %d", job.title, start, job.steps)
+    if job.writes and job.metrics is not None and job.metrics.exists():
+        whole = [line for line in job.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= start]  # the rest is done again
+        write_text(job.metrics, "".join(kept))
+    return start
 
-    with tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=1.0, dynamic_ncols=True) as bar:
-        for i, batch in zip(range(start, steps), batches(start), strict=False):
-            seed_step(*seed, i)
+
+def _save(job: Job, step: int, parts: dict[str, Any]) -> None:
+    if job.writes:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_state(job.checkpoint, {"step": step, "config": job.config_hash} | state)
+
+
+def _run(
+    job: Job,
+    start: int,
+    batches: Iterator[Batch],
+    step: Callable[[int, Batch], Losses],
+    parts: dict[str, Any],
+) -> None:
+    first = math.nan
+    watched, since = start, time.perf_counter()
+    bar = tqdm(
+        total=job.steps, initial=start, desc=job.title, unit="step", mininterval=1.0, dynamic_ncols=True,
+        disable=not job.writes,
+    )  # fmt: skip
+    with bar:
+        for i, batch in zip(range(start, job.steps), batches, strict=False):
+            seed_step(*job.seed, i)
             losses = step(i, batch)
             bar.update()
-            last = i + 1 == steps
-            if (i + 1) % _WATCH_EVERY == 0 or last or (i + 1) % every == 0:
+            done, last = i + 1, i + 1 == job.steps
+            if done % _WATCH_EVERY == 0 or done % job.every == 0 or last:
                 values = {name: value.item() for name, value in losses.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"{title}: the loss is {values['loss']} at step {i + 1}; lower the learning rate, or set "
-                        f"precision=float32 (last good checkpoint: {checkpoint if checkpoint.exists() else 'none'})"
-                    )
-                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
-            if (i + 1) % every == 0 or last:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                save_state(checkpoint, {"step": i + 1, "config": config_hash} | state)
+                first = values["loss"] if math.isnan(first) else first
+                if not all(math.isfinite(value) for value in values.values()) or values["loss"] > _EXPLODED * first:
+                    told = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+                    raise Diverged(f"the loss diverged by step {done} ({told})")
+                now = time.perf_counter()
+                speed = _speed(job, (done - watched) / (now - since))
+                watched, since = done, now
+                bar.set_postfix_str(_line(speed | values), refresh=False)
+                if job.writes and job.metrics is not None:
+                    with job.metrics.open("a") as file:
+                        file.write(json.dumps({"step": done} | speed | values) + "\n")
+            if done % job.every == 0 or last:
+                _save(job, done, parts)
+
+
+def _speed(job: Job, steps_per_s: float) -> dict[str, float]:
+    speed = {}
+    if job.images:
+        speed["images_per_s"] = round(steps_per_s * job.images, 1)
+    if job.flops:
+        speed["tflop_per_s"] = round(steps_per_s * job.flops / 1e12, 4)
+        if job.peak:
+            speed["share_of_peak"] = round(steps_per_s * job.flops / job.peak, 4)
+    return speed
+
+
+def _line(values: dict[str, float]) -> str:
+    names = {"images_per_s": "img/s", "tflop_per_s": "TFLOP/s", "share_of_peak": "of peak"}
+    return ", ".join(f"{names.get(name, name)}={value:.4g}" for name, value in values.items())

@@ -1,7 +1,14 @@
 """uint8 NHWC batches to what a classifier trains on: cropped, mirrored, jittered, normalised, channels-last.
 
 Every random number is keyed by (seed, position), the place of the sample in the training stream, so a batch is the same
-on any device and after any restart.
+on any device and after any restart. With u_4, u_5, u_6 the uniform numbers of a sample (`kernels.random.uniform`), its
+pixel at row i, column j of the crop's middle [size, size] window M is
+
+    M[i + d_4, j' + d_5] / 127.5 - 1    d = ceil(u (2 pad + 1)) - 1 - pad    j' = size - 1 - j if u_6 <= 1/2, else j
+
+and -1, black, where that lies outside. What must move is 1 byte in and 4 (float32) or 2 out for each number: the kernel
+moves these once, and makes its random numbers where it uses them. Resized crops and jitter are PyTorch operations, and
+with them so is all of it.
 """
 
 from __future__ import annotations
@@ -9,69 +16,57 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.random import uniform
+from kernels.dispatch import on_device, tile, use_triton
+from kernels.random import check_names, philox4x32_block, signed, uniform
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalise(images: Tensor) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1], channels-last."""
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)  # an NHWC tensor permuted is channels-last
 
 
-def denormalise(images: torch.Tensor) -> torch.Tensor:
+def denormalise(images: Tensor) -> Tensor:
     """float [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C], rounded to nearest, values outside clipped."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
+def center_crop(images: Tensor, size: int) -> Tensor:
     """The middle size x size of [B, C, H, W]."""
     top, left = (images.shape[2] - size) // 2, (images.shape[3] - size) // 2
     return images[:, :, top : top + size, left : left + size]
 
 
-def augment(
-    images: torch.Tensor,
+def reference_augment(
+    images: Tensor,
     seed: int,
-    positions: torch.Tensor,
+    positions: Tensor,
     *,
     size: int,
     pad: int = 0,
     flip: bool = False,
     resized_crop: bool = False,
     jitter: float = 0.0,
-) -> torch.Tensor:
-    """Augments and normalises a batch for training.
-
-    Args:
-        images: uint8 [B, H, W, C].
-        seed: of the whole training run.
-        positions: int64 [B], each sample's place in the training stream.
-        size: side of the result; without `resized_crop` the middle of larger images is taken.
-        pad: random crop after padding by so many black pixels.
-        flip: mirror left-right with probability 1/2.
-        resized_crop: random 8 to 100 % of the area at aspect 3/4 to 4/3, scaled to `size` (Szegedy et al. 2015).
-        jitter: brightness, contrast and saturation each by a factor in [1 - jitter, 1 + jitter].
-
-    Returns:
-        float32 [B, C, size, size], channels-last. Values lie in [-1, 1].
-    """
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`augment` in plain PyTorch."""
     x = normalise(images)
     u = uniform(seed, positions >> 32, positions, 0, 10)
-    if resized_crop:
-        x = _resized_crop(x, u[:, :4], size)
-    elif x.shape[2] != size:
-        x = center_crop(x, size)
+    x = _resized_crop(x, u[:, :4], size) if resized_crop else center_crop(x, size)
     if pad:
         x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1 - pad)
     if flip:
         x = torch.where((u[:, 6] <= 0.5).view(-1, 1, 1, 1), x.flip(3), x)
     if jitter:
         x = _jitter(x, 1 + jitter * (2 * u[:, 7:10] - 1))
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _shift(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def _shift(x: Tensor, offset: Tensor) -> Tensor:
     """Moves each image by its own whole-pixel offset, int64 [B, 2]; what comes in is black."""
     _, _, height, width = x.shape
     rows = torch.arange(height, device=x.device)[None, :] + offset[:, :1]
@@ -82,7 +77,7 @@ def _shift(x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return torch.where(inside, moved.permute(0, 3, 1, 2), -1.0)
 
 
-def _resized_crop(x: torch.Tensor, u: torch.Tensor, size: int) -> torch.Tensor:
+def _resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
     """Bilinear crops; a crop wider or higher than the image is cut to it, as torchvision's fallback does."""
     area = 0.08 + 0.92 * u[:, 0]
     aspect = torch.exp(math.log(3 / 4) + u[:, 1] * (math.log(4 / 3) - math.log(3 / 4)))
@@ -98,7 +93,7 @@ def _resized_crop(x: torch.Tensor, u: torch.Tensor, size: int) -> torch.Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _jitter(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def _jitter(x: Tensor, factors: Tensor) -> Tensor:
     """Brightness, contrast and saturation by `factors`, float [B, 3], in this order, clipped as images are."""
     brightness, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors.unbind(1))
     y = ((x + 1) * brightness).clamp(0, 2)  # [0, 2]: black is 0
@@ -108,9 +103,133 @@ def _jitter(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return y.clamp(0, 2) - 1
 
 
-def _grey(x: torch.Tensor) -> torch.Tensor:
+def _grey(x: Tensor) -> Tensor:
     """Luma (ITU-R BT.601) of RGB, or the image itself where it has one channel."""
     if x.shape[1] == 1:
         return x
     weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
     return (x * weights).sum(1, keepdim=True)
+
+
+@triton.jit
+def _uniform(word):
+    """As `kernels.random.uniform` has it, to the bit."""
+    return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
+
+
+@triton.jit
+def _offset(word, pad):
+    return tl.ceil(_uniform(word) * (2 * pad + 1)).to(tl.int32) - 1 - pad
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _augment_kernel(
+    images_ptr, positions_ptr, out_ptr, seed: tl.int64, height, width, size, pad,
+    CHANNELS: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows and COLUMNS numbers along them of one result; a column's index is worked out once for all its rows."""
+    length = size * CHANNELS
+    across = tl.cdiv(length, COLUMNS)
+    tiles = across * tl.cdiv(size, ROWS)
+    sample = tl.program_id(0) // tiles
+    tile_row = (tl.program_id(0) % tiles) // across
+    tile_column = tl.program_id(0) % across
+    position = tl.load(positions_ptr + sample)
+    # u_4 to u_7 are the second block of four.
+    block, step = tl.full((), 1, tl.uint32), tl.full((), 0, tl.int64)
+    word4, word5, word6, _ = philox4x32_block(seed, position >> 32, position, step, block)
+
+    row = tile_row * ROWS + tl.arange(0, ROWS)
+    along = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    column, channel = along // CHANNELS, along % CHANNELS
+    if FLIP:
+        column = tl.where(_uniform(word6) <= 0.5, size - 1 - column, column)
+    from_row, from_column = row + _offset(word4, pad), column + _offset(word5, pad)
+    # Black by a factor of 0 from the row or the column: 2 operations a number, where a mask for each load takes 10.
+    row_scale = tl.where((from_row >= 0) & (from_row < size), 1.0, 0.0)
+    column_scale = tl.where((from_column >= 0) & (from_column < size), 0.00784313725490196, 0.0)  # 1 / 127.5
+    from_row = (height - size) // 2 + tl.minimum(tl.maximum(from_row, 0), size - 1)
+    from_column = (width - size) // 2 + tl.minimum(tl.maximum(from_column, 0), size - 1)
+    source = (from_row * (width * CHANNELS))[:, None] + (from_column * CHANNELS + channel)[None, :]
+    pixel = tl.load(images_ptr + sample.to(tl.int64) * height * width * CHANNELS + source).to(tl.float32)
+    value = pixel * (row_scale[:, None] * column_scale[None, :]) - 1.0
+
+    target = out_ptr + sample.to(tl.int64) * size * length + (row * length)[:, None] + along[None, :]
+    written = (row < size)[:, None] & (along < length)[None, :]
+    tl.store(target, value.to(out_ptr.dtype.element_ty), mask=written)
+
+
+@torch.library.custom_op("diffult::augment", mutates_args=())
+def _augment(
+    images: Tensor, positions: Tensor, seed: int, size: int, pad: int, flip: bool, dtype: torch.dtype
+) -> Tensor:
+    batch, height, width, channels = images.shape
+    out = _augment_fake(images, positions, seed, size, pad, flip, dtype)
+    # 32 numbers a thread, so that what is worked out for a sample, a row and a column is spread over many.
+    columns = min(64, triton.next_power_of_2(size * channels))
+    rows = min(32, triton.next_power_of_2(size))
+    tiles = tile("augment", _key(images, size, dtype), images.device, columns=columns, rows=rows, warps=2)
+    across, down = triton.cdiv(size * channels, tiles["columns"]), triton.cdiv(size, tiles["rows"])
+    with on_device(images):
+        _augment_kernel[(batch * across * down,)](
+            images.contiguous(), positions.contiguous(), out, seed, height, width, size, pad,
+            CHANNELS=channels, FLIP=flip, ROWS=tiles["rows"], COLUMNS=tiles["columns"], num_warps=tiles["warps"],
+        )  # fmt: skip
+    return out
+
+
+@_augment.register_fake
+def _augment_fake(
+    images: Tensor, positions: Tensor, seed: int, size: int, pad: int, flip: bool, dtype: torch.dtype
+) -> Tensor:
+    shape = (len(images), images.shape[3], size, size)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+
+
+def _key(images: Tensor, size: int, dtype: torch.dtype) -> str:
+    return f"{'x'.join(map(str, images.shape[1:]))}-{size}-{str(dtype).removeprefix('torch.')}"
+
+
+def augment(
+    images: Tensor,
+    seed: int,
+    positions: Tensor,
+    *,
+    size: int,
+    pad: int = 0,
+    flip: bool = False,
+    resized_crop: bool = False,
+    jitter: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Augments and normalises a batch for training.
+
+    Args:
+        images: uint8 [B, H, W, C]; copied first where they are not contiguous.
+        seed: of the whole training run, in [0, 2**64).
+        positions: int64 [B], each sample's place in the training stream.
+        size: side of the result; without `resized_crop` the middle of larger images is taken.
+        pad: random crop after padding by so many black pixels.
+        flip: mirror left-right with probability 1/2.
+        resized_crop: random 8 to 100 % of the area at aspect 3/4 to 4/3, scaled to `size` (Szegedy et al. 2015).
+        jitter: brightness, contrast and saturation each by a factor in [1 - jitter, 1 + jitter].
+        dtype: of the result, a floating type; the arithmetic is float32.
+
+    Returns:
+        [B, C, size, size] of `dtype`, channels-last. Values lie in [-1, 1].
+
+    Raises:
+        ValueError: images of another type or shape, or smaller than `size` with no `resized_crop`; positions of another
+            type or shape; a seed out of range.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"augment needs uint8 images [B, H, W, C], got {images.dtype} {list(images.shape)}")
+    check_names(len(images), positions=positions)
+    seed = signed(seed)
+    if not resized_crop and min(images.shape[1:3]) < size:
+        raise ValueError(f"augment cannot take {size} x {size} out of images {list(images.shape[1:3])}")
+    if not (resized_crop or jitter) and use_triton("augment", _key(images, size, dtype), images.device):
+        return _augment(images, positions, seed, size, pad, flip, dtype)
+    return reference_augment(
+        images, seed, positions, size=size, pad=pad, flip=flip, resized_crop=resized_crop, jitter=jitter, dtype=dtype
+    )

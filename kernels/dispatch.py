@@ -29,6 +29,7 @@ Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
 _MINIMUM_CAPABILITY = (8, 0)
 
+asked: dict[tuple[str, str], dict[str, int]] = {}  # what `tile` was asked for so far, with the defaults: for bench.tune
 _mode: Mode = cast(Mode, os.environ.get("DIFFULT_KERNELS", "auto"))
 if _mode not in _MODES:
     raise ValueError(f"DIFFULT_KERNELS={_mode!r} is not one of {', '.join(_MODES)}")
@@ -75,12 +76,13 @@ def use_triton(kernel: str, key: str, device: torch.device) -> bool:
     """
     if refusal(device) is not None:
         return False
-    return _mode == "triton" or not _row(kernel, key, _card(device)).get("torch", False)
+    return _mode == "triton" or not _row(kernel, key, card(device)).get("torch", False)
 
 
 def tile(kernel: str, key: str, device: torch.device, **default: int) -> dict[str, int]:
     """The tile sizes for a shape: the table's, where it has them, over the kernel's own default."""
-    row = _row(kernel, key, _card(device))
+    asked[kernel, key] = default
+    row = _row(kernel, key, card(device))
     return {name: int(row.get(name, value)) for name, value in default.items()}
 
 
@@ -90,14 +92,15 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.cache
-def _card(device: torch.device) -> str:
+def card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Card -> kernel -> shape -> sizes; a size "torch" of 1 sends the shape to the reference."""
     return json.loads((resources.files("kernels") / "tiles.json").read_text())
 
 
 def _row(kernel: str, key: str, card: str) -> dict[str, int]:
-    return _table().get(card, {}).get(kernel, {}).get(key, {})
+    return table().get(card, {}).get(kernel, {}).get(key, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ def _naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
     weights = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhts,bshd->bthd", weights.softmax(-1), v)
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def _qkv(shape: tuple[int, int, int, int], device: str = "cpu") -> list[Tensor]:
@@ -32,9 +37,10 @@ def test_against_float64_softmax(shape: tuple[int, int, int, int]) -> None:
     out = attention(q, k, v)
     assert out.shape == shape and out.dtype == torch.float32
     torch.testing.assert_close(out.double(), _naive(q, k, v), rtol=1e-5, atol=1e-5)
-    low = attention(*(x.bfloat16() for x in (q, k, v)))
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.double(), _naive(*(x.bfloat16() for x in (q, k, v))), rtol=0, atol=0.05)
+    for dtype, limit in ((torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        low = [x.to(dtype) for x in (q, k, v)]
+        assert attention(*low).dtype == dtype
+        assert _relative_error(attention(*low), _naive(*low)) < limit
 
 
 def test_gradients_against_float64_softmax() -> None:
@@ -112,6 +118,35 @@ def test_cuda_agrees_with_torch_and_float64(dtype: torch.dtype, width: int) -> N
     sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(out.double(), _naive(q, k, v), rtol=0, atol=tolerance)
     torch.testing.assert_close(out, sdpa, rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 64, 1, 64), (2, 256, 4, 32), (3, 49, 2, 8), (1, 1024, 1, 256)])
+def test_xformers_and_torch_agree_where_both_run(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """Forward and the three gradients; each is also held against float64, so that both cannot be wrong alike."""
+    refusal = _try_xformers(torch.device("cuda"), dtype, shape[-1])
+    if refusal is not None:
+        pytest.skip(refusal)  # then `attention` is torch's own
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).cuda()
+    inputs = [x.to(dtype) for x in _qkv(shape, "cuda")]
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def results(function: Callable[[Tensor, Tensor, Tensor], Tensor], real: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(real).requires_grad_() for x in inputs)
+        out = function(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), weight.to(real))]
+
+    # float32 may run on tensor cores as TF32
+    limit = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}[dtype]
+    xformers, sdpa, exact = results(attention, dtype), results(torchs, dtype), results(_naive, torch.float64)
+    for name, x, y, e in zip(("out", "q", "k", "v"), xformers, sdpa, exact, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype == dtype
+        assert _relative_error(x, e) < limit, name
+        assert _relative_error(y, e) < limit, name
+        assert _relative_error(x, y) < 2 * limit, name
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffult.cli import duration
 from diffult.config import Config, load_preset
 from diffult.data import ArrayImages, load_data
 from diffult.data.shards import Wave
@@ -23,7 +24,7 @@ from diffult.errors import UserError
 from diffult.files import save_tensors, write_json
 from diffult.longtail.metrics import class_groups
 from diffult.plots import class_histogram, evenly, image_strip, sample_grid
-from diffult.report import accuracy_rows, duration, generation_rows, render, timing_rows, write_report
+from diffult.report import accuracy_rows, generation_rows, render, timing_rows, write_report
 from diffult.run_dir import RunDir
 from diffult.synthetic import open_store, quotas_to
 

@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
-from diffult.diffusion.samplers import ddim, ddpm, dpm_solver_pp, timestep_grid
+from diffult.config import GenerateConfig
+from diffult.diffusion.samplers import ddim, ddpm, solve, solver_rows, timestep_grid
 from diffult.diffusion.schedule import Schedule
+from diffult.generation import Generator
+from kernels.random import normal
 
 MEAN, STD = 0.7, 0.3
 
@@ -49,10 +52,7 @@ def test_order_of_convergence(solver, order):
             seen[t] = z
             return gaussian_denoiser(abar)(z, t)
 
-        if solver == "ddim":
-            ddim(denoise, x, grid, abar, no_noise)
-        else:
-            dpm_solver_pp(denoise, x, grid, abar)
+        solve(denoise, x, grid, solver_rows(solver, grid, abar), no_noise)
         exact = exact_flow(x, float(abar[start]), float(abar[end]))
         errors.append(float((seen[end] - exact).abs().max()))
     rates = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
@@ -66,12 +66,12 @@ def test_samples_have_the_mean_and_deviation_of_the_data(solver):
     x = torch.randn(20_000, generator=g, dtype=torch.float64)
     denoise = gaussian_denoiser(abar)
     grid = timestep_grid(1000, 1000 if solver == "ddpm" else 50)
-    if solver == "ddim":
-        out = ddim(denoise, x, grid, abar, no_noise)
-    elif solver == "ddpm":
-        out = ddpm(denoise, x, grid, abar, lambda i: torch.randn(20_000, generator=g, dtype=torch.float64))
-    else:
-        out = dpm_solver_pp(denoise, x, grid, abar)
+
+    def noise(step):
+        return torch.randn(20_000, generator=g, dtype=torch.float64)
+
+    rows = solver_rows(solver, grid, abar)
+    out = solve(denoise, x, grid, rows, noise if solver == "ddpm" else no_noise)
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.015)
     assert float(out.std()) == pytest.approx(STD, abs=0.03)
 
@@ -87,7 +87,7 @@ def test_ddim_with_eta_one_is_ancestral_with_the_small_variance():
         second[step] = value
         return x0
 
-    ddim(denoise, x, [t, t - 1], abar, lambda i: z, eta=1.0)
+    solve(denoise, x, [t, t - 1], ddim([t, t - 1], abar, eta=1.0), lambda i: z)
     a_t, a_s = float(abar[t]), float(abar[t - 1])
     beta = 1 - a_t / a_s
     mean = math.sqrt(a_s) * beta / (1 - a_t) * x0 + math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x
@@ -104,11 +104,47 @@ def test_ddpm_step_is_eq_7_with_the_large_variance():
         second[step] = value
         return x0
 
-    ddpm(denoise, x, [t, t - 1], abar, lambda i: z)
+    solve(denoise, x, [t, t - 1], ddpm([t, t - 1], abar), lambda i: z)
     a_t, a_s = float(abar[t]), float(abar[t - 1])
     beta = 1 - a_t / a_s
     mean = math.sqrt(a_s) * beta / (1 - a_t) * x0 + math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x
     torch.testing.assert_close(second[t - 1], mean + math.sqrt(beta) * z)
+
+
+def test_dpm_solver_pp_2m_step_is_the_papers():
+    """Lu et al. 2022, algorithm 2, with alpha, sigma, lambda in its own notation and r_i = h_{i-1} / h_i."""
+    abar = Schedule("cosine", 1000).alphas_cumprod
+    grid = [800, 500, 300]
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    lam = (alpha / sigma).log()
+    h = [lam[grid[i + 1]] - lam[grid[i]] for i in range(2)]
+    x, *x0 = (torch.randn(5, dtype=torch.float64) for _ in range(4))
+    seen = []
+
+    def denoise(value, t):
+        seen.append(value)
+        return x0[grid.index(t)]
+
+    out = solve(denoise, x, grid, solver_rows("dpm++", grid, abar), no_noise)
+    first = sigma[500] / sigma[800] * x - alpha[500] * (torch.exp(-h[0]) - 1) * x0[0]
+    r = h[0] / h[1]
+    d = (1 + 1 / (2 * r)) * x0[1] - 1 / (2 * r) * x0[0]
+    second = sigma[300] / sigma[500] * first - alpha[300] * (torch.exp(-h[1]) - 1) * d
+    torch.testing.assert_close(seen[1], first)
+    torch.testing.assert_close(seen[2], second)
+    assert torch.equal(out, x0[2])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_the_last_step_returns_the_clean_image_itself(solver, steps, eta):
+    abar = Schedule("linear", 1000).alphas_cumprod
+    rows = solver_rows(solver, timestep_grid(1000, steps), abar, eta)
+    assert rows.shape == (steps, 4) and rows.dtype == torch.float64
+    assert rows[-1].tolist() == [0, 1, 0, 0]
+    assert rows[0, 2] == 0  # there is no x0 before the first
+    assert bool((rows[:-1, 3] > 0).all()) == (solver == "ddpm" or (solver == "ddim" and eta > 0) or steps == 1)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 1000])
@@ -122,3 +158,40 @@ def test_grid_falls_from_the_last_timestep(steps):
 def test_impossible_grid_is_refused(steps):
     with pytest.raises(ValueError, match=r"1\.\.1000"):
         timestep_grid(1000, steps)
+
+
+class Network(torch.nn.Module):
+    """A made-up network that predicts v and tells labels (9: no class) and times apart."""
+
+    def forward(self, x, t, labels):
+        return torch.tanh(0.7 * x + 0.1 * (labels % 9).view(-1, 1, 1, 1) - t.view(-1, 1, 1, 1) / 1000)
+
+
+@pytest.mark.parametrize(("guidance", "threshold"), [(0.0, 0.0), (1.5, 0.0), (3.0, 0.9)])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance, threshold):
+    schedule, shape, steps = Schedule("cosine", 1000), (3, 8, 6), 5
+    labels, indices = torch.tensor([3, 1, 8]), torch.tensor([0, 7, 2])
+    settings = GenerateConfig(
+        balance_to=0, sampler=sampler, steps=steps, eta=0.3, guidance=guidance, threshold=threshold
+    )
+    engine = Generator(Network(), schedule, "v", settings, None, shape, 9, 11, torch.float32, torch.device("cpu"))
+
+    def denoise(x, t):
+        abar, times = schedule.alphas_cumprod[t], torch.full((3,), t)
+        with_class, without = (Network()(x, times, y) for y in (labels, torch.full((3,), 9)))
+        x0 = abar.sqrt() * x - (1 - abar).sqrt() * (with_class + guidance * (with_class - without))
+        if threshold:
+            limit = x0.abs().flatten(1).quantile(threshold, dim=1, interpolation="higher").clamp(min=1)
+            assert limit.max() > 1.01  # the setting matters here
+            x0 = x0 / limit.view(-1, 1, 1, 1)
+        return x0.clamp(-1, 1)
+
+    def noise(step):
+        return normal(11, labels, indices, step, shape).double()
+
+    grid = timestep_grid(1000, steps)
+    exact = solve(denoise, noise(0), grid, solver_rows(sampler, grid, schedule.alphas_cumprod, 0.3), noise)
+    grey = (exact.permute(0, 2, 3, 1) + 1) * 127.5
+    difference = engine.draw(labels, indices).double() - grey
+    assert difference.abs().max() < 0.51  # rounding to whole grey levels

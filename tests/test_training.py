@@ -1,21 +1,22 @@
-"""The training loop, the moving average, the learning rate, and the diffusion loss put together."""
+"""The training loop, the learning rate, and the diffusion loss put together."""
 
+import json
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 from diffult.config import load_preset
-from diffult.device import seed_step
 from diffult.diffusion.losses import ddpm_loss
+from diffult.diffusion.objective import DiffusionLoss
 from diffult.diffusion.schedule import Schedule
 from diffult.errors import UserError
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
-from diffult.train_diffusion import DiffusionLoss
-from diffult.training import Ema, learning_rate_factor, train_loop
+from diffult.training import Job, Pace, learning_rate_factor, train_loop
 
 
 def noisy_sgd(path, steps, stop_at=None, config_hash="one"):
@@ -34,9 +35,10 @@ def noisy_sgd(path, steps, stop_at=None, config_hash="one"):
         return {"loss": loss.detach()}
 
     def batches(start):
-        return (torch.full((4, 1), float(i)) for i in range(start, steps))
+        return (torch.full((4, 1), float(i % 3)) for i in range(start, steps))
 
-    train_loop("t", steps, batches, step, {"model": model, "optimizer": optimizer}, path, 3, (5, 1), config_hash)
+    job = Job("t", steps, path, 3, (5, 1), config_hash)
+    train_loop(job, batches, step, {"model": model, "optimizer": optimizer})
     return model.weight.detach()
 
 
@@ -63,21 +65,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     def batches(start):
         return iter(range(start, 9))
 
-    with pytest.raises(UserError, match=r"the loss is nan at step 6; lower the learning rate") as caught:
-        train_loop("t", 9, batches, step, {"model": model}, tmp_path / "s.pt", 3, (0, 0), "a")
+    with pytest.raises(UserError, match=r"the loss diverged by step 6 .*; lower the learning rate") as caught:
+        train_loop(Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a"), batches, step, {"model": model})
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "s.pt", weights_only=True)["step"] == 3
-
-
-def test_ema_is_the_naive_recursion():
-    model = nn.Linear(2, 2)
-    ema, naive = Ema(model, 0.9), model.weight.detach().double().clone()
-    for step in range(30):
-        nn.init.normal_(model.weight)
-        ema.update(model, step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        naive = decay * naive + (1 - decay) * model.weight.detach().double()
-    torch.testing.assert_close(ema.state["weight"].double(), naive, rtol=1e-5, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -102,60 +93,118 @@ class Recorder(nn.Module):
 
 
 def diffusion_loss(**settings):
-    config = load_preset("digits-lt").diffusion.model_copy(update=settings)
+    config = load_preset("digits-lt").diffusion.model_copy(update={"cbdm": False, "aid": False} | settings)
     network = build_classifier("smallcnn", 10, 1, 8).eval().requires_grad_(False)
     statistics = ClassStatistics(torch.zeros(10, 128), torch.ones(10), torch.ones(10, dtype=torch.int64))
     share = torch.tensor([0.5, 0.5] + [0.0] * 8)
     schedule = Schedule(config.schedule, config.timesteps)
     model = Recorder()
-    return model, DiffusionLoss(model, config, schedule, share, 10, Extractor(network, 8, statistics))
+    return model, DiffusionLoss(model, config, schedule, share, Extractor(network, 8, statistics), seed=3)
+
+
+def batch(n, start=0):
+    images = torch.randint(0, 256, (n, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    return images, torch.arange(n) % 10, torch.arange(start, start + n)
 
 
 def test_labels_are_dropped_per_sample_at_the_given_rate():
-    model, loss = diffusion_loss(cbdm=False, label_dropout=0.25)
-    y = torch.arange(2000) % 10
-    loss(torch.zeros(2000, 1, 8, 8), y)
+    model, loss = diffusion_loss(label_dropout=0.25)
+    images, y, positions = batch(2000)
+    loss(images, y, positions)
     labels = model.calls[0][2]
     dropped = labels == 10
     assert torch.equal(labels[~dropped], y[~dropped])
     assert abs(dropped.float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
 
 
+def test_timesteps_are_uniform_over_all():
+    model, loss = diffusion_loss(timesteps=5)
+    loss(*batch(5000))
+    share = torch.bincount(model.calls[0][1], minlength=5) / 5000
+    assert len(share) == 5 and (share - 0.2).abs().max() < 4 * math.sqrt(0.2 * 0.8 / 5000)
+
+
 def test_terms_are_switchable_and_sum_up():
-    x0, y = torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8)
     for cbdm in (False, True):
         for aid in (False, True):
             _, loss = diffusion_loss(cbdm=cbdm, aid=aid)
-            terms = loss(x0, y)
+            terms = loss(*batch(8))
             expected = {"loss", "ddpm"} | ({"cbdm"} if cbdm else set()) | ({"aid"} if aid else set())
             assert set(terms) == expected
             assert terms["loss"].item() == pytest.approx(
                 sum(float(v) for k, v in terms.items() if k != "loss"), rel=1e-5
             )
+            assert set(loss(*batch(8), with_aid=False)) == expected - {"aid"}
 
 
-def test_cbdm_draws_other_labels_from_the_given_share_in_one_doubled_pass():
-    model, loss = diffusion_loss(cbdm=True)
-    loss(torch.zeros(500, 1, 8, 8), torch.full((500,), 7))
+@pytest.mark.parametrize(("share", "every"), [(1.0, 1), (0.25, 4)])
+def test_cbdm_draws_other_labels_from_the_given_share_in_one_pass(share, every):
+    model, loss = diffusion_loss(cbdm=True, cbdm_share=share)
+    images, _, positions = batch(400)
+    loss(images, torch.full((400,), 7), positions)
     ((x, t, y, _),) = model.calls
-    assert torch.equal(x[:500], x[500:]) and torch.equal(t[:500], t[500:])
-    assert set(y[500:].tolist()) == {0, 1}
+    assert torch.equal(x[:400][::every], x[400:]) and torch.equal(t[:400][::every], t[400:])
+    assert len(y) == 400 + 400 // every and set(y[400:].tolist()) == {0, 1}
 
 
 def test_epsilon_loss_is_the_plain_ddpm_loss():
-    model, loss = diffusion_loss(prediction="epsilon", cbdm=False, label_dropout=0.0)
-    x0, y = torch.rand(6, 1, 8, 8), torch.arange(6)
-    seed_step(1)
-    value = loss(x0, y)["loss"]
+    model, loss = diffusion_loss(prediction="epsilon", label_dropout=0.0)
+    images, y, positions = batch(6)
+    value = loss(images, y, positions)["loss"]
     x_t, t, _, _ = model.calls[0]
     a, s = loss.schedule.levels(t)
-    eps = (x_t - a * x0) / s
-    assert float(value) == pytest.approx(float(ddpm_loss(model(x_t, t, y), eps)), rel=1e-4)
+    eps = (x_t - a * (images.permute(0, 3, 1, 2) / 127.5 - 1)) / s
+    assert value.item() == pytest.approx(ddpm_loss(model(x_t, t, y), eps).item(), rel=1e-3)
 
 
 def test_gradients_reach_the_network_through_every_term():
-    for settings in ({"cbdm": True, "aid": False}, {"cbdm": False, "aid": True}):
+    for settings in ({"cbdm": True}, {"aid": True}, {"cbdm": True, "aid": True, "aid_share": 0.5}):
         model, loss = diffusion_loss(**settings)
-        terms = loss(torch.rand(8, 1, 8, 8), torch.arange(8))
+        terms = loss(*batch(8))
         terms["loss"].backward()
         assert model.gain.grad is not None and math.isfinite(model.gain.grad)
+
+
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+def test_the_loss_of_a_batch_is_the_mean_over_its_parts(augment):
+    """Timestep, noise, flip, dropped and other labels depend on a sample's position alone."""
+    settings = {"cbdm": True, "cbdm_share": 0.5, "aid": True, "aid_share": 0.25, "flip": True}
+    _, loss = diffusion_loss(**settings, augment_probability=augment)
+    images, y, positions = batch(24, start=2**32 - 10)
+    whole = loss(images, y, positions)
+    parts = [loss(images[i : i + 8], y[i : i + 8], positions[i : i + 8]) for i in range(0, 24, 8)]
+    for name in whole:
+        mean = sum(part[name].item() for part in parts) / 3
+        assert whole[name].item() == pytest.approx(mean, rel=1e-5), name
+
+
+def diverging(tmp_path, pace, worst):
+    """Step 7 diverges while the rate is 1; steps before and after it do not."""
+    model, rates = nn.Linear(1, 1), []
+
+    def step(i, batch):
+        rates.append((i, pace.factor if pace else 1.0))
+        bad = i == 6 and rates[-1][1] == 1.0
+        return {"loss": torch.tensor(worst if bad else 1.0)}
+
+    job = Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a", images=4, metrics=tmp_path / "metrics.jsonl")
+    with patch("diffult.training._WATCH_EVERY", 1):
+        train_loop(job, lambda start: iter(range(start, 9)), step, {"model": model}, pace)
+    return rates
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), 11.0])
+def test_a_loss_that_diverges_goes_back_once_at_half_the_rate(tmp_path, worst):
+    pace = Pace()
+    rates = diverging(tmp_path, pace, worst)
+    assert rates == [(i, 1.0) for i in range(7)] + [(i, 0.5) for i in (6, 7, 8)]
+    assert pace.factor == 0.5
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert all(line["images_per_s"] > 0 and line["loss"] == 1 for line in lines)
+
+
+def test_without_leave_to_go_back_a_diverged_loss_stops(tmp_path):
+    with pytest.raises(UserError, match=r"the loss diverged by step 7 \(loss 11\)"):
+        diverging(tmp_path, None, 11.0)
+    assert torch.load(tmp_path / "s.pt", weights_only=True)["step"] == 6

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from diffult.data.image_set import FileImages, Source
 from diffult.errors import UserError
-
-_log = logging.getLogger(__name__)
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from ffcv_writers.errors import SourceError
+from ffcv_writers.files import class_folders, read_folder, read_list
 
 
 def load_folder(root: Path, image_size: int) -> Source:
@@ -27,7 +26,7 @@ def load_folder(root: Path, image_size: int) -> Source:
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise UserError(f"no folder {root / split}: an image folder needs train/CLASS/FILE and test/CLASS/FILE")
-    classes = _class_folders(root / "train")
+    classes = class_folders(root / "train")
     if not classes:
         raise UserError(f"{root / 'train'} has no class folders: an image folder needs train/CLASS/FILE")
     val = _load_split(root / "val", classes, image_size) if (root / "val").is_dir() else None
@@ -36,29 +35,12 @@ def load_folder(root: Path, image_size: int) -> Source:
     )
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
-
-
 def _load_split(folder: Path, classes: tuple[str, ...], image_size: int) -> FileImages:
-    odd = set(_class_folders(folder)).symmetric_difference(classes)
+    odd = set(class_folders(folder)).symmetric_difference(classes)
     if odd:
         raise UserError(f"{folder} and the train folder must have the same classes, but only one has {min(odd)}")
-    paths: list[str] = []
-    counts, passed_over = [], 0
-    for name in classes:
-        with os.scandir(folder / name) as entries:
-            files = [e.path for e in entries if e.is_file() and not e.name.startswith(".")]
-        images = sorted(path for path in files if path.lower().endswith(_EXTENSIONS))
-        if not images:
-            raise UserError(f"class {name} has no image in {folder / name}: add some or remove the class")
-        paths += images
-        counts.append(len(images))
-        passed_over += len(files) - len(images)
-    if passed_over:
-        _log.warning("%s: passed over %d files that are not named like an image", folder, passed_over)
-    return FileImages(paths, np.repeat(np.arange(len(classes)), counts), classes, image_size)
+    with _told():
+        return FileImages(*read_folder(folder, classes), classes, image_size)
 
 
 def load_list(root: Path, train_list: str, test_list: str, val_list: str, image_size: int) -> Source:
@@ -101,25 +83,13 @@ def load_list(root: Path, train_list: str, test_list: str, val_list: str, image_
 
 
 def _read_list(path: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Relative paths, labels int64 (N,) and line numbers int64 (N,) of a list without its empty lines."""
-    names, labels, lines = [], [], []
+    with _told():
+        return read_list(path)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
     try:
-        # surrogateescape: a file name need not be UTF-8, and goes back to the system as the bytes it was
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, start=1):
-                parts = line.rsplit(maxsplit=1)
-                if not parts:
-                    continue
-                if len(parts) != 2:
-                    raise UserError(f"{path}:{number}: a line must be 'relative/path label', not {line.strip()!r}")
-                name, label = parts
-                if not (label.isascii() and label.isdecimal() and len(label) < 10):
-                    raise UserError(f"{path}:{number}: the label is not an integer from 0 but {label!r}")
-                names.append(name)
-                labels.append(int(label))
-                lines.append(number)
-    except OSError as error:
-        raise UserError(f"cannot read the list {path}: {error.strerror}") from error
-    if not names:
-        raise UserError(f"the list {path} has no lines: it needs 'relative/path label' for each image")
-    return names, np.array(labels, dtype=np.int64), np.array(lines, dtype=np.int64)
+        yield
+    except SourceError as error:
+        raise UserError(str(error)) from None

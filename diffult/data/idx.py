@@ -1,20 +1,14 @@
-"""The IDX format of the MNIST family (MNIST, Fashion-MNIST, KMNIST): big-endian header, then uint8 values."""
+"""The IDX format of the MNIST family (MNIST, Fashion-MNIST, KMNIST) as a source."""
 
 from __future__ import annotations
 
-import gzip
-import math
-import struct
-import zlib
 from pathlib import Path
-
-import numpy as np
 
 from diffult.data.config import FASHION_MNIST_PATH
 from diffult.data.image_set import Source, array_source
 from diffult.errors import UserError
-
-_UINT8 = 0x08  # the type code in the third byte of the header
+from ffcv_writers.errors import SourceError
+from ffcv_writers.idx import read_idx_split
 
 
 def load_idx(folder: Path) -> Source:
@@ -26,43 +20,9 @@ def load_idx(folder: Path) -> Source:
     if not folder.is_dir():
         hint = ": apt-get install dataset-fashion-mnist" if str(folder) == FASHION_MNIST_PATH else ""
         raise UserError(f"data.path {folder} is not a folder{hint}")
-    train, test = (
-        (
-            read_idx(_find(folder, f"{split}-images-idx3-ubyte"), 3)[..., None],
-            read_idx(_find(folder, f"{split}-labels-idx1-ubyte"), 1),
-        )
-        for split in ("train", "t10k")
-    )
+    try:
+        train, test = (read_idx_split(folder, split) for split in ("train", "t10k"))
+    except SourceError as error:
+        raise UserError(str(error)) from None
     classes = tuple(str(label) for label in range(int(train[1].max(initial=0)) + 1))
     return array_source(train, test, classes, str(folder))
-
-
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    raise UserError(f"no {name}.gz or {name} in data.path {folder}")
-
-
-def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An IDX file of uint8 values with `ndim` dimensions, gzip-compressed if its name ends with .gz.
-
-    Header (http://yann.lecun.com/exdb/mnist): two zero bytes, the type code, the number of dimensions, then
-    each dimension as a big-endian uint32.
-
-    Raises:
-        UserError: the file cannot be read, is not uint8 IDX of that many dimensions, or has another length
-            than its header says.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; fetch it again") from error
-    start = 4 + 4 * ndim
-    if len(content) < start or content[:4] != bytes((0, 0, _UINT8, ndim)):
-        raise UserError(f"{path} is not an IDX file of uint8 with {ndim} dimensions")
-    shape = struct.unpack(f">{ndim}I", content[4:start])
-    size, expected = len(content) - start, math.prod(shape)
-    if size != expected:
-        raise UserError(f"{path} should hold {expected} values by its header, not {size}: fetch it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # bytes are read-only

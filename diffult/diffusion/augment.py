@@ -21,14 +21,14 @@ UPRIGHT_TURN = math.pi / 6  # largest rotation where orientation carries the cla
 
 
 def augment(
-    images: Tensor, probability: float, flips: bool = True, generator: torch.Generator | None = None
+    images: Tensor, probability: float, uniform: Tensor, normal: Tensor, flips: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Apply each of six transformations to each image with `probability`, independently.
 
     images: float [B, C, N, N] in [-1, 1].
     flips: whether mirrored and upside-down images stay in their class. False (digits, letters) leaves out
     both flips and turns by 30 degrees at most, for a 6 on its head is a 9.
-    generator: on the device of `images`; torch's global one if None.
+    uniform, normal: the random numbers, float32 [B, 8] in [0, 1] and [B, 4].
     Returns images in [-1, 1], channels-last, bit for bit the input where no transformation fell, and labels,
     float32 [B, 9]: flip x, flip y, log2(zoom) / 0.2, cos(turn) - 1, sin(turn), stretch (2, see `affine`),
     translation in x and y in units of N / 8 pixels.
@@ -38,22 +38,14 @@ def augment(
         raise UserError(f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first")
     if not 0 <= probability <= 1:
         raise UserError(f"augment: the probability must lie in [0, 1], got {probability}")
-    labels = draw_labels(images.shape[0], probability, flips, images.device, generator)
+    labels = draw_labels(probability, flips, uniform, normal)
     moved = warp(images, affine(labels))
     touched = labels.ne(0).any(dim=1)[:, None, None, None]
     return torch.where(touched, moved, images).contiguous(memory_format=torch.channels_last), labels
 
 
-def draw_labels(
-    batch: int,
-    probability: float,
-    flips: bool,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Random labels, float32 [batch, 9]. All numbers are drawn, used or not: nothing waits for the device."""
-    uniform = torch.rand(batch, 8, device=device, generator=generator)
-    normal = torch.randn(batch, 4, device=device, generator=generator)
+def draw_labels(probability: float, flips: bool, uniform: Tensor, normal: Tensor) -> Tensor:
+    """Random labels, float32 [B, 9], from uniform [B, 8] and normal [B, 4] numbers."""
     flip_x, flip_y, zoom, turn, stretch, shift = (uniform[:, :6] < probability).float().unbind(1)
     angle = turn * (2 * uniform[:, 6] - 1) * (math.pi if flips else UPRIGHT_TURN)
     axis = 2 * math.pi * uniform[:, 7]

@@ -76,6 +76,23 @@ class Schedule:
             return (x_t - s * out) / a
         return a * x_t - s * out
 
+    def x0_coefficients(self, prediction: Prediction, t: int) -> tuple[float, float]:
+        """(p_x, p_out): the clean image is p_x x_t + p_out out, whatever the network predicts."""
+        abar = float(self.alphas_cumprod[t])
+        a, s = math.sqrt(abar), math.sqrt(1 - abar)
+        if prediction == "x0":
+            return 0.0, 1.0
+        if prediction == "epsilon":
+            return 1 / a, -s / a
+        return a, -s
+
+    def diffuse_coefficients(self, prediction: Prediction, t: torch.Tensor) -> torch.Tensor:
+        """(a, s, k_0, k_e), float32 [B, 4]: x_t = a x_0 + s eps and the target is k_0 x_0 + k_e eps; t: int64 [B]."""
+        a, s = self._signal[t], self._noise[t]
+        zero, one = torch.zeros_like(a), torch.ones_like(a)
+        target = {"epsilon": (zero, one), "x0": (one, zero), "v": (-s, a)}[prediction]
+        return torch.stack([a, s, *target], dim=1)
+
     def min_snr_weight(self, prediction: Prediction, t: torch.Tensor, gamma: float) -> torch.Tensor:
         """min-SNR loss weight, float32 [B] (Hang et al. 2023, section 3.4): min(SNR, gamma) on the x0 error, which is
         min(SNR, gamma) / SNR on the noise error and min(SNR, gamma) / (SNR + 1) on the v error."""

@@ -3,32 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def group_norm_silu(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    silu: bool = True,
-) -> Tensor:
-    """SiLU(norm(x) * (1 + scale) + shift), norm(x) being group normalisation with weight and bias, eps 1e-5.
-
-    x: [B, C, H, W] in any floating type, channels-last. weight, bias: [C]. scale, shift: [B, C], both or
-    neither. Statistics and arithmetic are float32. Returns the shape, type and memory format of x.
-    """
-    # One cast up and one down: in bfloat16 the steps below take two to three times as long on a CPU.
-    y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps=1e-5)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift[:, :, None, None].float(), y, 1 + scale[:, :, None, None].float())
-    if silu:
-        y = F.silu(y)
-    # CUDA's group_norm answers in NCHW whatever it was given; elsewhere nothing is copied here.
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+from kernels.group_norm_silu import group_norm_silu
 
 
 class GroupNorm(nn.Module):

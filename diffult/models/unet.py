@@ -98,14 +98,15 @@ class UNet(nn.Module):
         x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
         y: int64 [B] in 0 .. num_classes, the last meaning no class.
         augment: float [B, augment_dim]; None is the same as zeros.
-        Returns the shape and type of x, channels-last.
+        Computes in the type of its weights. Returns the shape and type of x, channels-last.
         """
-        embedding = self.time_embedding(sinusoid(t, self.config.channels)) + self.label_embedding(y)
+        dtype = self.head.weight.dtype
+        embedding = self.time_embedding(sinusoid(t, self.config.channels).to(dtype)) + self.label_embedding(y)
         if augment is not None and self.augment_embedding is not None:
-            embedding = embedding + self.augment_embedding(augment)
+            embedding = embedding + self.augment_embedding(augment.to(dtype))
         embedding = F.silu(embedding)  # every block would begin with it
 
-        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
+        h = F.pixel_unshuffle(x.to(dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
         h = self.head(h)
         skips = [h]
         for layer in self.down:

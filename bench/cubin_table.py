@@ -1,0 +1,70 @@
+"""Compiles every kernel at every shape, type and tile of the table for each architecture, without a GPU.
+
+    python -m bench.cubin_table
+
+Writes bench/results/cubins.json: registers, shared memory, stack, and how many loads and stores are 16 bytes wide.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import triton
+import typer
+
+from bench.cubins import ARCHITECTURES, Compiled, compile_launches
+from bench.kernel_cases import BF16, FP16, FP32, cases
+from diffult.cli import main
+from diffult.files import write_json
+from kernels import dispatch
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
+    """One row for each kernel, shape and architecture; forward and, where there is one, backward."""
+    dispatch.set_mode("triton")
+    rows = []
+    for case in cases((BF16, FP16, FP32)):
+        call = case.build(torch.device("cpu"), torch.channels_last)
+
+        def both(call=call) -> None:
+            out = call.run()
+            if call.leaves:
+                torch.autograd.grad(out, call.leaves, torch.ones_like(out))
+
+        for arch in architectures:
+            compiled = {row.kernel: row for row in compile_launches(both, arch)}
+            rows += [{"case": f"{case.kernel} {case.shape}"} | row.row() for row in compiled.values()]
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """A kernel a line: the worst over its shapes and types."""
+    lines = [
+        "| kernel | arch | registers | shared | stack | narrow of all loads and stores |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, arch in sorted({(row["kernel"], row["arch"]) for row in rows}):
+        of = [row for row in rows if (row["kernel"], row["arch"]) == (name, arch)]
+        narrow, total = sum(row["narrow"] for row in of), sum(row["narrow"] + row["wide"] for row in of)
+        registers, shared, stack = (max(row[key] for row in of) for key in ("registers", "shared", "stack"))
+        lines.append(f"| {name} | sm_{arch} | {registers} | {shared} | {stack} | {narrow}/{total} |")
+    return "\n".join(lines)
+
+
+def command(out: Annotated[Path, typer.Option(help="The results file.")] = Path("bench/results/cubins.json")) -> None:
+    """Compile every kernel for every architecture and tell what the compiler made of it."""
+    rows = compile_all()
+    write_json(out, {"triton": triton.__version__, "rows": rows})
+    print(table(rows))
+
+
+__all__ = ["Compiled", "compile_all"]
+
+if __name__ == "__main__":
+    main(command)

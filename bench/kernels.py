@@ -1,0 +1,154 @@
+"""Every kernel against float64 and against PyTorch, on a CUDA card: milliseconds, GB/s, share of the copy bandwidth.
+
+    python -m bench.kernels                 # check and time all, write bench/results/kernels-CARD.json
+    python -m bench.kernels --tune          # first choose tiles and fall-backs, write them to kernels/tiles.json
+
+The rivals are the same formula in eager PyTorch, channels-last and contiguous, and under torch.compile. Bytes are what
+must move (bench/kernel_cases.py), so a kernel that reads twice shows a lower rate. All in one run on one card.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench.kernel_cases import Call, Case, cases
+from bench.seeds import machine
+from diffult.cli import main
+from diffult.errors import UserError
+from diffult.files import write_json
+from kernels import dispatch
+
+_BOUND = 1e-2  # relative error by norm against float64, in bfloat16
+TILES = Path(dispatch.__file__).with_name("tiles.json")
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the card; the L2 cache is cleared between calls."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=20, rep=100, return_mode="median")
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second read and written by a copy of 1 GiB: the ceiling of every kernel here."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def relative_error(case: Case, device: torch.device) -> float:
+    """Of one call, fresh inputs, against float64: the largest over its outputs, by norm."""
+    call = case.build(device, torch.channels_last)
+    exact, out = call.exact(), call.run()
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (out, exact)), strict=True)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def forward_backward(call: Call) -> Callable[[], object]:
+    gradient = torch.randn_like(call.run())  # type: ignore[arg-type]
+    return lambda: torch.autograd.grad(call.run(), call.leaves, gradient)
+
+
+def time_case(case: Case, device: torch.device, ceiling: float) -> dict[str, Any]:
+    """One row: ours and the rivals', forward and forward + backward."""
+    times: dict[str, float] = {}
+    rivals: list[tuple[str, dispatch.Mode, torch.memory_format, bool]] = [
+        ("ours", "triton", torch.channels_last, False)
+    ]
+    for layout in case.layouts:
+        rivals.append((f"eager {str(layout).removeprefix('torch.')}", "torch", layout, False))
+    rivals.append(("compiled", "torch", torch.channels_last, True))
+    for name, mode, layout, compiled in rivals:
+        dispatch.set_mode(mode)
+        torch._dynamo.reset()
+        call = case.build(device, layout)
+        if compiled and case.kernel == "adamw_ema":
+            continue  # an optimizer's step over flat buffers is torch's own fused kernel already
+        run = torch.compile(call.run) if compiled else call.run
+        with torch.no_grad():
+            times[name] = milliseconds(run)
+        if call.leaves:
+            timed = Call(run, call.exact, call.leaves)
+            times[f"{name}, backward too"] = milliseconds(forward_backward(timed))
+    row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "ms": times}
+    row["GB/s"] = case.bytes / times["ours"] / 1e6
+    row["share of copy"] = row["GB/s"] * 1e9 / ceiling
+    if case.bytes_backward:
+        moved = case.bytes + case.bytes_backward
+        row["share of copy, backward too"] = moved / times["ours, backward too"] * 1e3 / ceiling
+    for suffix in ("", ", backward too") if case.bytes_backward else ("",):
+        best = min(time for name, time in times.items() if name.endswith(suffix) and not name.startswith("ours"))
+        row[f"ratio to the best{suffix}"] = best / times[f"ours{suffix}"]
+    return row
+
+
+def candidates(default: dict[str, int]) -> list[dict[str, int]]:
+    """The default sizes and those by factors of two around them."""
+    choices = [[v for v in (value // 2, value, 2 * value, 4 * value) if v >= 1] for value in default.values()]
+    return [dict(zip(default, sizes, strict=True)) for sizes in itertools.product(*choices)]
+
+
+def tune(device: torch.device) -> None:
+    """Fills the table for this card: for each shape the fastest sizes, and the reference where it is faster still."""
+    table, card = dispatch.table(), dispatch.card(device)
+    for case in cases():
+        dispatch.set_mode("triton")
+        dispatch.asked.clear()
+        call = case.build(device, torch.channels_last)
+        work = forward_backward(call) if call.leaves else call.run
+        work()
+        best = milliseconds(work)
+        for (kernel, key), default in list(dispatch.asked.items()):
+            row = table.setdefault(card, {}).setdefault(kernel, {}).setdefault(key, {})
+            for sizes in candidates(default):
+                row.update(sizes)
+                try:
+                    time = milliseconds(work)
+                except Exception:  # sizes that do not compile, or ask for more than the card has
+                    continue
+                if time < 0.98 * best:
+                    best, default = time, sizes
+            row.clear()
+            row.update(default)
+            dispatch.set_mode("torch")
+            if milliseconds(torch.compile(work)) < best:
+                row["torch"] = 1
+            dispatch.set_mode("triton")
+        TILES.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def command(
+    tune_: Annotated[bool, typer.Option("--tune", help="Choose tiles first and write kernels/tiles.json.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
+) -> None:
+    """Check every kernel against float64 and time it beside PyTorch, on a CUDA card."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA card: times cannot be measured here; python -m bench.cubin_table compiles every kernel for sm_80, "
+            "sm_90 and sm_100, and pytest checks them in Triton's interpreter"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    if tune_:
+        tune(device)
+    ceiling = copy_bandwidth()
+    rows = []
+    for case in cases():
+        dispatch.set_mode("triton")
+        error = relative_error(case, device)
+        if not error < _BOUND:
+            raise UserError(f"{case.kernel} {case.shape}: relative error {error:.2g} against float64")
+        rows.append(time_case(case, device, ceiling) | {"error": error})
+        print(json.dumps(rows[-1]), flush=True)
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    write_json(out / f"kernels-{name}.json", {"machine": machine(), "copy GB/s": ceiling / 1e9, "rows": rows})
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,99 @@
+"""One process or several: the same losses, and a checkpoint that the other number of processes takes up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from diffult.artifacts import load_extractor
+from diffult.data import load_data
+from diffult.distributed import World
+from diffult.errors import UserError
+from diffult.files import load_tensors
+from diffult.run import run_pipeline
+from diffult.run_dir import RunDir
+from diffult.train_diffusion import train_diffusion
+
+SETTINGS = [*TINY, "unet.dropout=0.0", "diffusion.steps=8", "diffusion.checkpoint_every=2", "diffusion.cbdm_share=0.5"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run whose diffusion model was trained by one process, with a look at the loss at every second step."""
+    path = tmp_path_factory.mktemp("alone") / "run"
+    run_pipeline(RunDir.open(path, "digits-lt", SETTINGS), "diffusion")
+    return path
+
+
+def losses(run: Path) -> list[dict]:
+    lines = (run / "diffusion" / "metrics.jsonl").read_text().splitlines()
+    names = ("step", "loss", "ddpm", "cbdm", "aid", "gradient")
+    return [{name: json.loads(line)[name] for name in names} for line in lines]
+
+
+def with_extractor(path: Path, settings: list[str] = SETTINGS) -> RunDir:
+    run = RunDir.open(path, "digits-lt", settings)
+    run_pipeline(run, "extractor")
+    return run
+
+
+def in_processes(count: int, run: RunDir) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*torchrun, "-m", "--", "diffult.train_diffusion", "--run", str(run.path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr[-3000:]
+
+
+def assert_same_model(a: Path, b: Path) -> None:
+    (x, _), (y, _) = (load_tensors(path / "diffusion" / "ema.safetensors") for path in (a, b))
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], rtol=2e-3, atol=2e-5, msg=name)
+
+
+def assert_same_losses(a: Path, b: Path) -> None:
+    assert [line["step"] for line in losses(a)] == [2, 4, 6, 8]
+    for x, y in zip(losses(a), losses(b), strict=True):
+        assert y == pytest.approx(x, rel=1e-3)
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    run = with_extractor(tmp_path / "run")
+    in_processes(2, run)
+    assert_same_losses(alone, run.path)
+    assert_same_model(alone, run.path)
+
+
+def test_two_processes_go_on_where_one_was_interrupted(alone, tmp_path, monkeypatch):
+    run = with_extractor(tmp_path / "run")
+    seen = []
+
+    def seed_step(*key):
+        seen.append(key)
+        if len(seen) == 6:  # two looks are behind it, the checkpoint of step 4 is there
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffult.training.seed_step", seed_step)
+    data = load_data(run.config.data)
+    with pytest.raises(KeyboardInterrupt):
+        train_diffusion(run, data, load_extractor(run, torch.device("cpu")))
+    assert [line["step"] for line in losses(run.path)] == [2, 4]
+    in_processes(2, run)
+    assert_same_losses(alone, run.path)
+    assert_same_model(alone, run.path)
+
+
+def test_accumulated_parts_train_as_the_whole_batch(alone, tmp_path):
+    run = with_extractor(tmp_path / "run", [*SETTINGS, "diffusion.accumulate=4"])
+    run_pipeline(run, "diffusion")
+    assert_same_losses(alone, run.path)
+    assert_same_model(alone, run.path)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match=r"diffusion.batch_size = 8 cannot be shared by 3 processes"):
+        World(0, 3).part(8, "diffusion.batch_size")
+    assert [World(rank, 4).part(8, "b") for rank in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
