@@ -16,10 +16,12 @@ from diffult.cli import main
 from diffult.config import preset_names
 from diffult.device import compute_dtype, fast_bfloat16, pick_device
 from ffcv_writers import have_ffcv, suffix
+from kernels import dispatch
 from kernels.attention import attention_backend
 
 _WIDTH = 110  # of the table, in characters
 _GIB = 2**30
+_KERNELS = "norms, noise, sampler, AdamW, crops"
 
 
 class Row(NamedTuple):
@@ -45,7 +47,7 @@ def rows() -> list[Row]:
         device_row(device),
         dtype_row(device),
         attention_row(device),
-        triton_row(),
+        kernels_row(device),
         loader_row(),
         memory_row(device),
         Row("disk", f"{shutil.disk_usage(Path.cwd()).free / _GIB:.1f} GiB free", f"in {Path.cwd()}"),
@@ -89,9 +91,17 @@ def attention_row(device: torch.device) -> Row:
     return Row("attention", "torch SDPA", f"{why}; {_state('xformers', there)}")
 
 
-def triton_row() -> Row:
-    state = _state("triton", installed("triton"))
-    return Row("norms, noise, samplers", "torch", f"these have no Triton kernel; {state}")
+def kernels_row(device: torch.device) -> Row:
+    """What serves the operations of `kernels` but attention."""
+    refusal, there = dispatch.refusal(device), f"Triton {installed('triton')}"
+    if refusal is not None:
+        return Row(_KERNELS, "torch", f"{refusal}; {_state('triton', installed('triton'))}")
+    shapes = [
+        row for of_kernel in dispatch.table().get(dispatch.card(device), {}).values() for row in of_kernel.values()
+    ]
+    fallen = sum(row.get("torch", 0) for row in shapes)
+    why = f"DIFFULT_KERNELS={dispatch.mode()}; kernels/tiles.json knows {len(shapes)} shapes of this card, "
+    return Row(_KERNELS, there, f"{why}{fallen} of them faster in torch")
 
 
 def _state(package: str, there: str | None) -> str:

@@ -14,7 +14,8 @@ from diffult import doctor
 from diffult.doctor import Row
 
 OPERATIONS = [
-    "Python", "torch", "device", "convolutions, products", "attention", "norms, noise, samplers",
+    "Python", "torch", "device", "convolutions, products", "attention",
+    "norms, noise, sampler, AdamW, crops",
     "image loading", "memory", "disk", "presets",
 ]  # fmt: skip
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -37,7 +38,17 @@ def test_cpu_rows(cpu_rows: dict[str, Row]) -> None:
     assert cpu_rows["device"].used == f"CPU, {torch.get_num_threads()} threads"
     assert cpu_rows["attention"].used == "torch SDPA"
     assert "CUDA device" in cpu_rows["attention"].why
+    assert cpu_rows["norms, noise, sampler, AdamW, crops"].used == "torch"
+    assert "CUDA device" in cpu_rows["norms, noise, sampler, AdamW, crops"].why
     assert "digits-lt" in cpu_rows["presets"].why
+
+
+def test_the_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.dispatch._mode", "torch")
+    assert "DIFFULT_KERNELS says torch" in doctor.kernels_row(CPU).why
+    monkeypatch.setattr("kernels.dispatch._mode", "triton")
+    row = doctor.kernels_row(CPU)
+    assert row.used.startswith("Triton 3.") and "knows 0 shapes" in row.why
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux what the CPU has")
