@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from diffult.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
             x.div_(self.size)
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process gave, in order of rank, on every process."""
+        if self.size == 1:
+            return [mine]
+        everyone: list[T] = [mine] * self.size
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def wait(self) -> None:
         """Returns when every process is here."""

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,16 @@ import typer
 from tqdm import tqdm
 
 from diffult.artifacts import load_diffusion, load_extractor
-from diffult.cli import main
+from diffult.cli import duration, main
 from diffult.config import GenerateConfig
 from diffult.data import load_data
 from diffult.data.shards import ShardStore
 from diffult.device import compute_dtype, pick_device
 from diffult.diffusion.samplers import SamplerName
 from diffult.diffusion.schedule import Schedule
+from diffult.distributed import ALONE, World, join
 from diffult.errors import UserError
+from diffult.export import FORMATS, export
 from diffult.files import replacing, write_json
 from diffult.generation import Generator, generate
 from diffult.longtail.quota import Quota
@@ -41,11 +44,11 @@ FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 20, "guidance": 0.0}  # --f
 
 def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
     """Opens a run's diffusion model and extractor for drawing."""
-    device = pick_device()
+    device, config = pick_device(), run.config
+    dtype = compute_dtype(config.precision, device)
     extractor = load_extractor(run, device)
-    config = run.config
     return Generator(
-        unet=load_diffusion(run, device),
+        unet=load_diffusion(run, device, dtype),
         schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
         prediction=config.diffusion.prediction,
         settings=settings,
@@ -53,21 +56,35 @@ def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generat
         shape=(config.data.channels, config.data.image_size, config.data.image_size),
         null_label=len(extractor.statistics.radii),
         seed=seed,
-        dtype=compute_dtype(config.precision, device),
+        dtype=dtype,
         device=device,
     )
 
 
-def fill(generator: Generator, store: ShardStore, quota: Quota, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Draws until the quota is met and writes every wave. Returns what the metrics say of generation."""
+def fill(
+    generator: Generator, store: ShardStore, quota: Quota, classes: tuple[str, ...], world: World = ALONE
+) -> dict[str, Any]:
+    """Draws until the quota is met and writes every wave, each while the next is drawn. Returns what the metrics say
+    of generation; "images_per_s" is of all processes together."""
     begun, sampled = time.perf_counter(), 0
-    total = int(quota.quotas.sum())
-    with tqdm(total=total, initial=int(quota.accepted.sum()), desc="generate", unit="img", dynamic_ncols=True) as bar:
-        for wave in generate(generator, quota):
-            store.add(wave)
+    total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
+    bar = tqdm(
+        total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.first
+    )  # fmt: skip
+    written: Future[None] | None = None
+    with bar, ThreadPoolExecutor(1) as writer:
+        for wave in generate(generator, quota, world):
+            if written is not None:
+                written.result()  # a full disk ends the run here; and no more than one wave waits
+            written = writer.submit(store.add, wave)
             sampled += len(wave.labels)
             bar.update(int(quota.accepted.sum()) - bar.n)
+            drawn = sum(quota.drawn)
+            bar.set_postfix_str(f"{int(quota.accepted.sum()) / max(drawn, 1):.0%} of {drawn} drawn kept", refresh=False)
+        if written is not None:
+            written.result()
     seconds = time.perf_counter() - begun
+    sampled = sum(world.gather(sampled))
     tallies = [quota.tally(c) for c in range(len(classes))]
     for name, wanted, tally in zip(classes, quota.quotas, tallies, strict=True):
         if tally["accepted"] < wanted:
@@ -81,15 +98,17 @@ def fill(generator: Generator, store: ShardStore, quota: Quota, classes: tuple[s
     return totals | {"images_per_s": speed, "nfe": generator.settings.evaluations, "by_class": by_class}
 
 
-def generate_stage(run: RunDir, counts: np.ndarray, classes: tuple[str, ...], batch_size: int | None = None) -> None:
+def generate_stage(
+    run: RunDir, counts: np.ndarray, classes: tuple[str, ...], batch_size: int | None = None, world: World = ALONE
+) -> None:
     """The pipeline's own generation: fills every class up to N_t, into synthetic/. The batch size, the run's where it
     is None, changes the speed alone."""
-    with run.stage("synthetic") as note:
+    with run.stage("synthetic", world) as note:
         if note is not None:
             own, seed = run.config.generate, run.config.seed
             settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
             quotas = quotas_to(settings.balance_to, counts)
-            note["generation"] = _generate_into(run.folder("synthetic"), run, settings, quotas, seed, classes)
+            note["generation"] = _generate_into(run.folder("synthetic"), run, settings, quotas, seed, classes, world)
 
 
 def _generate_into(
@@ -99,12 +118,19 @@ def _generate_into(
     quotas: np.ndarray,
     seed: int,
     classes: tuple[str, ...],
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    store = open_store(folder, run, settings, quotas, seed)
+    if world.first:  # it makes the manifest and sets damaged shards aside; then all read the same
+        read_quota(open_store(folder, run, settings, quotas, seed), settings, quotas)
+    world.wait()
+    store = open_store(folder, run, settings, quotas, seed, world.rank)
     quota = read_quota(store, settings, quotas)
-    result = fill(build_generator(run, settings, seed), store, quota, classes)
-    with replacing(folder / "grid.png") as temporary:
-        sample_grid(kept_samples(store, quota), classes, temporary)
+    world.wait()  # none adds a shard while another still reads
+    result = fill(build_generator(run, settings, seed), store, quota, classes, world)
+    world.wait()
+    if world.first:
+        with replacing(folder / "grid.png") as temporary:
+            sample_grid(kept_samples(store, quota), classes, temporary)
     return result
 
 
@@ -126,6 +152,26 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     return sorted(chosen)
 
 
+def read_counts(file: Path, classes: tuple[str, ...]) -> np.ndarray:
+    """Lines `class count`, the class by its name or number, as int64 [num_classes]; classes not named get 0.
+
+    Raises:
+        UserError: a line of another form, an unknown class, or one named twice.
+    """
+    counts: dict[int, int] = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, count = line.strip().rpartition(" ")
+        c = classes.index(name) if name in classes else int(name) if name.isdecimal() else len(classes)
+        if not count.isdecimal() or c >= len(classes):
+            raise UserError(f"{file}, line {number}: expected a class and a count, such as '3 500', got {line!r}")
+        if c in counts:
+            raise UserError(f"{file}, line {number}: class {name} is named twice")
+        counts[c] = int(count)
+    return np.array([counts.get(c, 0) for c in range(len(classes))], dtype=np.int64)
+
+
 def _bundled_run(path: Path) -> None:
     if (path / "diffusion" / "done.json").exists():
         return
@@ -142,6 +188,9 @@ def command(
     fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M) with 20 steps, no guidance.")] = False,
     balance_to: Annotated[int | None, typer.Option(min=0, help="Fill every class up to N images.")] = None,
     per_class: Annotated[int | None, typer.Option(min=0, help="N samples for every class.")] = None,
+    counts_file: Annotated[
+        Path | None, typer.Option("--counts", help="File of lines 'class count', the class by name or number.")
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="Only these classes, such as 3,7-9.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm or dpm++.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
@@ -149,16 +198,24 @@ def command(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the samples; default: see above.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
+    export_: Annotated[
+        str | None, typer.Option("--export", help="Also write imagefolder, npz, zip (EDM), wds or beton.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell samples, time and disk, and stop.")] = False,
 ) -> None:
     """Draw exactly as many accepted samples as each class of a long-tailed set needs.
 
     Sampler, steps and quotas come from the run's configuration unless given here. What equals the run's own settings
     goes to RUN/synthetic, as the run's generation stage; anything else to RUN/generated. An interrupted command goes
     on where it stopped; the batch size changes no sample by more than rounding.
+
+    On several GPUs: torchrun --nproc-per-node=N -m -- diffult.generate --fast --run RUN
     """
-    if balance_to is not None and per_class is not None:
-        raise UserError("--balance-to and --per-class exclude each other; give one")
+    world = join()
+    if sum(given is not None for given in (balance_to, per_class, counts_file)) > 1:
+        raise UserError("--balance-to, --per-class and --counts exclude each other; give one")
+    if export_ is not None and export_ not in FORMATS:
+        raise UserError(f"--export {export_!r}: expected one of {', '.join(FORMATS)}")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
     bundled = run is None
@@ -170,6 +227,8 @@ def command(
     counts, names = train.counts(), train.classes
     target = run_dir.config.generate.balance_to if balance_to is None else balance_to
     quotas = quotas_to(target, counts) if per_class is None else np.full_like(counts, per_class)
+    if counts_file is not None:
+        quotas = read_counts(counts_file, names)
     if classes is not None:
         chosen = parse_classes(classes, len(names))
         quotas = np.where(np.isin(np.arange(len(names)), chosen), quotas, 0)
@@ -180,22 +239,52 @@ def command(
         settings.sampler, settings.steps, f", guidance {settings.guidance}" if settings.guidance else "", wanted,
     )  # fmt: skip
     if dry_run:
+        _tell_cost(run_dir, settings, quotas)
         return
     if bundled:
-        _bundled_run(run)
+        if world.first:
+            _bundled_run(run)
+        world.wait()
         run_dir = RunDir.open(run)
     noise_seed = run_dir.config.seed if seed is None else seed
     own = run_dir.config.generate.model_copy(update={"batch_size": settings.batch_size})
     same_quotas = bool((quotas == quotas_to(own.balance_to, counts)).all())
     if out is None and settings == own and same_quotas and noise_seed == run_dir.config.seed:
-        generate_stage(run_dir, counts, names, settings.batch_size)
+        generate_stage(run_dir, counts, names, settings.batch_size, world)
         folder, result = run_dir.folder("synthetic"), (run_dir.done("synthetic") or {})["generation"]
     else:
         folder = out or run / "generated"
-        result = _generate_into(folder, run_dir, settings, quotas, noise_seed, names)
+        result = _generate_into(folder, run_dir, settings, quotas, noise_seed, names, world)
+    if not world.first:
+        return
     write_json(folder / "summary.json", result)
     print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
     log.info("wrote %s (shards, manifest.json, summary.json, grid.png)", folder)
+    if export_ is not None:
+        store = open_store(folder, run_dir, settings, quotas, noise_seed)
+        kept = kept_samples(store, read_quota(store, settings, quotas))
+        log.info("wrote %s", export(kept, names, folder, export_))
+
+
+def _tell_cost(run: RunDir, settings: GenerateConfig, quotas: np.ndarray) -> None:
+    """Time and disk of what would be drawn, from a measured wave where the run has a model."""
+    shape = (run.config.data.channels, run.config.data.image_size, run.config.data.image_size)
+    samples = int(quotas.sum())
+    size = f"{samples * int(np.prod(shape)) / 2**20:.1f} MiB of kept images"
+    if run.done("diffusion") is None:
+        print(f"{size}; the time is not known: the run has no finished model to measure")
+        return
+    generator = build_generator(run, settings, 0)
+    names = np.zeros(settings.batch_size, np.int64), np.arange(settings.batch_size)
+    quota = Quota(np.full_like(quotas, settings.batch_size), 1.0)
+    generator.wave(*names, quota)  # the first wave compiles and records
+    begun = time.perf_counter()
+    generator.wave(*names, quota)
+    rate = settings.batch_size / (time.perf_counter() - begun)
+    print(
+        f"{size}; {rate:.1f} candidates a second: {duration(samples / rate)} if all pass, "
+        f"{duration(settings.max_draws * samples / rate)} at the most"
+    )
 
 
 def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:

@@ -18,12 +18,15 @@ from diffult.data.shards import Wave
 from diffult.device import autocast
 from diffult.diffusion import samplers
 from diffult.diffusion.schedule import Prediction, Schedule
+from diffult.distributed import ALONE, World
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import judge
 from diffult.longtail.quota import Quota
 from kernels.augment import denormalise, normalise
 from kernels.denoise_step import COLUMNS, denoise_step, dynamic_limit
 from kernels.random import normal
+
+_ROUND = 4  # batches that each process draws before they tell each other what passed
 
 
 @dataclass
@@ -87,8 +90,7 @@ class Generator:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
         times = torch.full((len(x),), t, device=x.device)
-        with autocast(self.dtype, self.device):
-            return self.unet(x, times, labels)
+        return self.unet(x, times, labels)
 
     @torch.inference_mode()
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,16 +111,33 @@ class Generator:
         return Wave(labels, indices, distance, verdict, passed, images[:count].cpu().numpy()[passed])
 
 
-def generate(generator: Generator, quota: Quota) -> Iterator[Wave]:
+def generate(generator: Generator, quota: Quota, world: World = ALONE) -> Iterator[Wave]:
     """Waves of candidates until every class has its quota or has spent its limit. Memory does not grow with the quota.
 
+    Several processes take turns by batch: all make the same list of candidates, each draws every size-th batch of it,
+    and after a round of a few batches they tell each other the verdicts. So none waits at each batch, and the kept set
+    is that of one process.
+
     Args:
-        quota: may already hold verdicts of an earlier run, which are not drawn again.
+        quota: may already hold verdicts of an earlier run, which are not drawn again; the same on every process.
+
+    Yields:
+        The waves that this process drew.
     """
+    size = generator.settings.batch_size
     while True:
-        labels, indices = quota.next_batch(generator.settings.batch_size)
+        labels, indices = quota.next_batch(size if world.size == 1 else size * world.size * _ROUND)
         if len(labels) == 0:
             return
-        wave = generator.wave(labels, indices, quota)
-        quota.record(wave.labels, wave.indices, wave.verdict)
-        yield wave
+        judged: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for start in range(world.rank * size, len(labels), size * world.size):
+            some = slice(start, start + size)
+            wave = generator.wave(labels[some], indices[some], quota)
+            judged.append((wave.labels, wave.indices, wave.verdict))
+            if world.size == 1:
+                quota.record(*judged[0])
+            yield wave
+        if world.size > 1:
+            for verdicts in world.gather(judged):
+                for told in verdicts:
+                    quota.record(*told)

@@ -21,7 +21,9 @@ def quotas_to(target: int, counts: np.ndarray) -> np.ndarray:
     return np.maximum(target - counts, 0)
 
 
-def open_store(folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int) -> ShardStore:
+def open_store(
+    folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int, rank: int = 0
+) -> ShardStore:
     """The shards in `folder`, refused where another model or other settings made them. The batch size is no part of
     what makes a sample, so it may change between attempts."""
     weights = {
@@ -29,7 +31,7 @@ def open_store(folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.n
         for stage, file in (("diffusion", "ema.safetensors"), ("extractor", "weights.safetensors"))
     }
     sampling = settings.model_dump(exclude={"batch_size", "balance_to"})
-    return ShardStore(folder, weights | sampling | {"seed": seed, "quotas": quotas.tolist()})
+    return ShardStore(folder, weights | sampling | {"seed": seed, "quotas": quotas.tolist()}, rank)
 
 
 def _fingerprint(weights: Path) -> str:

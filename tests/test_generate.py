@@ -4,18 +4,23 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffult import generate as verb
 from diffult.data.shards import ShardStore
 from diffult.errors import UserError
-from diffult.generate import build_generator, command, fill, parse_classes
+from diffult.export import FORMATS, export
+from diffult.generate import build_generator, command, fill, parse_classes, read_counts
 from diffult.run_dir import RunDir
 from diffult.synthetic import kept_samples, open_store, read_quota
+from ffcv_writers import Loader, open_set
 
 CLASSES = tuple("0123456789")
 QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
@@ -95,12 +100,82 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
     }
 
 
-def test_dry_run_writes_nothing(tiny_run, caplog):
+def test_dry_run_writes_nothing_and_tells_time_and_disk(tiny_run, caplog, capsys):
     before = sorted(tiny_run.path.rglob("*"))
     with caplog.at_level("INFO"):
         command(run=tiny_run.path, fast=True, balance_to=100, dry_run=True)
     assert sorted(tiny_run.path.rglob("*")) == before
     assert f"{1000 - 201} samples, 20 evaluations each (dpm++, 20 steps)" in caplog.text
+    told = capsys.readouterr().out
+    assert told.startswith(f"{799 * 64 / 2**20:.1f} MiB of kept images; ") and "candidates a second" in told
+
+
+def test_counts_come_from_a_file(tiny_run, tmp_path, capsys):
+    (tmp_path / "counts.txt").write_text("3 2\n\n7 1\n")
+    command(run=tiny_run.path, fast=True, steps=2, counts_file=tmp_path / "counts.txt", out=tmp_path / "out")
+    assert json.loads(capsys.readouterr().out)["accepted"] == 3
+    assert read_counts(tmp_path / "counts.txt", CLASSES).tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
+    named = tmp_path / "named.txt"
+    named.write_text("polar bear 4\n")
+    assert read_counts(named, ("seal", "polar bear")).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("3", "line 1: expected a class and a count"), ("3 1\n10 2", "line 2: .*10 2"), ("3 1\n3 1", "named twice")],
+)
+def test_bad_counts_are_told_with_their_line(tmp_path, text, message):
+    (tmp_path / "counts.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_counts(tmp_path / "counts.txt", CLASSES)
+
+
+def test_three_processes_keep_what_one_keeps(tiny_run, tmp_path):
+    """Same names, same verdicts, and at one batch size the same bits."""
+    run = Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    options = ["--run", str(run), "--fast", "--steps", "2", "--per-class", "9", "--batch-size", "4"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "--"]
+    results = []
+    for name, start in (("one", []), ("three", torchrun)):
+        arguments = [*start, "diffult.generate", *options, "--out", str(tmp_path / name)]
+        out = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+        assert out.returncode == 0, out.stderr[-2000:]
+        store = ShardStore(tmp_path / name, json.loads((tmp_path / name / "manifest.json").read_text()))
+        quota = read_quota(store, tiny_run.config.generate, np.full(10, 9))
+        kept = kept_samples(store, quota)
+        names = list(zip(kept.labels.tolist(), kept.indices.tolist(), strict=True))
+        results.append((names, [quota.tally(c) for c in range(10)], np.stack([kept[i] for i in range(len(kept))])))
+    assert {file.name[6:9] for file in (tmp_path / "three").glob("shard-*")} == {"000", "001", "002"}
+    assert results[0][:2] == results[1][:2]
+    assert np.array_equal(results[0][2], results[1][2])
+
+
+def test_exports_hold_the_kept_samples(tiny_run, tmp_path):
+    settings = tiny_run.config.generate.model_copy(update={"max_draws": 6.0})
+    store = open_store(tmp_path, tiny_run, settings, QUOTAS, seed=3)
+    quota = read_quota(store, settings, QUOTAS)
+    fill(build_generator(tiny_run, settings, 3), store, quota, CLASSES)
+    kept = kept_samples(store, quota)
+    images, labels = np.stack([kept[i] for i in range(len(kept))])[..., 0], kept.labels.tolist()
+    made = {name: export(kept, CLASSES, tmp_path, name) for name in FORMATS}
+
+    files = sorted(made["imagefolder"].glob("*/*.png"))
+    assert [int(file.parent.name) for file in files] == labels
+    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), images)
+    with np.load(made["npz"]) as arrays:
+        assert np.array_equal(arrays["images"][..., 0], images) and arrays["labels"].tolist() == labels
+    with zipfile.ZipFile(made["zip"]) as archive:
+        listed = json.loads(archive.read("dataset.json"))["labels"]
+        assert [label for _, label in listed] == labels
+        assert np.array_equal(np.asarray(Image.open(archive.open(listed[-1][0]))), images[-1])
+    with tarfile.open(made["wds"]) as archive:
+        members = archive.getmembers()
+        assert [int(archive.extractfile(m).read()) for m in members[1::2]] == labels
+        assert np.array_equal(np.asarray(Image.open(archive.extractfile(members[0]))), images[0])
+    beton = open_set([made["beton"]])
+    assert beton.labels.tolist() == labels and beton.synthetic.all()
+    read = np.concatenate([batch.images.numpy() for batch in Loader(beton, 8).sequential()])
+    assert np.array_equal(read[..., 0], images)
 
 
 def test_parse_classes():
@@ -122,6 +197,7 @@ def test_parse_classes():
         ({"sampler": "euler"}, "expected one of ddim, ddpm, dpm"),
         ({"steps": 2000}, "the model has 1000 timesteps"),
         ({"classes": "11"}, "no class 11"),
+        ({"export_": "gif"}, "expected one of imagefolder, npz"),
     ],
 )
 def test_bad_options(tiny_run, options, message):

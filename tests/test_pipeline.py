@@ -164,7 +164,7 @@ def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
 
 
 def test_a_damaged_shard_found_late_is_told_and_drawn_again(copied_run, tiny_run):
-    shard = copied_run / "synthetic" / "shard-000000.safetensors"
+    shard = copied_run / "synthetic" / "shard-000-000000.safetensors"
     shard.write_bytes(shard.read_bytes()[:99])
     (copied_run / "betons" / "synthetic.beton").unlink()
     (copied_run / "metrics.json").unlink()

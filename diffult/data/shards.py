@@ -40,13 +40,16 @@ class Wave:
 class ShardStore:
     """The shards of one generation run in a folder."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:
         """Opens the folder, or starts it with this manifest.
+
+        Args:
+            rank: of the process that adds; each has its own numbers, so none waits for another.
 
         Raises:
             UserError: the folder holds samples made by another model or other settings.
         """
-        self.folder = folder
+        self.folder, self.rank = folder, rank
         file = folder / "manifest.json"
         if file.exists():
             before = read_json(file)
@@ -65,13 +68,13 @@ class ShardStore:
 
     def add(self, wave: Wave) -> None:
         """Writes one shard."""
-        files = self._files()
-        number = int(files[-1].stem.removeprefix("shard-")) + 1 if files else 0
+        files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
+        number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
         tensors = {
             name: torch.from_numpy(getattr(wave, name))
             for name in ("labels", "indices", "distance", "verdict", "passed", "images")
         }
-        save_tensors(self.folder / f"shard-{number:06d}.safetensors", tensors, {})
+        save_tensors(self.folder / f"shard-{self.rank:03d}-{number:06d}.safetensors", tensors, {})
 
     def waves(self) -> Iterator[tuple[Path, Wave]]:
         """Whole shards with their files, in order, one in memory at a time. A damaged one is named and set aside."""
@@ -112,6 +115,9 @@ class KeptSamples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, i: int, /) -> np.ndarray:
+        return self.read(i)
 
     def read(self, i: int) -> np.ndarray:
         file, row = self._place[i]

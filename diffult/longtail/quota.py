@@ -86,6 +86,11 @@ class Quota:
         return np.where(spent, 0, np.maximum(self.quotas - self._passed, 0))
 
     @property
+    def drawn(self) -> list[int]:
+        """How many candidates of each class have been judged."""
+        return [len(verdicts) for verdicts in self._verdicts]
+
+    @property
     def accepted(self) -> np.ndarray:
         """How many samples each class keeps, int64 [num_classes]."""
         return np.minimum(self._passed, self.quotas)
