@@ -11,6 +11,7 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)  # nothing compiles in the interpreter
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,18 +19,18 @@ import torch
 import triton
 import typer
 
-from bench.cubins import ARCHITECTURES, Compiled, compile_launches
-from bench.kernel_cases import BF16, FP16, FP32, cases
+from bench.cubins import ARCHITECTURES, compile_launches
+from bench.kernel_cases import BF16, FP16, FP32, Case, cases
 from diffult.cli import main
 from diffult.files import write_json
 from kernels import dispatch
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
-    """One row for each kernel, shape and architecture; forward and, where there is one, backward."""
+def compile_all(some: Iterable[Case]) -> list[dict]:
+    """One row for each kernel, case and architecture; forward and, where there is one, backward."""
     dispatch.set_mode("triton")
     rows = []
-    for case in cases((BF16, FP16, FP32)):
+    for case in some:
         call = case.build(torch.device("cpu"), torch.channels_last)
 
         def both(call=call) -> None:
@@ -37,7 +38,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict]:
             if call.leaves:
                 torch.autograd.grad(out, call.leaves, torch.ones_like(out))
 
-        for arch in architectures:
+        for arch in ARCHITECTURES:
             compiled = {row.kernel: row for row in compile_launches(both, arch)}
             rows += [{"case": f"{case.kernel} {case.shape}"} | row.row() for row in compiled.values()]
     return rows
@@ -59,12 +60,10 @@ def table(rows: list[dict]) -> str:
 
 def command(out: Annotated[Path, typer.Option(help="The results file.")] = Path("bench/results/cubins.json")) -> None:
     """Compile every kernel for every architecture and tell what the compiler made of it."""
-    rows = compile_all()
+    rows = compile_all(cases((BF16, FP16, FP32)))
     write_json(out, {"triton": triton.__version__, "rows": rows})
     print(table(rows))
 
-
-__all__ = ["Compiled", "compile_all"]
 
 if __name__ == "__main__":
     main(command)

@@ -61,7 +61,8 @@ def fit(
 
     def step(i: int, batch: Batch) -> dict[str, torch.Tensor]:
         positions = i * config.batch_size + torch.arange(len(batch.labels), device=device)
-        images = augment(batch.images, order_seed, positions, size=config.image_size, **config.augment.model_dump())
+        options = config.augment.model_dump()
+        images = augment(batch.images, order_seed, positions, size=config.image_size, dtype=dtype, **options)
         with autocast(dtype, device):
             logits = model(images)
         value = loss(logits, batch)

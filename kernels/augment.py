@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import on_device, tile, use_triton
-from kernels.random import check_names, philox4x32_block, signed, uniform
+from kernels.random import check_names, halves, philox4x32_block, signed, uniform
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def _offset(word, pad):
     return tl.ceil(_uniform(word) * (2 * pad + 1)).to(tl.int32) - 1 - pad
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _augment_kernel(
-    images_ptr, positions_ptr, out_ptr, seed: tl.int64, height, width, size, pad,
+    images_ptr, positions_ptr, out_ptr, seed_low, seed_high, height, width, size, pad,
     CHANNELS: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows and COLUMNS numbers along them of one result; a column's index is worked out once for all its rows."""
@@ -136,8 +136,8 @@ def _augment_kernel(
     tile_column = tl.program_id(0) % across
     position = tl.load(positions_ptr + sample)
     # u_4 to u_7 are the second block of four.
-    block, step = tl.full((), 1, tl.uint32), tl.full((), 0, tl.int64)
-    word4, word5, word6, _ = philox4x32_block(seed, position >> 32, position, step, block)
+    second, step = tl.full((), 1, tl.uint32), tl.zeros_like(position)
+    word4, word5, word6, _ = philox4x32_block(seed_low, seed_high, position >> 32, position, step, second)
 
     row = tile_row * ROWS + tl.arange(0, ROWS)
     along = tile_column * COLUMNS + tl.arange(0, COLUMNS)
@@ -172,7 +172,7 @@ def _augment(
     across, down = triton.cdiv(size * channels, tiles["columns"]), triton.cdiv(size, tiles["rows"])
     with on_device(images):
         _augment_kernel[(batch * across * down,)](
-            images.contiguous(), positions.contiguous(), out, seed, height, width, size, pad,
+            images.contiguous(), positions.contiguous(), out, *halves(seed), height, width, size, pad,
             CHANNELS=channels, FLIP=flip, ROWS=tiles["rows"], COLUMNS=tiles["columns"], num_warps=tiles["warps"],
         )  # fmt: skip
     return out

@@ -156,7 +156,7 @@ def test_half_precision_is_no_worse_than_torchs(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # the interpreter is too slow to look for the simplest case
 )
 @given(
-    shape=st.tuples(*[st.integers(1, most) for most in (3, 8, 10, 9, 9)]),
+    shape=st.tuples(*[st.integers(1, most) for most in (2, 7, 9, 8, 8)]),
     dtype=st.sampled_from(DTYPES),
     adaptive=st.booleans(),
     silu=st.booleans(),
@@ -192,7 +192,8 @@ def test_a_group_of_one_element(triton_kernels: torch.device) -> None:
     tensors = inputs(triton_kernels, (2, 3, 1, 1), torch.float32, adaptive=False)
     y, dx, dweight, dbias = results(ours, tensors, 3, True, torch.ones_like(tensors[0]))
     torch.testing.assert_close(y[:, :, 0, 0], F.silu(tensors[2]).expand(2, 3))
-    assert not dx.any() and not dweight.any() and dbias.all()
+    assert not dweight.any() and dbias.all()
+    assert dx.abs().max() < 1e-3  # of terms of 1 / sqrt(eps) = 316 that cancel
 
 
 @pytest.mark.parametrize(("channels", "groups", "size"), [(32, 8, 32), (24, 2, 33), (2048, 1, 2), (96, 32, 3)])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,7 +50,9 @@ def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, p
     balanced = config.batches == "class_balanced"
     share = torch.ones_like(counts) / len(counts) if balanced else counts / counts.sum()
     schedule = Schedule(config.schedule, config.timesteps, device)
-    loss = DiffusionLoss(network, config, schedule, share, extractor, run.config.seed, dtype)
+    # Not the run's own seed: samples are drawn from noise that training has never seen.
+    seed = int(np.random.SeedSequence((run.config.seed, 0xD1FF)).generate_state(1, np.uint64)[0])
+    loss = DiffusionLoss(network, config, schedule, share, extractor, seed, dtype)
     images = torch.from_numpy(train.load()).to(device)
     labels = torch.from_numpy(train.labels).to(device)
     mine = world.part(config.batch_size, "diffusion.batch_size")

@@ -1,0 +1,65 @@
+"""What the kernels compile to without a GPU, and the cases that the benchmark checks and times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.kernel_cases import BF16, FP32, cases
+from bench.kernels import candidates, relative_error
+
+ROOT = Path(__file__).parents[1]
+COMPILE = """
+import json
+from bench.cubin_table import compile_all
+from bench.kernel_cases import cases
+shapes = {"64x128x32x32 bfloat16", "64x256x8x8 bfloat16", "256x3x32x32 guided with noise bfloat16",
+          "256x3x32x32 bfloat16", "128x32>32 bfloat16", "37.7M bfloat16", "256x3x32x32"}
+print(json.dumps(compile_all(case for case in cases() if case.shape in shapes)))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """Each kernel at one or two shapes in bfloat16; all shapes and types: python -m bench.cubin_table."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spills(compiled):
+    kernels = {row["kernel"] for row in compiled}
+    assert len(kernels) >= 7, kernels  # two of the norm, one of each other
+    for kernel in kernels:
+        assert {row["arch"] for row in compiled if row["kernel"] == kernel} == {80, 90, 100}
+    for row in compiled:
+        assert row["stack"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel", "_adamw_ema_kernel"])
+def test_the_hot_loops_move_sixteen_bytes_a_thread(compiled, kernel):
+    for row in compiled:
+        if row["kernel"] == kernel:
+            assert row["wide"] >= 4 and row["narrow"] <= 6, row  # narrow: per channel or per program, outside the loops
+
+
+def test_cases_compute_what_they_claim():
+    """On the CPU by the references, which must agree with the cases' own float64 formulas."""
+    small = [case for case in cases((BF16, FP32)) if case.bytes < 25e6]
+    assert {case.kernel for case in small} >= {"group_norm_silu", "denoise_step", "diffuse", "normal", "augment"}
+    for case in small:
+        assert relative_error(case, torch.device("cpu")) < (1e-2 if "bfloat16" in case.shape else 1e-5), case
+
+
+def test_tuning_tries_sizes_around_the_default():
+    tried = candidates({"rows": 8, "warps": 1})
+    assert {"rows": 8, "warps": 1} in tried and {"rows": 32, "warps": 4} in tried
+    assert all(size >= 1 for sizes in tried for size in sizes.values()) and len(tried) == 12
