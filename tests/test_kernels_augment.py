@@ -201,8 +201,11 @@ def test_triton_takes_strided_images_and_gives_the_same_bits_twice(triton_kernel
     positions = torch.arange(12, device=triton_kernels)[::2]
     planes = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     assert not planes.is_contiguous() and not positions.is_contiguous()
-    first, second, third = (augment(y, 1, positions, size=13, pad=3, flip=True) for y in (x, x, planes))
-    assert torch.equal(first, second) and torch.equal(first, third)
+    first, *others = (
+        augment(y, 1, where, size=13, pad=3, flip=True)
+        for y, where in ((x, positions.contiguous()), (x, positions.contiguous()), (planes, positions))
+    )
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

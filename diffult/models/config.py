@@ -31,6 +31,9 @@ class UNetConfig(Section):
     """How a block takes the embedding. False: added (DDPM). True: scales and shifts its second norm (ADM)."""
     resample_in_block: bool = False
     """How resolutions change. False: a convolution (DDPM). True: inside a residual block (ADM)."""
+    recompute: bool = False
+    """Training keeps only the blocks' inputs and computes the rest again in the backward pass: a forward more, much
+    less memory (Chen et al., 2016)."""
     patch: Annotated[int, Field(ge=1)] = 1
     """Space-to-depth factor: patch x patch pixels are one position of the network, in and out."""
     augment_dim: Literal[0, 9] = 0

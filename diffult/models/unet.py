@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffult.errors import UserError
 from diffult.models.config import UNetConfig
@@ -141,6 +142,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
+        self.recompute = config.recompute
         self.scale_shift = config.scale_shift
         self.norm1 = GroupNorm(inputs)
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
@@ -152,6 +154,12 @@ class ResBlock(nn.Module):
         self.attention = SelfAttention(width, config.head_width) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x, embedding)
+        drops = self.training and self.dropout.p > 0  # then the same units must be dropped again
+        return checkpoint(self._forward, x, embedding, use_reentrant=False, preserve_rng_state=drops)
+
+    def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.norm1(x)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
