@@ -20,8 +20,8 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffult.data.config import DataConfig
-from diffult.diffusion.samplers import SamplerName
-from diffult.diffusion.schedule import Prediction, ScheduleName
+from diffult.diffusion.samplers import SamplerName, Spacing, log_snr_grid, timestep_grid
+from diffult.diffusion.schedule import Prediction, Schedule, ScheduleName
 from diffult.errors import UserError
 from diffult.longtail.methods import Method
 from diffult.models.config import UNetConfig
@@ -94,7 +94,10 @@ class GenerateConfig(Section):
     sampler: SamplerName = "ddpm"
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
+    spacing: Spacing = "time"  # of the steps: equal in time, or in log-SNR
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
+    # Shares of the timesteps, 0 the clean image, between which guidance acts (Kynkäänniemi et al. 2024).
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     # How x0 is kept in [-1, 1] at each step. 0: clipped; otherwise divided by this percentile of its |values| where
     # that exceeds 1, then clipped (dynamic thresholding, Saharia et al. 2022, who take 0.995).
     threshold: float = Field(0.0, ge=0, le=1)
@@ -104,10 +107,25 @@ class GenerateConfig(Section):
     filter: Literal["none", "distance", "distance+label"] = "distance"
     max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
 
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for one sample; guidance takes two a step."""
-        return self.steps * (2 if self.guidance else 1)
+    @model_validator(mode="after")
+    def _interval(self) -> Self:
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guidance_interval = [{low}, {high}] is not two rising numbers in 0..1")
+        return self
+
+    def grid(self, schedule: Schedule) -> list[tuple[int, bool]]:
+        """The sampler's timesteps, falling, and whether guidance acts there."""
+        if self.spacing == "time":
+            grid = timestep_grid(schedule.timesteps, self.steps)
+        else:
+            grid = log_snr_grid(schedule.alphas_cumprod, self.steps)
+        low, high = (share * schedule.timesteps for share in self.guidance_interval)
+        return [(t, self.guidance > 0 and low <= t < high) for t in grid]
+
+    def evaluations(self, schedule: Schedule) -> int:
+        """Network evaluations for one sample; a step with guidance takes two."""
+        return sum(1 + guided for _, guided in self.grid(schedule))
 
 
 class ClassifierConfig(TrainingConfig):

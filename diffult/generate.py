@@ -95,7 +95,11 @@ def fill(
     totals = {key: sum(tally[key] for tally in tallies) for key in tallies[0]}
     speed = round(sampled / seconds, 2) if sampled else None
     by_class = {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]}
-    return totals | {"images_per_s": speed, "nfe": generator.settings.evaluations, "by_class": by_class}
+    return totals | {
+        "images_per_s": speed,
+        "nfe": generator.settings.evaluations(generator.schedule),
+        "by_class": by_class,
+    }
 
 
 def generate_stage(
@@ -233,9 +237,10 @@ def command(
         chosen = parse_classes(classes, len(names))
         quotas = np.where(np.isin(np.arange(len(names)), chosen), quotas, 0)
 
+    schedule = Schedule(run_dir.config.diffusion.schedule, run_dir.config.diffusion.timesteps)
     wanted = ", ".join(f"{name}: {n}" for name, n in zip(names, quotas, strict=True) if n)
     log.info(
-        "%d samples, %d evaluations each (%s, %d steps%s)\nper class: %s", quotas.sum(), settings.evaluations,
+        "%d samples, %d evaluations each (%s, %d steps%s)\nper class: %s", quotas.sum(), settings.evaluations(schedule),
         settings.sampler, settings.steps, f", guidance {settings.guidance}" if settings.guidance else "", wanted,
     )  # fmt: skip
     if dry_run:

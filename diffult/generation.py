@@ -58,15 +58,16 @@ class Generator:
     def draw(self, labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Samples named by class and index, both int64 [B] -> uint8 [B, H, W, C]."""
         settings = self.settings
-        grid = samplers.timestep_grid(self.schedule.timesteps, settings.steps)
+        plan = settings.grid(self.schedule)
+        grid = [t for t, _ in plan]
         rows = samplers.solver_rows(settings.sampler, grid, self.schedule.alphas_cumprod, settings.eta)
         # All numbers of all steps go to the device at once, so that no step waits for the host.
         coefficients = self._coefficients(grid, rows).to(self.device)[:, None].repeat(1, len(labels), 1)
         steps = torch.arange(len(grid) + 1, device=self.device)[:, None].repeat(1, len(labels))
 
         x, x0 = normal(self.seed, labels, indices, steps[0], self.shape), None
-        for i, t in enumerate(grid):
-            out = self._predict(x, t, labels)
+        for i, (t, guided) in enumerate(plan):
+            out = self._predict(x, t, labels, guided)
             if settings.threshold:
                 limit = dynamic_limit(x, out, coefficients[i], settings.threshold)
                 coefficients[i, :, COLUMNS.index("limit")] = limit
@@ -83,10 +84,10 @@ class Generator:
         guidance, limit = torch.full((len(grid), 1), self.settings.guidance), torch.ones(len(grid), 1)
         return torch.cat([torch.tensor(conversions, dtype=torch.float64), guidance, limit, rows], dim=1).float()
 
-    def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor, guided: bool) -> torch.Tensor:
         """The network's output, [B, C, H, W], or with guidance [2B, C, H, W], the second half without class: both
         passes run as one doubled batch."""
-        if self.settings.guidance:
+        if guided:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
         times = torch.full((len(x),), t, device=x.device)

@@ -30,7 +30,7 @@ def open_store(
         stage: _fingerprint(run.path / stage / file)
         for stage, file in (("diffusion", "ema.safetensors"), ("extractor", "weights.safetensors"))
     }
-    sampling = settings.model_dump(exclude={"batch_size", "balance_to"})
+    sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to"})
     return ShardStore(folder, weights | sampling | {"seed": seed, "quotas": quotas.tolist()}, rank)
 
 

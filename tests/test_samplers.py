@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffult.config import GenerateConfig
-from diffult.diffusion.samplers import ddim, ddpm, solve, solver_rows, timestep_grid
+from diffult.diffusion.samplers import ddim, ddpm, log_snr_grid, solve, solver_rows, timestep_grid
 from diffult.diffusion.schedule import Schedule
 from diffult.generation import Generator
 from kernels.random import normal
@@ -74,6 +74,32 @@ def test_samples_have_the_mean_and_deviation_of_the_data(solver):
     out = solve(denoise, x, grid, rows, noise if solver == "ddpm" else no_noise)
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.015)
     assert float(out.std()) == pytest.approx(STD, abs=0.03)
+
+
+def test_log_snr_grid_is_equally_spaced_where_timesteps_allow():
+    abar = Schedule("linear", 1000).alphas_cumprod
+    grid = log_snr_grid(abar, 10)
+    log_snr = [math.log(float(abar[t]) / (1 - float(abar[t]))) for t in grid]
+    steps = [b - a for a, b in itertools.pairwise(log_snr)]
+    assert (grid[0], grid[-1], len(grid)) == (999, 0, 10)
+    assert max(steps[:-1]) / min(steps[:-1]) < 1.1  # the last timesteps lie far apart
+    abar = Schedule("cosine", 1000).alphas_cumprod
+    for count in (1, 2, 999, 1000):
+        grid = log_snr_grid(abar, count)
+        assert len(grid) == count and grid[0] == 999 and grid[-1] >= 0
+        assert all(a > b for a, b in itertools.pairwise(grid))
+    with pytest.raises(ValueError, match="steps = 1001"):
+        log_snr_grid(abar, 1001)
+
+
+def test_guidance_acts_within_its_interval_alone():
+    schedule = Schedule("cosine", 1000)
+    settings = GenerateConfig(balance_to=1, steps=10, guidance=1.0, guidance_interval=(0.2, 0.6))
+    assert [t for t, guided in settings.grid(schedule) if guided] == [599, 499, 399, 299]
+    assert settings.evaluations(schedule) == 14
+    assert GenerateConfig(balance_to=1, steps=10).evaluations(schedule) == 10
+    with pytest.raises(ValueError, match="two rising numbers"):
+        GenerateConfig(balance_to=1, guidance_interval=(0.6, 0.2))
 
 
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance():

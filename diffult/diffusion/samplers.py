@@ -21,6 +21,7 @@ import torch
 Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
 Noise = Callable[[int], torch.Tensor]
 SamplerName = Literal["ddim", "ddpm", "dpm++"]
+Spacing = Literal["time", "log_snr"]
 
 _LAST = (0.0, 1.0, 0.0, 0.0)
 
@@ -34,6 +35,26 @@ def timestep_grid(timesteps: int, steps: int) -> list[int]:
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps = {steps} is not in 1..{timesteps}")
     return [round(timesteps * (steps - i) / steps) - 1 for i in range(steps)]
+
+
+def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
+    """`steps` timesteps from T - 1 to 0, as equally spaced in log-SNR as whole timesteps allow, each lower than the one
+    before (Lu et al. 2022, section 3.3, who advise it at low resolution).
+
+    Raises:
+        ValueError: if steps is not in 1..T.
+    """
+    timesteps = len(alphas_cumprod)
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps = {steps} is not in 1..{timesteps}")
+    log_snr = torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod)
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    nearest = (log_snr[None, :] - wanted[:, None]).abs().argmin(1).tolist()
+    grid: list[int] = []
+    for i, t in enumerate(nearest):
+        below = grid[-1] - 1 if grid else timesteps - 1
+        grid.append(max(min(t, below), steps - 1 - i))  # leaves a timestep for each step to come
+    return grid
 
 
 def solver_rows(sampler: SamplerName, grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
