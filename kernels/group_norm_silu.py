@@ -92,7 +92,7 @@ def _group_sum(values, CPG: tl.constexpr, WIDTH: tl.constexpr):
         sums = tl.zeros_like(values) + tl.sum(values, 0)
     else:
         group = tl.arange(0, BLOCK) // CPG
-        sums = tl.sum(tl.where(group[:, None] == group[None, :], values[:, None], 0.0), 0)
+        sums = tl.sum(tl.where(group[:, None] == group[None, :], values[None, :], 0.0), 1)
     return sums
 
 
@@ -184,13 +184,14 @@ def _forward_kernel(
         tl.store(rstd + sample * C + channels, group_rstd, mask=real & (chunk == 0))
 
         gain, offset = _affine(weight, bias, scale, shift, scale_stride, shift_stride, sample, channels, real)
+        gain *= group_rstd
         if TILES * CHUNKS == 1:  # what is in the registers are deviations from the pivot
-            offset += (pivot - group_mean) * gain * group_rstd
+            offset += (pivot - group_mean) * gain
         for i in range(TILES):  # backwards: what was read last is still in the caches
             offsets, inside = _tile(first + (TILES - 1 - i) * ROWS, channels, real, C, N, ROWS)
             if TILES * CHUNKS > 1:
                 deviations = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - group_mean[None, :]
-            z = deviations * group_rstd[None, :] * gain[None, :] + offset[None, :]
+            z = deviations * gain[None, :] + offset[None, :]
             if SILU:
                 z *= _sigmoid(z)
             tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
