@@ -1,8 +1,12 @@
-"""Batches of an image set in any order."""
+"""Batches of an image set in any order, as uint8 on the device that trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +15,14 @@ import numpy as np
 import torch
 
 from .available import have_ffcv
+from .crops import Crop
 from .image_set import ImageSet
 from .memory import MemorySet
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 2  # batches decoded beyond the one in hand
+_SHARE = 1 / 4  # of the memory that is free, for a set that stays on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,7 @@ class Batch:
         synthetic: (B,) bool, true for generated samples.
         index: (B,) int64, the sample's name as it was given to `write`.
         sample: (B,) int64, the sample's number in the joined set.
+        position: (B,) int64, the draw's place in the stream, the key of its augmentation.
     """
 
     images: torch.Tensor
@@ -32,14 +43,18 @@ class Batch:
     synthetic: torch.Tensor
     index: torch.Tensor
     sample: torch.Tensor
+    position: torch.Tensor
 
 
-def open_set(paths: Sequence[Path]) -> ImageSet:
+def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
     """The files that `write` wrote, of one format, joined end to end.
 
+    Args:
+        mixed_sizes: images may differ in size, for a loader that crops.
+
     Raises:
-        ValueError: no files, files of both formats, a file that is missing, damaged or of another image
-            shape, or .beton files without ffcv.
+        ValueError: no files, files of both formats, a file that is missing or damaged, images that differ in size
+            or channels, or .beton files without ffcv.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -49,25 +64,33 @@ def open_set(paths: Sequence[Path]) -> ImageSet:
     if endings == {".npz"}:
         return MemorySet(paths)
     if endings != {".beton"}:
-        raise ValueError(f"need .beton files or .npz files, not both, got {[str(path) for path in paths]}")
+        raise ValueError(f"need .beton files or else .npz files, got {[str(path) for path in paths]}")
     if not have_ffcv():
         raise ValueError(f"{paths[0]} needs ffcv, which is not there: install it or write the set as .npz")
     from .beton import BetonSet
 
-    return BetonSet(paths)
+    image_set = BetonSet(paths)
+    if not mixed_sizes:
+        _ = image_set.image_shape
+    return image_set
 
 
 class Loader:
-    """Reads batches of a set; what it compiles or opens serves all its orders.
+    """Reads batches of a set.
+
+    A set of one size that fits into a quarter of the device's free memory is decoded once and stays there; a batch is
+    then a gather. Any other is decoded ahead by threads, and sent from pinned memory. The choice is logged.
 
     Args:
         image_set: the set, joined files included.
         batch_size: B.
-        num_workers: threads that decode one batch of JPEGs; raw images need no more than one.
+        num_workers: threads that decode; None takes this process's share of the processors.
         device: where the batches go.
+        crop: the part of each image to show, resized; None takes images as they are, which must be of one size.
+        resident: whether the set stays on the device; None chooses.
 
     Raises:
-        ValueError: batch_size or num_workers below 1.
+        ValueError: batch_size or num_workers below 1; images of several sizes without a crop; `resident` with one.
     """
 
     def __init__(
@@ -75,27 +98,40 @@ class Loader:
         image_set: ImageSet,
         batch_size: int,
         *,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         device: torch.device | str = "cpu",
+        crop: Crop | None = None,
+        resident: bool | None = None,
     ) -> None:
-        if batch_size < 1 or num_workers < 1:
+        self.num_workers = available_cores() if num_workers is None else num_workers
+        if batch_size < 1 or self.num_workers < 1:
             raise ValueError(f"need batch_size and num_workers >= 1, got {batch_size} and {num_workers}")
+        if crop is not None and resident:
+            raise ValueError("a set that the loader crops cannot stay on the device")
         self.image_set = image_set
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self._read = image_set.pixel_reader(batch_size, num_workers)
+        self.crop = crop
+        self._shape = image_set.image_shape if crop is None else (crop.size, crop.size, image_set.channels)
+        self._columns = [
+            torch.from_numpy(column).to(self.device)
+            for column in (image_set.labels, image_set.synthetic, image_set.index)
+        ]
+        self._pixels: torch.Tensor | None = None  # of a resident set, once they are wanted
+        self.resident = self._choose(resident)
 
-    def batches(self, order: np.ndarray) -> Iterator[Batch]:
+    def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
         """The samples of `order`, batch by batch; the last batch may be short.
 
         Leaving the iterator before its end stops its threads, as soon as it is closed or forgotten.
 
         Args:
-            order: integers in [0, N), one dimension, any length, repeats allowed.
+            order: (n,) integers in [0, N), repeats allowed.
+            positions: (n,) integers, the draws' places in the stream; None counts from 0.
 
         Raises:
-            ValueError: at once, if `order` is anything else.
-            RuntimeError: while iterating, if ffcv cannot decode a batch.
+            ValueError: at once, if `order` or `positions` is anything else.
+            SampleError: while iterating, if an image does not decode; it is named.
         """
         order = np.asarray(order)
         if order.ndim != 1 or (order.size and order.dtype.kind not in "iu"):
@@ -103,22 +139,103 @@ class Loader:
         if order.size and not 0 <= order.min() <= order.max() < len(self.image_set):
             size = len(self.image_set)
             raise ValueError(f"the order holds {order.min()} to {order.max()}, the set 0 to {size - 1}")
-        return self._batches(order.astype(np.int64))
+        positions = np.arange(len(order)) if positions is None else np.asarray(positions)
+        if positions.shape != order.shape:
+            raise ValueError(f"{len(order)} draws have positions of shape {positions.shape}")
+        return self._batches(order.astype(np.int64), positions.astype(np.int64))
 
     def sequential(self) -> Iterator[Batch]:
         """Every sample once, in the set's own order."""
         return self.batches(np.arange(len(self.image_set)))
 
-    def _batches(self, order: np.ndarray) -> Iterator[Batch]:
-        known = self.image_set
-        with closing(self._read(order)) as reading:
-            for number, pixels in enumerate(reading):
-                sample = order[number * self.batch_size :][: len(pixels)]
-                columns = (known.labels[sample], known.synthetic[sample], known.index[sample], sample.copy())
-                yield Batch(*map(self._to_device, (pixels, *columns)))
+    def _batches(self, order: np.ndarray, positions: np.ndarray) -> Iterator[Batch]:
+        samples, places = (torch.from_numpy(x).to(self.device) for x in (order, positions))
+        pixels = self._gathered(samples) if self.resident else self._decoded(order, positions)
+        with closing(pixels):
+            for begin, images in zip(range(0, len(order), self.batch_size), pixels, strict=True):
+                sample = samples[begin : begin + self.batch_size].clone()
+                labels, synthetic, index = (column[sample] for column in self._columns)
+                position = places[begin : begin + self.batch_size].clone()
+                yield Batch(images, labels, synthetic, index, sample, position)
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from pinned memory the copy need not be waited for
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+    def _gathered(self, samples: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+        take = self._resident_take()
+        for begin in range(0, len(samples), self.batch_size):
+            yield take(samples[begin : begin + self.batch_size])
+
+    def _resident_take(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What gives the images of sample numbers, once they are on the device."""
+        if self.device.type == "cpu" and self.image_set.decoded:  # they lie in memory as they are
+            return lambda chosen: torch.from_numpy(self.image_set.take(chosen.numpy()))
+        if self._pixels is None:
+            whole = np.arange(len(self.image_set))
+            pixels = torch.empty((len(whole), *self._shape), dtype=torch.uint8, device=self.device)
+            for at, images in enumerate(self._decoded(whole, whole)):
+                pixels[at * self.batch_size :][: len(images)] = images
+            self._pixels = pixels
+        on_device = self._pixels
+        if self.device.type == "cpu":  # by numpy: torch shares even small copies among threads and waits for them
+            in_memory = on_device.numpy()
+            return lambda chosen: torch.from_numpy(in_memory[chosen.numpy()])
+        return lambda chosen: on_device[chosen]
+
+    def _decoded(self, order: np.ndarray, positions: np.ndarray) -> Generator[torch.Tensor, None, None]:
+        """Threads decode each batch in equal shares, a few batches ahead."""
+        ahead: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+
+        def oldest() -> torch.Tensor:
+            images, shares = ahead.popleft()
+            for share in shares:
+                share.result()
+            return images.to(self.device, non_blocking=True)
+
+        with ThreadPoolExecutor(self.num_workers, thread_name_prefix="decode") as pool:
+            try:
+                for begin in range(0, len(order), self.batch_size):
+                    batch = slice(begin, min(begin + self.batch_size, len(order)))
+                    size = batch.stop - begin
+                    images = torch.empty((size, *self._shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                    share = -(-size // self.num_workers)
+                    parts = [slice(at, at + share) for at in range(0, size, share)]
+                    drawn, places, out = order[batch], positions[batch], images.numpy()
+                    shares = [pool.submit(self._read, drawn[part], places[part], out[part]) for part in parts]
+                    ahead.append((images, shares))
+                    if len(ahead) > _AHEAD:
+                        yield oldest()
+                while ahead:
+                    yield oldest()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, samples: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
+        boxes = None if self.crop is None else self.crop.boxes(self.image_set.sizes[samples], positions)
+        self.image_set.read(samples, out, boxes)
+
+    def _choose(self, resident: bool | None) -> bool:
+        size, room = len(self.image_set) * int(np.prod(self._shape)), int(_free_memory(self.device) * _SHARE)
+        if resident is None:
+            reason = "cropped" if self.crop else f"for {room / 1e6:.0f} MB of {self.device} memory"
+            resident = self.crop is None and size <= room
+        else:
+            reason = "as asked for"
+        names = ", ".join(map(str, self.image_set.paths[:3])) + (", ..." if len(self.image_set.paths) > 3 else "")
+        how = f"kept on {self.device}" if resident else f"decoded ahead by {self.num_workers} thread(s)"
+        _log.info("%s: %d images, %.1f MB, %s (%s)", names, len(self.image_set), size / 1e6, how, reason)
+        return resident
+
+
+def available_cores() -> int:
+    """The processors that this process may use, shared with the others that torchrun started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, 0 where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

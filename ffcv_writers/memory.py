@@ -1,16 +1,16 @@
-"""The twin of `beton` for machines without ffcv: .npz files, held in memory whole."""
+"""The twin of `beton` for machines without ffcv: .npz files, held in memory whole; and arrays as a set."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .image_set import ImageSet, Part, PixelReader, Shape, damaged
+from .image_set import ImageSet, Part, Shape, damaged
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], shape: Shape, columns: Mapping[str, np.ndarray]) -> None:
+def write_npz(path: Path, images: Iterable[np.ndarray], columns: Mapping[str, np.ndarray], shape: Shape) -> None:
     """Writes uint8 images of one shape and the (n,) int64 columns label, synthetic and index."""
     pixels = np.empty((len(columns["label"]), *shape), np.uint8)
     for number, image in enumerate(images):
@@ -19,7 +19,23 @@ def write_npz(path: Path, images: Iterable[np.ndarray], shape: Shape, columns: M
         np.savez(file, allow_pickle=False, image=pixels, **columns)
 
 
-class ArraySet(ImageSet):
+class _PixelSet(ImageSet):
+    """Images of one size in an array."""
+
+    def __init__(self, parts: Sequence[Part], pixels: np.ndarray) -> None:
+        super().__init__(parts)
+        self._pixels = pixels
+
+    def image(self, sample: int) -> np.ndarray:
+        """See `ImageSet`."""
+        return self._pixels[sample]
+
+    def take(self, samples: np.ndarray) -> np.ndarray:
+        """See `ImageSet`."""
+        return self._pixels[samples]
+
+
+class ArraySet(_PixelSet):
     """Images that are in memory already, all real.
 
     Args:
@@ -28,18 +44,13 @@ class ArraySet(ImageSet):
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
-        count, height, width, channels = pixels.shape
-        shape = (height, width, channels)
-        super().__init__([Part(Path("memory"), shape, labels, np.zeros(count, bool), np.arange(count))])
-        self._pixels = pixels
-
-    def pixel_reader(self, batch_size: int, num_workers: int) -> PixelReader:
-        """See `ImageSet`. There is nothing to decode: `num_workers` makes no difference."""
-        return _array_reader(self._pixels, batch_size)
+        count = len(pixels)
+        part = _part(Path("memory"), pixels, np.asarray(labels), np.zeros(count, bool), np.arange(count))
+        super().__init__([part], pixels)
 
 
-class MemorySet(ImageSet):
-    """A set of .npz files.
+class MemorySet(_PixelSet):
+    """A set of .npz files of one image size.
 
     Args:
         paths: at least one file that `write` wrote.
@@ -50,20 +61,13 @@ class MemorySet(ImageSet):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         parts, pixels = zip(*map(_read, paths), strict=True) if paths else ((), ())
-        super().__init__(parts)
-        self._pixels = np.concatenate(pixels)
-
-    def pixel_reader(self, batch_size: int, num_workers: int) -> PixelReader:
-        """See `ImageSet`. There is nothing to decode: `num_workers` makes no difference."""
-        return _array_reader(self._pixels, batch_size)
-
-
-def _array_reader(pixels: np.ndarray, batch_size: int) -> PixelReader:
-    def read(order: np.ndarray) -> Generator[np.ndarray, None, None]:
-        for begin in range(0, len(order), batch_size):
-            yield pixels[order[begin : begin + batch_size]]
-
-    return read
+        for part, array in zip(parts, pixels, strict=True):
+            if array.shape[1:] != pixels[0].shape[1:]:
+                raise ValueError(
+                    f"{part.path} holds images of (height, width, channels) {array.shape[1:]}, "
+                    f"{parts[0].path} of {pixels[0].shape[1:]}: write both with one size"
+                )
+        super().__init__(parts, np.concatenate(pixels))
 
 
 def _read(path: Path) -> tuple[Part, np.ndarray]:
@@ -77,5 +81,10 @@ def _read(path: Path) -> tuple[Part, np.ndarray]:
             raise ValueError("columns differ in length")
     except Exception as error:  # a broken archive raises almost anything
         raise damaged(path, error) from error
-    _, height, width, channels = pixels.shape
-    return Part(path, (height, width, channels), labels, synthetic.astype(bool), index), pixels
+    return _part(path, pixels, labels, synthetic.astype(bool), index), pixels
+
+
+def _part(path: Path, pixels: np.ndarray, labels: np.ndarray, synthetic: np.ndarray, index: np.ndarray) -> Part:
+    count, height, width, channels = pixels.shape
+    sizes = np.broadcast_to(np.array([height, width], np.int64), (count, 2))
+    return Part(path, sizes, channels, labels, synthetic, index)

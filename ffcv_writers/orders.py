@@ -1,97 +1,220 @@
-"""In which order samples are drawn: a function of (seed, epoch), so that training resumes at any step.
+"""In which order samples are drawn: a function of (seed, epoch), so that training resumes at any step on any rank.
 
-An epoch holds as many draws as the set has samples. The endless stream of draws is epoch 0, epoch 1, ... end
-to end; batches are cut from the stream, hence always full, and a run that stopped after s steps of B goes on
-at draw s B.
+An order has epochs of `length` draws. The endless stream is epoch 0, epoch 1, ... end to end; batches are cut from
+it, hence always full. A draw's position in the stream names it: whatever is random about a draw is keyed by that.
+Of `world` processes, step s of rank r takes the draws from position (s world + r) B on, so none is taken twice.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 OrderKind = Literal["natural", "class_balanced"]
-_CHUNK = 4096  # batches whose order is laid out at a time: a long training would fill memory with it
+_CHUNK = 4096  # batches whose draws are laid out at a time: a long training would fill memory with them
 
 
-def epoch_order(kind: OrderKind, labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The draws of one epoch.
+class Draws(NamedTuple):
+    """n draws of a stream: int64 (n,) numbers of samples, and their int64 (n,) positions in the stream."""
+
+    samples: np.ndarray
+    positions: np.ndarray
+
+
+class Order(ABC):
+    """An order of samples.
+
+    Attributes:
+        length: draws an epoch.
+        group: draws that belong together; a batch holds whole groups.
+    """
+
+    def __init__(self, length: int, group: int = 1) -> None:
+        self.length, self.group = length, group
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """The draws of one epoch, int64 (length,) sample numbers.
+
+        Raises:
+            ValueError: a negative seed or epoch.
+        """
+        if seed < 0 or epoch < 0:
+            raise ValueError(f"seed and epoch must not be negative, got seed {seed} and epoch {epoch}")
+        return self._draw(seed, epoch).astype(np.int64, copy=False)
+
+    @abstractmethod
+    def _draw(self, seed: int, epoch: int) -> np.ndarray: ...
+
+    def stream(self, seed: int, start: int, count: int) -> np.ndarray:
+        """Draws `start` to `start + count` of the endless stream, int64 (count,), without making those before.
+
+        Only the epochs it touches are made, at O(N) each: ask for many batches at once, not for one.
+
+        Raises:
+            ValueError: a negative seed, start or count.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"start and count must not be negative, got {start} and {count}")
+        first, last = start // self.length, (start + max(count, 1) - 1) // self.length
+        epochs = [self.epoch(seed, epoch) for epoch in range(first, last + 1)]
+        return np.concatenate(epochs)[start - first * self.length :][:count]
+
+    def steps(
+        self, seed: int, batch_size: int, start: int, stop: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[Draws]:
+        """One process's draws for the steps `start` to `stop`, whole batches, some thousands at a time.
+
+        Args:
+            batch_size: draws a step and process; the same on all of them.
+            rank, world: this process's number, and how many there are.
+
+        Raises:
+            ValueError: no such rank, or a batch_size below 1 or not made of whole groups.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be in 0..world - 1, got rank {rank} of {world}")
+        if batch_size < 1 or batch_size % self.group:
+            raise ValueError(f"the batch size must be a multiple of {self.group}, got {batch_size}")
+        together = max(1, _CHUNK // world)
+        for first in range(start, stop, together):
+            begin, batches = first * world * batch_size, min(together, stop - first)
+            draws = self.stream(seed, begin, batches * world * batch_size)
+            places = begin + np.arange(len(draws))
+            yield Draws(*(x.reshape(batches, world, batch_size)[:, rank].ravel() for x in (draws, places)))
+
+
+class Natural(Order):
+    """Every sample once an epoch.
 
     Args:
-        kind: "natural", every sample once; or "class_balanced", every class that occurs equally often, give
-            or take one (which classes get one more is drawn), and within a class every sample equally often,
-            give or take one.
-        labels: (N,) integers, N > 0: the class of each sample.
-        seed, epoch: not negative.
-
-    Returns:
-        (N,) int64 sample numbers.
-
-    Raises:
-        ValueError: an unknown kind, labels of another shape, or a negative seed or epoch.
+        count: of samples.
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.size == 0:
-        raise ValueError(f"labels must be one integer a sample and not empty, got shape {labels.shape}")
-    if seed < 0 or epoch < 0:
-        raise ValueError(f"seed and epoch must not be negative, got seed {seed} and epoch {epoch}")
-    generator = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
-    if kind == "natural":
-        return generator.permutation(labels.size)
-    if kind == "class_balanced":
-        return _class_balanced(labels, generator)
-    raise ValueError(f"unknown order {kind!r}: choose one of {', '.join(get_args(OrderKind))}")
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError("an order needs samples, the set is empty")
+        super().__init__(count)
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        return _generator(seed, epoch).permutation(self.length)
 
 
-def stream_order(kind: OrderKind, labels: np.ndarray, seed: int, start: int, count: int) -> np.ndarray:
-    """Draws `start` to `start + count` of the endless stream, without making those before.
-
-    Only the epochs it touches are made, at O(N) each: ask for many batches at once, not for one.
+class ClassBalanced(Order):
+    """Every class that occurs equally often in an epoch, give or take one (which get one more is drawn), and within
+    a class every sample equally often, give or take one. An epoch holds as many draws as there are samples.
 
     Args:
-        kind, labels, seed: as in `epoch_order`.
-        start, count: not negative.
+        labels: (N,) integers, the class of each sample.
+    """
 
-    Returns:
-        (count,) int64 sample numbers.
+    def __init__(self, labels: np.ndarray) -> None:
+        labels = _row("labels", labels, "iu")
+        super().__init__(len(labels))
+        _, sizes = np.unique(labels, return_counts=True)
+        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        generator, classes = _generator(seed, epoch), len(self._members)
+        draws = np.full(classes, self.length // classes)
+        draws[generator.permutation(classes)[: self.length % classes]] += 1
+        # np.resize repeats its input from the start: the shuffle below makes the repetition's order immaterial.
+        order = [np.resize(generator.permutation(m), d) for m, d in zip(self._members, draws, strict=True)]
+        return generator.permutation(np.concatenate(order))
+
+
+class Weighted(Order):
+    """Every sample as often as its weight asks, give or take one in each epoch, and exactly on average.
+
+    Systematic sampling: the N w_i / sum(w), laid end to end, are cut at u, u + 1, u + 2, ... They lie in a random
+    order, but those of equal weight side by side, so that such a group, too, is drawn as often as it should be.
+
+    Args:
+        weights: (N,) numbers, none negative, not all zero.
+    """
+
+    def __init__(self, weights: np.ndarray) -> None:
+        weights = _row("weights", weights, "iuf").astype(np.float64)
+        if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+            raise ValueError("weights must be finite, none negative and not all zero")
+        super().__init__(len(weights))
+        self._expected = weights * (len(weights) / weights.sum())
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        generator = _generator(seed, epoch)
+        mixed = generator.permutation(self.length)
+        mixed = mixed[np.argsort(self._expected[mixed], kind="stable")]
+        ends = np.floor(np.cumsum(self._expected[mixed]) + generator.random()).astype(np.int64)
+        ends = np.minimum(ends, self.length)
+        ends[-1] = self.length  # whatever rounding made of it
+        return generator.permutation(np.repeat(mixed, np.diff(ends, prepend=0)))
+
+
+class Ratio(Order):
+    """So many real and so many synthetic samples in each batch, exactly, in a random order within it.
+
+    Each kind has a natural stream of its own. An epoch is as many batches as show every real sample once (the last
+    may reach into the next pass over them).
+
+    Args:
+        synthetic: (N,) booleans, which samples are synthetic.
+        real, generated: of either kind a batch; the loader's batch size is a multiple of their sum.
 
     Raises:
-        ValueError: as in `epoch_order`; a negative start or count.
+        ValueError: a kind that is asked for has no sample.
     """
-    if start < 0 or count < 0:
-        raise ValueError(f"start and count must not be negative, got {start} and {count}")
-    length = len(labels)
-    if count == 0 or length == 0:
-        return epoch_order(kind, labels, seed, 0)[:0]
-    first, last = start // length, (start + count - 1) // length
-    epochs = [epoch_order(kind, labels, seed, epoch) for epoch in range(first, last + 1)]
-    return np.concatenate(epochs)[start - first * length :][:count]
+
+    def __init__(self, synthetic: np.ndarray, real: int, generated: int) -> None:
+        synthetic = _row("synthetic", synthetic, "b")
+        if real < 1 or generated < 0:
+            raise ValueError(f"a batch needs real >= 1 and generated >= 0, got {real} and {generated}")
+        numbers = np.flatnonzero(~synthetic), np.flatnonzero(synthetic)
+        shares = (real, generated)
+        for name, kind, share in zip(("real", "synthetic"), numbers, shares, strict=True):
+            if share and not len(kind):
+                raise ValueError(f"a batch should hold {share} {name} samples, the set has none")
+        self._kinds = [(k, n, Natural(len(n))) for k, n in zip(shares, numbers, strict=True) if k]
+        self._batches = -(-len(numbers[0]) // real)
+        super().__init__(self._batches * sum(shares), sum(shares))
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        parts = []
+        for kind, (share, numbers, order) in enumerate(self._kinds):
+            own_seed = int(_generator(seed, kind).integers(2**63))
+            draws = order.stream(own_seed, epoch * self._batches * share, self._batches * share)
+            parts.append(numbers[draws].reshape(self._batches, share))
+        return _generator(seed, epoch, len(parts)).permuted(np.concatenate(parts, axis=1), axis=1).ravel()
+
+
+def shard(samples: np.ndarray, batch_size: int, rank: int, world: int) -> Draws:
+    """One process's part of a finite row of samples, each dealt out once: batch j goes to rank j modulo world.
+
+    The last batch may be short; ranks may get one batch more or less than others.
+    """
+    positions = np.arange(len(samples))
+    mine = positions[positions // batch_size % world == rank]
+    return Draws(np.asarray(samples)[mine], mine)
 
 
 def stream_chunks(
     kind: OrderKind, labels: np.ndarray, seed: int, batch_size: int, start: int, steps: int
 ) -> Iterator[np.ndarray]:
-    """The draws of batches `start` to `steps` of the endless stream, some thousands of whole batches at a time.
-
-    Args:
-        kind, labels, seed: as in `epoch_order`.
-        batch_size: draws a batch; a batch may span two epochs.
-
-    Yields:
-        (k batch_size,) int64 sample numbers.
-    """
-    for first in range(start, steps, _CHUNK):
-        count = min(_CHUNK, steps - first)
-        yield stream_order(kind, labels, seed, first * batch_size, count * batch_size)
+    """The sample numbers of `Order.steps` under a kind's name."""
+    orders = {"natural": lambda: Natural(len(labels)), "class_balanced": lambda: ClassBalanced(labels)}
+    if kind not in orders:
+        raise ValueError(f"unknown order {kind!r}: choose one of {', '.join(get_args(OrderKind))}")
+    for draws in orders[kind]().steps(seed, batch_size, start, steps):
+        yield draws.samples
 
 
-def _class_balanced(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    classes, sizes = np.unique(labels, return_counts=True)
-    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
-    draws = np.full(classes.size, labels.size // classes.size)
-    draws[generator.permutation(classes.size)[: labels.size % classes.size]] += 1
-    # np.resize repeats its input from the start: the shuffle below makes the repetition's order immaterial.
-    order = [np.resize(generator.permutation(m), d) for m, d in zip(members, draws, strict=True)]
-    return generator.permutation(np.concatenate(order)).astype(np.int64, copy=False)
+def _generator(*name: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(name))
+
+
+def _row(name: str, values: np.ndarray, kinds: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or values.size == 0 or values.dtype.kind not in kinds:
+        raise ValueError(f"{name} must be one a sample and not empty, got {values.dtype} of shape {values.shape}")
+    return values

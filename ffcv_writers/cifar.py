@@ -1,0 +1,197 @@
+"""The python archives of CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read without calling what pickles ask for.
+
+An archive is a folder of Python 2 pickles, each a dictionary: `data` uint8 (n, 3072) with the red, green and
+blue plane of a 32x32 image in a row, and `labels` or `fine_labels` as a list; the names of the classes lie in
+a file of their own. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import SourceError
+
+
+@dataclass(frozen=True)
+class _Layout:
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    labels: str
+    names: str
+
+
+_LAYOUTS = {
+    "cifar10": _Layout(
+        folder="cifar-10-batches-py",
+        archive="cifar-10-python.tar.gz",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        labels="labels",
+        names="label_names",
+    ),
+    "cifar100": _Layout(
+        folder="cifar-100-python",
+        archive="cifar-100-python.tar.gz",
+        train=("train",),
+        test="test",
+        meta="meta",
+        labels="fine_labels",
+        names="fine_label_names",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """An archive's images uint8 (N, 32, 32, 3) with labels int64 (N,), and the names of the classes."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: tuple[str, ...]
+    place: Path
+
+
+def read_cifar(name: str, path: Path) -> Cifar:
+    """CIFAR-10 or CIFAR-100 with its fine labels, images in the order of the archive.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        path: the archive's folder, its .tar.gz, or a folder that holds either.
+
+    Raises:
+        SourceError: a file is missing or is not what such an archive holds; a pickle that asks for any other
+            global than those of a numpy array is refused, the file and the global named.
+    """
+    layout = _LAYOUTS[name]
+    place = _find(layout, path)
+    files = (*layout.train, layout.test, layout.meta)
+    contents = _read_folder(place, files) if place.is_dir() else _read_tar(place, layout.folder, files)
+    classes = _class_names(_unpickle(contents[layout.meta], f"{place}: {layout.meta}"), layout, place)
+
+    def read(file: str) -> tuple[np.ndarray, np.ndarray]:
+        where = f"{place}: {file}"
+        return _batch(_unpickle(contents[file], where), layout.labels, len(classes), where)
+
+    images, labels = zip(*map(read, layout.train), strict=True)
+    return Cifar((np.concatenate(images), np.concatenate(labels)), read(layout.test), classes, place)
+
+
+def guess_cifar(path: Path) -> str | None:
+    """Which archive lies at `path`, "cifar10" or "cifar100", if any."""
+    for name, layout in _LAYOUTS.items():
+        if path.name == layout.archive or (path / layout.meta).is_file():
+            return name
+        if (path / layout.folder).is_dir() or (path / layout.archive).is_file():
+            return name
+    return None
+
+
+def _find(layout: _Layout, path: Path) -> Path:
+    """The folder or the .tar.gz that `path` means."""
+    if path.is_file() or (path / layout.meta).is_file():
+        return path
+    for place in (path / layout.folder, path / layout.archive):
+        if place.exists():
+            return place
+    raise SourceError(f"{path} is neither {layout.archive} nor {layout.folder}, and holds neither")
+
+
+def _read_folder(folder: Path, files: tuple[str, ...]) -> dict[str, bytes]:
+    for file in files:
+        if not (folder / file).is_file():
+            raise SourceError(f"{folder} has no file {file}: unpack the archive again")
+    return {file: (folder / file).read_bytes() for file in files}
+
+
+def _read_tar(path: Path, folder: str, files: tuple[str, ...]) -> dict[str, bytes]:
+    """The files out of the archive, in memory: nothing is written, so no member can be put anywhere."""
+    wanted = {f"{folder}/{file}": file for file in files}
+    contents = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() and member.name in wanted else None
+                if stream is not None:
+                    contents[wanted[member.name]] = stream.read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise SourceError(f"cannot read {path}: {error}; fetch it again") from error
+    for file in files:
+        if file not in contents:
+            raise SourceError(f"{path} has no file {folder}/{file}: is it the right archive, and whole?")
+    return contents
+
+
+def _uint8_dtype(code: str, *_: Any) -> np.dtype:
+    """In place of numpy.dtype: the archives hold no other type."""
+    if code != "u1":
+        raise pickle.UnpicklingError(f"an array of type {code!r}")
+    return np.dtype(np.uint8)
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own function, wherever this version keeps it
+_ADMITTED: Mapping[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # the same when written by numpy 2
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): _uint8_dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits plain Python values and uint8 arrays; no other global is looked up, so none can be called."""
+
+    def __init__(self, content: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(content), encoding="latin1")  # Python 2 strings, array bytes among them
+        self._where = where
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        try:
+            return _ADMITTED[module_name, global_name]
+        except KeyError:
+            name = f"{module_name}.{global_name}"
+            raise SourceError(f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it") from None
+
+
+def _unpickle(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = _ArrayUnpickler(content, where).load()
+    except SourceError:
+        raise
+    except Exception as error:  # whatever arbitrary bytes lead to
+        raise SourceError(f"{where} is not a CIFAR pickle ({type(error).__name__}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{where} is not a CIFAR pickle (no dictionary): fetch it again")
+    return value
+
+
+def _class_names(meta: dict[str, Any], layout: _Layout, place: Path) -> tuple[str, ...]:
+    names = meta.get(layout.names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{place}: {layout.meta} has no list '{layout.names}' of class names")
+    return tuple(names)
+
+
+def _batch(batch: dict[str, Any], key: str, classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (n, 32, 32, 3) and labels int64 (n,) of one file."""
+    data, labels = batch.get("data"), batch.get(key)
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise SourceError(f"{where} has no 'data' of uint8 (n, 3072)")
+    if not isinstance(labels, list) or not all(isinstance(y, int) and 0 <= y < classes for y in labels):
+        raise SourceError(f"{where} has no list '{key}' of integers in 0..{classes - 1}")
+    if len(labels) != len(data):
+        raise SourceError(f"{where} has {len(data)} images but {len(labels)} labels")
+    images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return images, np.array(labels, dtype=np.int64)

@@ -1,0 +1,66 @@
+"""Image files to pixels with Pillow, whatever their kind, and parts of images to one size."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.nn import functional as F
+
+
+def decode_rgb(content: bytes) -> np.ndarray:
+    """An image file's content as RGB, uint8 (H, W, 3), its orientation tag not applied, transparency dropped.
+
+    What the file is called does not matter: grey, CMYK, 16-bit and palette images come as what they look like.
+
+    Raises:
+        ValueError: not an image, cut short, or with pixels of unknown range; one line.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+                deep = np.asarray(image)
+                if deep.size and not 0 <= deep.min() <= deep.max() < 2**16:
+                    raise ValueError("its grey values do not fit 16 bits")
+                return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+            return np.array(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("not an image in a known format") from None
+    except Exception as error:  # whatever a decoder raises on arbitrary bytes
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
+    """The image with its longer side at most `max_side`, uint8 (H, W, C), antialiased (bicubic)."""
+    height, width = image.shape[:2]
+    if max(height, width) <= max_side:
+        return image
+    height, width = (max(1, round(side * max_side / max(height, width))) for side in (height, width))
+    scaled = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    return np.asarray(scaled.resize((width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
+
+
+def resized_crop(image: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A part of an image at another size: bilinear and antialiased, as torchvision's `resized_crop` does it.
+
+    torch's own kernel for bytes: Pillow's result, give or take two levels, in a quarter of its time.
+
+    Args:
+        image: uint8 (H, W, C), C 1 or 3.
+        box: top, left, height and width of the part, within the image.
+        size: height and width of the result.
+
+    Returns:
+        uint8 (*size, C).
+    """
+    top, left, height, width = box.tolist()
+    part = image[top : top + height, left : left + width]
+    if (height, width) == size:
+        return part
+    planes = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]
+    return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()

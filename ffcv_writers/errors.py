@@ -1,0 +1,11 @@
+"""What users of this package are meant to read: one line that says what is wrong and where."""
+
+from __future__ import annotations
+
+
+class SourceError(ValueError):
+    """Images to be written cannot be read: a file is missing, damaged or of another format."""
+
+
+class SampleError(ValueError):
+    """A sample cannot be read or decoded; the message names its file and its number."""

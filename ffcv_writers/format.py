@@ -1,0 +1,77 @@
+"""The .beton format of ffcv 1.0.2: header, field descriptors, a row of metadata a sample, pages, allocation table.
+
+Only the format and the JPEG library that ffcv links serve here; ffcv's Python is not imported. Its import compiles for
+seconds. Its writer waits for ever when one of its processes raises or dies, and its shared memory outlives a kill. Its
+loader waits for ever when its pipeline raises, ignores JPEGs that do not decode, takes no seed for its crops and leaves
+a thread behind for each loop that is left early. The files are the same: tests have ffcv read what is written here and
+the other way round.
+
+Fields: image (arrays of one shape: NDArrayField, for any number of channels; else RGBImageField, each image raw or
+JPEG, of any size), label, synthetic, index.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from .image_set import Shape
+
+VERSION = 2
+FIELDS = ("image", "label", "synthetic", "index")
+INT_FIELD, RGB_FIELD, ARRAY_FIELD = 1, 2, 4
+JPG, RAW = 0, 1  # modes of an image in a RGBImageField
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table", "<u8")],
+    align=True,
+)
+DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_RGB_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+_UINT8 = json.dumps(np.dtype(np.uint8).descr).encode()
+
+
+def metadata_type(image_field: int) -> np.dtype:
+    """Of the row of a sample: image, label, synthetic, index."""
+    image = _RGB_IMAGE if image_field == RGB_FIELD else np.dtype("<u8")
+    return np.dtype([("image", image), *((name, "<i8") for name in FIELDS[1:])], align=True)
+
+
+def descriptors(shape: Shape | None) -> np.ndarray:
+    """The field descriptors of a file of arrays of this shape, or, without, of RGB images."""
+    fields = np.zeros(len(FIELDS), DESCRIPTOR)
+    for field, name in zip(fields, FIELDS, strict=True):
+        field["type_id"] = INT_FIELD
+        field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    fields[0]["type_id"] = RGB_FIELD
+    if shape is not None:
+        arguments = np.zeros(1, _ARRAY_ARGUMENTS)
+        arguments["shape"][0, :3], arguments["type_length"] = shape, len(_UINT8)
+        content = np.frombuffer(arguments.tobytes() + _UINT8, np.uint8)
+        fields[0]["type_id"] = ARRAY_FIELD
+        fields[0]["arguments"][: len(content)] = content
+    return fields
+
+
+def array_shape(fields: np.ndarray) -> Shape | None:
+    """What `descriptors` was given.
+
+    Raises:
+        ValueError: other fields than ours.
+    """
+    names = [bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields]
+    kinds = fields["type_id"].tolist()
+    if tuple(names) != FIELDS or kinds[0] not in (RGB_FIELD, ARRAY_FIELD) or kinds[1:] != [INT_FIELD] * 3:
+        raise ValueError(f"its fields are {names} of types {kinds}")
+    if kinds[0] == RGB_FIELD:
+        return None
+    arguments = fields[0]["arguments"].tobytes()
+    shape, length = np.frombuffer(arguments, _ARRAY_ARGUMENTS, 1)[0]
+    text = arguments[_ARRAY_ARGUMENTS.itemsize :][: int(length)]
+    if text != _UINT8 or not shape[:3].all() or shape[3:].any():
+        raise ValueError(f"its images are arrays of type {text!r} and shape {shape[shape > 0]}")
+    height, width, channels = shape[:3].tolist()
+    return height, width, channels

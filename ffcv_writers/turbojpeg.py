@@ -1,0 +1,77 @@
+"""JPEG to RGB by the TurboJPEG that ffcv links, the same bits as Pillow's, without holding Python's lock."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def _load() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("ffcv")  # which does not import it
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in Path(folder).glob("_libffcv*"):
+            return ctypes.CDLL(str(file))  # its symbols include those of the libraries that it links
+    raise ImportError("No module named 'ffcv'" if spec is None else "ffcv has no library _libffcv")
+
+
+lib = _load()
+
+_RGB = 0  # TJPF_RGB
+_FOUR_COLOURS = (3, 4)  # TJCS_CMYK, TJCS_YCCK
+_ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, what Pillow decodes with; ffcv's own decoder takes the fast one
+
+_int_pointer = ctypes.POINTER(ctypes.c_int)
+lib.tjInitDecompress.restype = ctypes.c_void_p
+lib.tjDestroy.argtypes = [ctypes.c_void_p]
+lib.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+lib.tjGetErrorStr2.restype = ctypes.c_char_p
+lib.tjDecompressHeader3.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, *4 * [_int_pointer]]
+lib.tjDecompress2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *5 * [ctypes.c_int]]
+
+
+class FourColours(ValueError):
+    """A JPEG of printing colours, CMYK or YCCK, which TurboJPEG does not turn into RGB."""
+
+
+class _Handle:
+    """A decompressor; it goes with the thread that it serves."""
+
+    def __init__(self) -> None:
+        self.pointer = lib.tjInitDecompress()
+
+    def __del__(self) -> None:
+        lib.tjDestroy(self.pointer)
+
+    def check(self, code: int) -> None:
+        if code:
+            raise ValueError(lib.tjGetErrorStr2(self.pointer).decode(errors="replace"))
+
+
+_of_thread = threading.local()
+
+
+def decode_jpeg(content: np.ndarray) -> np.ndarray:
+    """A JPEG file's content, contiguous uint8 (n,), as RGB, uint8 (H, W, 3).
+
+    Raises:
+        FourColours: it has them.
+        ValueError: no JPEG, damaged, cut short, or of more pixels than Pillow would open.
+    """
+    if not hasattr(_of_thread, "handle"):
+        _of_thread.handle = _Handle()
+    handle: _Handle = _of_thread.handle
+    width, height, sampling, colours = (ctypes.c_int() for _ in range(4))
+    file = (handle.pointer, content.ctypes.data, len(content))
+    handle.check(lib.tjDecompressHeader3(*file, width, height, sampling, colours))
+    if colours.value in _FOUR_COLOURS:
+        raise FourColours("it has four colours")
+    if width.value * height.value > (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise ValueError(f"{height.value} x {width.value} pixels are too many")
+    pixels = np.empty((height.value, width.value, 3), np.uint8)
+    handle.check(lib.tjDecompress2(*file, pixels.ctypes.data, width, 0, height, _RGB, _ACCURATE_DCT))
+    return pixels

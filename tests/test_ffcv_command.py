@@ -1,0 +1,246 @@
+"""python -m ffcv_writers: every source, and what is told when one is bad."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import ffcv_writers
+from ffcv_writers import SourceError, open_set
+from ffcv_writers.__main__ import app
+from ffcv_writers.sources import open_source, read_class_index
+
+pytestmark = pytest.mark.skipif(not ffcv_writers.have_ffcv(), reason="needs ffcv")
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+IMAGES, LABELS = pixels(12), np.arange(12) % 3
+KEPT = [0, 1, 3, 4, 6]  # of the shards below
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def in_folders(root: Path) -> Path:
+    for number, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        path = root / "train" / f"n{label}" / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(image))
+    return root
+
+
+def in_list(root: Path) -> Path:
+    (root / "images").mkdir()
+    for number, image in enumerate(IMAGES):
+        (root / "images" / f"{number} x.png").write_bytes(png(image))
+    lines = [f"images/{number} x.png {label}" for number, label in enumerate(LABELS)]
+    (root / "train.txt").write_text("\n".join(lines) + "\n")
+    return root / "train.txt"
+
+
+def in_idx(root: Path) -> Path:
+    for name, values in (("images-idx3", IMAGES[..., 0]), ("labels-idx1", LABELS)):
+        header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+        (root / f"train-{name}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
+    return root
+
+
+def in_cifar(root: Path) -> Path:
+    planes = IMAGES.transpose(0, 3, 1, 2).reshape(12, 3072)
+    for name, chosen in (("train", slice(0, 12)), ("test", slice(0, 3))):
+        content = {"data": planes[chosen], "fine_labels": LABELS[chosen].tolist()}
+        (root / name).write_bytes(pickle.dumps(content))
+    (root / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b", "c"]}))
+    (root / "batches.meta").unlink(missing_ok=True)
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (root / name).rename(folder / name)
+    return root
+
+
+def in_npz(root: Path) -> Path:
+    np.savez(root / "some.npz", train_images=IMAGES, train_labels=LABELS[:, None], test_images=IMAGES[:1])
+    return root / "some.npz"
+
+
+def in_tar(root: Path) -> Path:
+    for part in range(2):
+        with tarfile.open(root / f"{part}.tar", "w") as archive:
+            for number in range(6 * part, 6 * part + 6):
+                for ending, content in ((".cls", f"{LABELS[number]}\n".encode()), (".PNG", png(IMAGES[number]))):
+                    member = tarfile.TarInfo(f"./a.b/{number:03}{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return root
+
+
+def in_shards(root: Path) -> Path:
+    """Class 0 wants 2 samples and 0, 1, 2 passed; class 1 wants 3: 1, 2, 4 passed; 12 images, the kept ones first."""
+    waves = [([0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1]), ([0, 1, 1, 1], [2, 2, 3, 4], [1, 1, 0, 1])]
+    stored = iter([0, 1, 3, 2, 4, 6])
+    for number, (labels, indices, passed) in enumerate(waves):
+        tensors = {
+            "labels": torch.tensor(labels),
+            "indices": torch.tensor(indices),
+            "distance": torch.zeros(4),
+            "passed": torch.tensor(passed, dtype=torch.bool),
+            "images": torch.from_numpy(np.stack([IMAGES[next(stored)] for _ in range(sum(passed))])),
+        }
+        save_file(tensors, root / f"shard-{number:06}.safetensors")
+    (root / "manifest.json").write_text(json.dumps({"quotas": [2, 3], "seed": 0}))
+    return root
+
+
+SOURCES = [in_folders, in_list, in_idx, in_cifar, in_npz, in_tar, in_shards]
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_every_source_is_written_as_it_is(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    place = tmp_path / "source"
+    place.mkdir()
+    source, out = make(place), tmp_path / "set.beton"
+    result = CliRunner().invoke(app, ["write", str(source), str(out), "--workers", "2"], catch_exceptions=False)
+    assert result.exit_code == 0 and re.search(r"wrote .*set\.beton: \d+ images, .* images/s", result.output)
+    image_set = open_set([out])
+    read = image_set.take(np.arange(len(image_set)))
+    order = np.arange(12)
+    if make is in_folders:
+        order = np.argsort(LABELS, kind="stable")
+    if make is in_shards:
+        np.testing.assert_array_equal(read, IMAGES[KEPT])
+        names = sorted(zip(image_set.labels.tolist(), image_set.index.tolist(), strict=True))
+        assert names == [(0, 0), (0, 1), (1, 1), (1, 2), (1, 4)]
+    else:
+        np.testing.assert_array_equal(read, IMAGES[order][..., :1] if make is in_idx else IMAGES[order])
+        np.testing.assert_array_equal(image_set.labels, LABELS[order])
+        np.testing.assert_array_equal(image_set.index, np.arange(12))
+    assert not image_set.synthetic.any()
+
+
+def test_write_info_verify_join(tmp_path: Path) -> None:
+    source, run = str(in_folders(tmp_path / "source")), CliRunner()
+
+    def told(*words: object) -> str:
+        result = run.invoke(app, list(map(str, words)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return re.sub(" +", " ", result.output)
+
+    real, generated = tmp_path / "real.beton", tmp_path / "generated.beton"
+    told("write", source, real, "--shards", "3", "--storage", "jpg", "--quality", "90", "--max-side", "20")
+    parts = [tmp_path / f"real-{number:05}-of-00003.beton" for number in range(3)]
+    assert sorted(path.name for path in tmp_path.glob("*.beton")) == [path.name for path in parts]
+    before = [path.read_bytes() for path in parts]
+    told("write", source, generated, "--synthetic", "--max-side", "20")
+    info = told("info", *parts, generated)
+    lines = ["files 4", "images 24", "real 12", "synthetic 12", "classes 3", "labels 0 to 2", "images a class 8 to 8"]
+    for line in [*lines, "height 20 to 20", "channels 3", "storage 12 raw, 12 jpg"]:
+        assert f" {line}\n" in info, info
+    assert "all 24 samples can be read" in told("verify", *parts, generated, "--classes", "3")
+    joined = tmp_path / "joined.beton"
+    told("join", joined, *parts, generated)
+    one, other = open_set([joined]), open_set([*parts, generated])
+    for name in ("labels", "synthetic", "index"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    np.testing.assert_array_equal(one.take(np.arange(24)), other.take(np.arange(24)))
+    assert [path.read_bytes() for path in parts] == before
+    result = run.invoke(app, ["verify", str(generated), "--classes", "4"])
+    assert result.exit_code == 1 and "1 classes have no sample, 3 the first" in result.output
+    result = run.invoke(app, ["verify", str(generated), str(generated)])
+    assert result.exit_code == 1 and "12 names are given twice" in result.output
+
+
+@pytest.mark.timeout(200)
+def test_the_command_itself(tmp_path: Path) -> None:
+    """Exit codes, one line of error, and nothing left behind."""
+    source = in_folders(tmp_path / "source")
+    broken = source / "train" / "n1" / "04.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    command = [sys.executable, "-m", "ffcv_writers", "write", str(source), str(tmp_path / "set.beton")]
+    environment = os.environ | {"PYTHONPATH": str(Path(ffcv_writers.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 2 and not done.stdout
+    assert re.search(r"error: .*set\.beton: sample 5 \(.*n1/04\.png\) could not be read: .*truncated\n$", done.stderr)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_bad_sources_are_told(tmp_path: Path) -> None:
+    for name in ("folder", "idx", "cifar", "npz", "tar", "shards"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SourceError, match="nowhere does not exist"):
+        open_source(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="has no class folders"):
+        open_source(tmp_path / "folder")
+    (tmp_path / "odd.xyz").touch()
+    with pytest.raises(SourceError, match=r"odd\.xyz: what is it\? give --format, one of folder, list"):
+        open_source(tmp_path / "odd.xyz")
+    with pytest.raises(SourceError, match="unknown format 'beton'"):
+        open_source(tmp_path / "odd.xyz", format="beton")  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="has the splits train and test, not 'val'"):
+        open_source(in_idx(tmp_path / "idx"), split="val")
+    with pytest.raises(SourceError, match="train_labels, but other"):
+        np.savez(tmp_path / "other.npz", other=IMAGES)
+        open_source(tmp_path / "other.npz")
+    with pytest.raises(SourceError, match=r"need uint8 images .* got float64 \(2, 3, 3, 1\)"):
+        np.savez(tmp_path / "other.npz", images=np.zeros((2, 3, 3)), labels=np.zeros(2, int))
+        open_source(tmp_path / "other.npz")
+    with pytest.raises(SourceError, match=r"cannot read .*Object arrays"):
+        np.savez(tmp_path / "other.npz", images=np.array([None]), labels=np.zeros(1, int))
+        open_source(tmp_path / "other.npz")
+    tar = in_tar(tmp_path / "tar") / "1.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"007.cls", b"007.txt"))
+    with pytest.raises(SourceError, match=r"cannot read .*1\.tar: damaged at byte 5120"):
+        open_source(tar)
+    with tarfile.open(tar, "w") as archive:
+        archive.addfile(tarfile.TarInfo("007.jpg"), io.BytesIO())
+    with pytest.raises(SourceError, match=r"007 needs an image and a \.cls file"):
+        open_source(tar)
+    shards = in_shards(tmp_path / "shards")
+    (shards / "shard-000000.safetensors").rename(tmp_path / "away")
+    with pytest.raises(SourceError, match="samples of class 0 are missing"):
+        open_source(shards)
+    (shards / "shard-000001.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(SourceError, match=r"shard-000001\.safetensors is damaged"):
+        open_source(shards)
+
+
+def test_class_index_files(tmp_path: Path) -> None:
+    forms = {
+        "keras.json": json.dumps({"0": ["n2", "dog"], "1": ["n0", "cat"], "2": ["n1", "cow"]}),
+        "plain.json": json.dumps({"n0": 1, "n1": 2, "n2": 0}),
+        "synset_words.txt": "n2 dog, hound\nn0 cat\n\nn1 cow\n",
+    }
+    in_folders(tmp_path / "source")
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        assert read_class_index(tmp_path / name) == {"n0": 1, "n1": 2, "n2": 0}
+        source = open_source(tmp_path / "source", class_index=tmp_path / name)
+        assert source.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    for text in ("[1, 2]", "{", "{}", '{"0": ["a"], "1": ["a"]}', '{"a": null}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(SourceError, match="is not a class index"):
+            read_class_index(tmp_path / "bad.json")
+    (tmp_path / "short.txt").write_text("n0\nn1\n")
+    with pytest.raises(SourceError, match=r"short\.txt has no class n2, which"):
+        open_source(tmp_path / "source", class_index=tmp_path / "short.txt")
