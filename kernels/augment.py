@@ -53,28 +53,28 @@ def reference_augment(
     jitter: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`augment` in plain PyTorch."""
-    x = normalise(images)
+    """`augment` in plain PyTorch. What moves pixels comes first, on bytes: a quarter of the memory of floats."""
     u = uniform(seed, positions >> 32, positions, 0, 10)
-    x = _resized_crop(x, u[:, :4], size) if resized_crop else center_crop(x, size)
+    if resized_crop:
+        x, black = _resized_crop(normalise(images), u[:, :4], size).permute(0, 2, 3, 1), -1.0
+    else:
+        x, black = center_crop(images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1), 0.0
     if pad:
-        x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1 - pad)
+        x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1, pad, black)
     if flip:
-        x = torch.where((u[:, 6] <= 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+        x = torch.where((u[:, 6] <= 0.5).view(-1, 1, 1, 1), x.flip(2), x)
+    x = x.contiguous()
+    x = normalise(x) if x.dtype == torch.uint8 else x.permute(0, 3, 1, 2)
     if jitter:
         x = _jitter(x, 1 + jitter * (2 * u[:, 7:10] - 1))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _shift(x: Tensor, offset: Tensor) -> Tensor:
-    """Moves each image by its own whole-pixel offset, int64 [B, 2]; what comes in is black."""
-    _, _, height, width = x.shape
-    rows = torch.arange(height, device=x.device)[None, :] + offset[:, :1]
-    columns = torch.arange(width, device=x.device)[None, :] + offset[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None]
-    batch = torch.arange(len(x), device=x.device)[:, None, None]
-    moved = x.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]]
-    return torch.where(inside, moved.permute(0, 3, 1, 2), -1.0)
+def _shift(x: Tensor, start: Tensor, pad: int, black: float) -> Tensor:
+    """Of each image [H, W, C], padded by `pad`, the window of its size that begins at `start`, int64 [B, 2]."""
+    _, height, width, _ = x.shape
+    windows = F.pad(x, (0, 0, pad, pad, pad, pad), value=black).unfold(1, height, 1).unfold(2, width, 1)
+    return windows[torch.arange(len(x), device=x.device), start[:, 0], start[:, 1]].permute(0, 2, 3, 1)
 
 
 def _resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
