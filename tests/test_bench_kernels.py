@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels.diffuse as diffuse_module
+from bench import training_step
 from bench.kernel_cases import BF16, FP32, cases
 from bench.kernels import candidates, relative_error
+from diffult.config import load_preset
 
 ROOT = Path(__file__).parents[1]
 COMPILE = """
@@ -63,3 +66,17 @@ def test_tuning_tries_sizes_around_the_default():
     tried = candidates({"rows": 8, "warps": 1})
     assert {"rows": 8, "warps": 1} in tried and {"rows": 32, "warps": 4} in tried
     assert all(size >= 1 for sizes in tried for size in sizes.values()) and len(tried) == 12
+
+
+def test_training_step_with_and_without_each_kernel(triton_kernels):
+    """In the interpreter at a tiny size: each variant runs, and without a kernel its module is asked no more."""
+    config = load_preset(
+        "digits-lt", ["unet.channels=8", "unet.multipliers=[1]", "unet.attention_resolutions=[]",
+                      "diffusion.batch_size=2", "diffusion.cbdm=false"]
+    )  # fmt: skip
+    result = training_step.measure(config, triton_kernels, steps=1, rounds=1)
+    assert set(result["times as long without"]) == set(training_step.KERNELS)
+    assert result["images_per_s"] == pytest.approx(2 / result["seconds"])
+    with training_step.without("diffuse"):
+        assert not diffuse_module.use_triton("diffuse", "", triton_kernels)
+    assert diffuse_module.use_triton("diffuse", "", triton_kernels)
