@@ -89,10 +89,12 @@ def ffcv_epoch(path: Path, batch_size: int, large: bool) -> Callable[[], None]:
         str(path), batch_size, num_workers=cores, order=OrderOption.RANDOM, drop_last=False, seed=0, pipelines=pipelines
     )
 
+    torch.set_num_threads(threads)  # ffcv changes them, here and in each epoch
+
     def epoch() -> None:
         for _ in loader:
             pass
-        torch.set_num_threads(threads)  # it changes them
+        torch.set_num_threads(threads)
 
     return epoch
 

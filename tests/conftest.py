@@ -33,6 +33,14 @@ TINY = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """ffcv sets torch's number of threads when it is imported and used; sums over threads round by their number."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """digits-lt with a handful of steps a stage, run to its report."""
