@@ -78,9 +78,9 @@ def fill(
                 written.result()  # a full disk ends the run here; and no more than one wave waits
             written = writer.submit(store.add, wave)
             sampled += len(wave.labels)
-            bar.update(int(quota.accepted.sum()) - bar.n)
-            drawn = sum(quota.drawn)
-            bar.set_postfix_str(f"{int(quota.accepted.sum()) / max(drawn, 1):.0%} of {drawn} drawn kept", refresh=False)
+            accepted, drawn = int(quota.accepted.sum()), sum(quota.drawn)
+            bar.update(accepted - bar.n)
+            bar.set_postfix_str(f"{accepted / max(drawn, 1):.0%} of {drawn} drawn kept", refresh=False)
         if written is not None:
             written.result()
     seconds = time.perf_counter() - begun
@@ -124,11 +124,12 @@ def _generate_into(
     classes: tuple[str, ...],
     world: World = ALONE,
 ) -> dict[str, Any]:
-    if world.first:  # it makes the manifest and sets damaged shards aside; then all read the same
-        read_quota(open_store(folder, run, settings, quotas, seed), settings, quotas)
-    world.wait()
+    if not world.first:
+        world.wait()  # for the first to make the manifest and set damaged shards aside; then all read the same
     store = open_store(folder, run, settings, quotas, seed, world.rank)
     quota = read_quota(store, settings, quotas)
+    if world.first:
+        world.wait()
     world.wait()  # none adds a shard while another still reads
     result = fill(build_generator(run, settings, seed), store, quota, classes, world)
     world.wait()

@@ -135,10 +135,8 @@ def generate(generator: Generator, quota: Quota, world: World = ALONE) -> Iterat
             some = slice(start, start + size)
             wave = generator.wave(labels[some], indices[some], quota)
             judged.append((wave.labels, wave.indices, wave.verdict))
-            if world.size == 1:
-                quota.record(*judged[0])
+            quota.record(*judged[-1])
             yield wave
-        if world.size > 1:
-            for verdicts in world.gather(judged):
-                for told in verdicts:
-                    quota.record(*told)
+        for verdicts in world.gather(judged):  # one's own are in it too, and are entered once
+            for told in verdicts:
+                quota.record(*told)
