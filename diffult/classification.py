@@ -12,39 +12,40 @@ from torch import nn
 
 from diffult.config import TrainingConfig
 from diffult.device import autocast
+from diffult.longtail.losses import weighted_cross_entropy
 from diffult.training import Job, learning_rate_factor, train_loop
-from ffcv_writers import Batch, Loader, OrderKind, stream_chunks
-from kernels.augment import augment, center_crop, normalise
-
-Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
+from ffcv_writers import Batch, Loader, Order
+from kernels.augment import augment, center_crop, mixup, normalise
 
 
-def training_batches(loader: Loader, kind: OrderKind, seed: int, start: int, steps: int) -> Iterator[Batch]:
+def training_batches(loader: Loader, order: Order, seed: int, start: int, steps: int) -> Iterator[Batch]:
     """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
-    for order in stream_chunks(kind, loader.image_set.labels, seed, loader.batch_size, start, steps):
-        yield from loader.batches(order)
+    for draws in order.steps(seed, loader.batch_size, start, steps):
+        yield from loader.batches(*draws)
 
 
 def fit(
     title: str,
     model: nn.Module,
     loader: Loader,
-    kind: OrderKind,
+    order: Order,
     config: TrainingConfig,
-    loss: Loss,
     checkpoint: Path,
     seed: tuple[int, int],
     config_hash: str,
     dtype: torch.dtype,
     device: torch.device,
+    omega: float = 1.0,
+    prior: torch.Tensor | None = None,
 ) -> None:
-    """Trains `model` in place for `config.steps` steps of SGD, resuming from `checkpoint`.
+    """Trains `model` in place for `config.steps` steps of SGD on cross-entropy, resuming from `checkpoint`.
 
     Args:
-        kind: order of the training stream, "natural" or "class_balanced".
-        loss: (logits, batch) -> scalar.
+        order: of the training stream.
         seed: the run's seed and the stage's number.
         config_hash: of the run's configuration.
+        omega: weight of a synthetic sample; a real one weighs 1.
+        prior: float [num_classes], added to the logits in training alone; see `log_prior`.
     """
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -60,12 +61,15 @@ def fit(
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
 
     def step(i: int, batch: Batch) -> dict[str, torch.Tensor]:
-        positions = i * config.batch_size + torch.arange(len(batch.labels), device=device)
         options = config.augment.model_dump()
-        images = augment(batch.images, order_seed, positions, size=config.image_size, dtype=dtype, **options)
+        images = augment(batch.images, order_seed, batch.position, size=config.image_size, dtype=dtype, **options)
+        share = None
+        if config.mixup:
+            images, share = mixup(images, order_seed, batch.position, config.mixup)
         with autocast(dtype, device):
             logits = model(images)
-        value = loss(logits, batch)
+        logits = logits.float() if prior is None else logits.float() + prior
+        value = mixed_cross_entropy(logits, batch.labels, torch.where(batch.synthetic, omega, 1.0), share)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
@@ -78,11 +82,27 @@ def fit(
     )
     train_loop(
         job,
-        lambda start: training_batches(loader, kind, order_seed, start, config.steps),
+        lambda start: training_batches(loader, order, order_seed, start, config.steps),
         step,
         {"model": model, "optimizer": optimizer, "scheduler": scheduler},
     )
     model.eval()
+
+
+def mixed_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, share: torch.Tensor | None
+) -> torch.Tensor:
+    """`weighted_cross_entropy` of a batch after `mixup`, which counts twice: each sample with `share` of its own label
+    and weight, and with the rest of the label and weight of the sample before it.
+
+    Args:
+        logits: float [B, num_classes]. labels: int64 [B]. weight: float [B].
+        share: float [B], of its own image in each mixed one; None: nothing was mixed.
+    """
+    if share is not None:
+        logits, labels = logits.repeat(2, 1), torch.cat([labels, labels.roll(1)])
+        weight = torch.cat([share * weight, (1 - share) * weight.roll(1)])
+    return weighted_cross_entropy(logits, labels, weight)
 
 
 @torch.inference_mode()

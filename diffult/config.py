@@ -51,6 +51,7 @@ class TrainingConfig(Section):
     milestones: tuple[float, ...] = ()  # shares of the steps at which the rate is multiplied by `decay`
     decay: float = Field(0.1, gt=0, le=1)
     augment: AugmentConfig = AugmentConfig()
+    mixup: float = Field(0.0, ge=0)  # alpha: images and labels mixed in shares of Beta(alpha, alpha); 0: off
 
 
 class DiffusionConfig(Section):
@@ -132,14 +133,29 @@ class ClassifierConfig(TrainingConfig):
     """The final classifier, and the ways to train it that are compared."""
 
     stored_size: int | None = Field(None, ge=1)  # side of the stored images; None: data.image_size
-    omega: float = Field(0.5, ge=0)  # weight of a synthetic sample
+    omega: float = Field(0.5, ge=0)  # weight of a synthetic sample in the loss
+    # Share of each batch that is synthetic, in methods that do not re-sample; None: all images once an epoch.
+    synthetic_share: float | None = Field(None, gt=0, lt=1)
+    # Re-sampling draws a class of n images in proportion to n^(1 - power): 1 all classes alike, 1/2 by the square root
+    # (Kang et al. 2020).
+    resample_power: float = Field(1.0, gt=0, le=1)
     methods: tuple[Method, ...] = ("ce", "diffult")
 
     @model_validator(mode="after")
     def _comparison(self) -> Self:
         if missing := [name for name in ("ce", "diffult") if name not in self.methods]:
-            raise ValueError(f"must hold {missing[0]!r}: the report compares it")
+            raise ValueError(f"methods must hold {missing[0]!r}: the report compares it")
+        if self.synthetic_share and not 0 < self.synthetic_images < self.batch_size:
+            raise ValueError(
+                f"synthetic_share = {self.synthetic_share} makes {self.synthetic_images} of {self.batch_size} images "
+                "synthetic: need at least one of either kind in a batch"
+            )
         return self
+
+    @property
+    def synthetic_images(self) -> int:
+        """Synthetic images in a batch, where `synthetic_share` sets them."""
+        return round((self.synthetic_share or 0) * self.batch_size)
 
 
 class GroupsConfig(Section):

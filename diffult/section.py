@@ -17,6 +17,6 @@ class Section(BaseModel):
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """'7' is text and true is a truth value: neither is taken for a number."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if kind in (int, float, int | None) and type(value) in (bool, str):
+        if kind in (int, float, int | None, float | None) and type(value) in (bool, str):
             raise ValueError(f"expected a number, got {value!r}")
         return value

@@ -25,7 +25,7 @@ from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
 from diffult.run_dir import RunDir
 from diffult.training import Job, Pace, train_loop
-from ffcv_writers import stream_chunks
+from ffcv_writers import ClassBalanced, Natural, Order
 
 _STAGE = 2  # its number among the seeds
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: di
 
     def batches(start: int) -> Iterator[torch.Tensor]:
         size = config.batch_size
-        for order in stream_chunks(config.batches, data.train.labels, run.config.seed, size, start, config.steps):
-            yield from torch.from_numpy(order).split(size)
+        for draws in _order(run, data).steps(run.config.seed, size, start, config.steps):
+            yield from torch.from_numpy(draws.samples).split(size)
 
     job = Job(
         "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
@@ -72,6 +72,11 @@ def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: di
     note["learning_rate_factor"] = pace.factor
 
 
+def _order(run: RunDir, data: Data) -> Order:
+    balanced = run.config.diffusion.batches == "class_balanced"
+    return ClassBalanced(data.train.labels) if balanced else Natural(len(data.train))
+
+
 def _tell_cost(trainer: Trainer, batch_size: int) -> None:
     total = sum(trainer.flops.values())
     shares = ", ".join(f"{name} {work / total:.0%}" for name, work in trainer.flops.items())
@@ -83,7 +88,7 @@ def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> No
     config = run.config.diffusion
     trainer = build_trainer(run, data, extractor, world, Pace())
     _tell_cost(trainer, config.batch_size)
-    rows = next(iter(stream_chunks(config.batches, data.train.labels, 0, config.batch_size, 0, 1)))
+    rows = next(_order(run, data).steps(0, config.batch_size, 0, 1)).samples
     steps, times = 0, []
     begun = time.perf_counter()
     while steps < 5 or (time.perf_counter() - begun < 5 and steps < 100):

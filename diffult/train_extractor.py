@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from diffult.classification import extract_features, fit
 from diffult.cli import PresetOption, RunOption, SetOption, main
@@ -18,7 +17,7 @@ from diffult.files import save_tensors
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier
 from diffult.run_dir import RunDir
-from ffcv_writers import ArraySet, Loader
+from ffcv_writers import ArraySet, Loader, Natural
 
 _STAGE = 1  # its number among the seeds
 
@@ -40,8 +39,7 @@ def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
     model.to(device)
     loader = Loader(ArraySet(train.load(), train.labels), config.batch_size, device=device)
     fit(
-        "extractor", model, loader, "natural", config,
-        lambda logits, batch: F.cross_entropy(logits.float(), batch.labels),
+        "extractor", model, loader, Natural(len(train)), config,
         folder / "state.pt", (run.config.seed, _STAGE), run.config.hash, dtype, device,
     )  # fmt: skip
 

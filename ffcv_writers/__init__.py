@@ -15,7 +15,7 @@ from .errors import SampleError, SourceError
 from .image_set import ImageSet
 from .loader import Batch, Loader, open_set
 from .memory import ArraySet
-from .orders import ClassBalanced, Draws, Natural, Order, OrderKind, Ratio, Weighted, shard, stream_chunks
+from .orders import ClassBalanced, Draws, Natural, Order, Ratio, Weighted, shard
 from .writing import Samples, join, write
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "Loader",
     "Natural",
     "Order",
-    "OrderKind",
     "RandomResizedCrop",
     "Ratio",
     "SampleError",
@@ -40,7 +39,6 @@ __all__ = [
     "join",
     "open_set",
     "shard",
-    "stream_chunks",
     "suffix",
     "write",
 ]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
-OrderKind = Literal["natural", "class_balanced"]
 _CHUNK = 4096  # batches whose draws are laid out at a time: a long training would fill memory with them
 
 
@@ -196,17 +195,6 @@ def shard(samples: np.ndarray, batch_size: int, rank: int, world: int) -> Draws:
     positions = np.arange(len(samples))
     mine = positions[positions // batch_size % world == rank]
     return Draws(np.asarray(samples)[mine], mine)
-
-
-def stream_chunks(
-    kind: OrderKind, labels: np.ndarray, seed: int, batch_size: int, start: int, steps: int
-) -> Iterator[np.ndarray]:
-    """The sample numbers of `Order.steps` under a kind's name."""
-    orders = {"natural": lambda: Natural(len(labels)), "class_balanced": lambda: ClassBalanced(labels)}
-    if kind not in orders:
-        raise ValueError(f"unknown order {kind!r}: choose one of {', '.join(get_args(OrderKind))}")
-    for draws in orders[kind]().steps(seed, batch_size, start, steps):
-        yield draws.samples
 
 
 def _generator(*name: int) -> np.random.Generator:

@@ -111,6 +111,36 @@ def _grey(x: Tensor) -> Tensor:
     return (x * weights).sum(1, keepdim=True)
 
 
+def mixup(images: Tensor, seed: int, positions: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Each image mixed with the one before it in the batch, the first with the last (Zhang et al. 2018, "mixup: Beyond
+    empirical risk minimization", eq. 1, here with a share for each image).
+
+    The share is made of two uniform numbers u, v of the sample by the polar method (Bailey 1994 for Student's t, with
+    2 alpha degrees of freedom, whose t / sqrt(2 alpha + t^2) is 2 x - 1 of a symmetric beta number x):
+
+        w = u^(1 / alpha)    c = cos(2 pi v)    x = (1 + c sqrt((1 - w) / (w + (1 - w) c^2))) / 2
+
+    Args:
+        images: float [B, C, H, W], in a random order: the one before is a partner drawn by chance.
+        seed: as in `augment`, in [0, 2**64).
+        positions: int64 [B], each sample's place in the training stream.
+        alpha: of Beta(alpha, alpha), above 0.
+
+    Returns:
+        The mixed images, of the same type, and the share of its own image in each, float32 [B].
+
+    Raises:
+        ValueError: positions of another type or shape; alpha or seed out of range.
+    """
+    check_names(len(images), positions=positions)
+    if not alpha > 0:
+        raise ValueError(f"mixup needs alpha > 0, got {alpha}")
+    u, v = uniform(signed(seed), positions >> 32, positions, 1, 2).unbind(1)  # step 1: `augment` takes those of step 0
+    w, c = u ** (1 / alpha), torch.cos(2 * math.pi * v)
+    share = ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # what rounding left outside
+    return torch.lerp(images.roll(1, 0), images, share.to(images.dtype).view(-1, 1, 1, 1)), share
+
+
 @triton.jit
 def _uniform(word):
     """As `kernels.random.uniform` has it, to the bit."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted, shard, stream_chunks
+from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted, shard
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
 
@@ -182,18 +182,14 @@ def test_imagenet_lt_at_its_size() -> None:
             assert abs(drawn.mean() - 115.846) < 1e-9 and chisquare(drawn).pvalue > 0.99  # far evener than chance
 
 
-def test_the_named_orders_are_these() -> None:
-    labels = np.arange(50) % 7
-    for kind, order in (("natural", Natural(50)), ("class_balanced", ClassBalanced(labels))):
-        chunks = list(stream_chunks(kind, labels, 4, 8, 2, 9000))
-        np.testing.assert_array_equal(np.concatenate(chunks), order.stream(4, 16, 8 * 8998))
-        assert len(chunks) > 1
+def test_long_streams_are_laid_out_in_parts() -> None:
+    order = ClassBalanced(np.arange(50) % 7)
+    parts = list(order.steps(4, 8, 2, 9000))
+    np.testing.assert_array_equal(np.concatenate([part.samples for part in parts]), order.stream(4, 16, 8 * 8998))
+    assert len(parts) > 1
 
 
 def test_orders_refuse() -> None:
-    labels = np.zeros(3, int)
-    with pytest.raises(ValueError, match="unknown order"):
-        next(stream_chunks("random", labels, 0, 1, 0, 1))  # type: ignore[arg-type]
     for make in (ClassBalanced, Weighted):
         with pytest.raises(ValueError, match="not empty"):
             make(np.zeros(0, int))

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
 from kernels import augment as module
-from kernels.augment import augment, center_crop, denormalise, normalise, reference_augment
+from kernels.augment import augment, center_crop, denormalise, mixup, normalise, reference_augment
 from kernels.random import uniform
 
 
@@ -243,3 +244,46 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="seed"):
         augment(x, 2**64, positions, size=12)
     assert augment(x, 0, positions, size=13, resized_crop=True).shape == (2, 3, 13, 13)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 1.0, 4.0])
+def test_mixup_shares_are_beta_and_images_are_mixed_so(alpha):
+    positions = torch.arange(20_000) + 2**40
+    images = torch.randn(20_000, 1, 1, 2, generator=torch.Generator().manual_seed(1))
+    mixed, share = mixup(images, 5, positions, alpha)
+    assert share.dtype == torch.float32 and ((share >= 0) & (share <= 1)).all()
+    at = np.linspace(1e-4, 1 - 1e-4, 2001)  # what lies nearer to 0 or 1 rounds to them: no test of one number each
+    below = np.searchsorted(np.sort(share.double().numpy()), at, side="right") / 20_000
+    assert abs(below - beta(alpha, alpha).cdf(at)).max() < 1.95 / np.sqrt(20_000)  # Kolmogorov-Smirnov, p = 0.001
+    x, s = images.double().numpy(), share.double().numpy()[:, None, None, None]
+    np.testing.assert_allclose(mixed.numpy(), s * x + (1 - s) * np.roll(x, 1, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.02, 1.0])
+def test_mixup_shares_are_the_polar_formula_in_float64(alpha):
+    """Student's t of 2 alpha degrees of freedom by Bailey's formula, and from it the share."""
+    positions = torch.arange(500)
+    u, v = uniform(9, positions * 0, positions, 1, 2).double().numpy().T
+    freedom = 2 * alpha
+    with np.errstate(over="ignore"):
+        t = np.sqrt(freedom * (u ** (-2 / freedom) - 1)) * np.cos(2 * np.pi * v)
+    expected = (1 + t / np.sqrt(freedom + t**2)) / 2
+    finite = np.isfinite(t) & (abs(t) < 1e150)
+    assert finite.mean() > 0.3
+    share = mixup(torch.zeros(500, 1, 1, 1), 9, positions, alpha)[1].numpy()
+    np.testing.assert_allclose(share[finite], expected[finite], atol=2e-5)
+
+
+def test_mixup_is_keyed_by_position_and_keeps_type_and_layout():
+    positions = torch.tensor([7, 3, 2**33 + 3, 11])
+    share = mixup(torch.zeros(4, 1, 1, 1), 0, positions, 0.4)[1]
+    assert torch.equal(mixup(torch.zeros(2, 1, 1, 1), 0, positions[1:3], 0.4)[1], share[1:3])
+    assert len(set(share.tolist())) == 4
+    assert not torch.equal(mixup(torch.zeros(4, 1, 1, 1), 1, positions, 0.4)[1], share)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    mixed = mixup(images, 0, positions, 0.4)[0]
+    assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="alpha > 0, got 0"):
+        mixup(images, 0, positions, 0)
+    with pytest.raises(ValueError, match=r"positions must be int64 \[4\]"):
+        mixup(images, 0, positions.int(), 0.4)

@@ -158,11 +158,13 @@ def test_weighted_cross_entropy_is_the_weighted_mean():
         w = 0.3 if fake else 1.0
         total += w * (math.log(sum(math.exp(v) for v in row)) - row[label])
         weights += w
-    assert float(weighted_cross_entropy(logits, labels, synthetic, 0.3)) == pytest.approx(total / weights, rel=1e-5)
+    assert float(weighted_cross_entropy(logits, labels, torch.where(synthetic, 0.3, 1.0))) == pytest.approx(
+        total / weights, rel=1e-5
+    )
 
 
 def test_omega_zero_on_a_batch_without_real_samples_is_no_loss():
-    assert float(weighted_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), torch.ones(2) > 0, 0.0)) == 0
+    assert float(weighted_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), torch.zeros(2))) == 0
 
 
 def test_log_prior():

@@ -6,10 +6,8 @@ import torch
 from torch.nn import functional as F
 
 
-def weighted_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, synthetic: torch.Tensor, omega: float
-) -> torch.Tensor:
-    """Cross-entropy in which a synthetic sample weighs omega and a real one 1 (DiffuLT).
+def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in which samples weigh differently: in DiffuLT a synthetic one omega and a real one 1.
 
     The paper leaves the normalisation open; this is the weighted mean, sum(w l) / sum(w), as torch's own weighted
     cross-entropy, so that omega does not change the size of the step.
@@ -17,10 +15,8 @@ def weighted_cross_entropy(
     Args:
         logits: float [B, num_classes].
         labels: int64 [B].
-        synthetic: bool [B].
-        omega: weight of a synthetic sample, 0 <= omega. A batch without any weight has loss 0.
+        weight: float [B], none negative. A batch without any weight has loss 0.
     """
-    weight = torch.where(synthetic, omega, 1.0)
     per_sample = F.cross_entropy(logits.float(), labels, reduction="none")
     return (weight * per_sample).sum() / weight.sum().clamp(min=1e-12)
 

@@ -14,15 +14,15 @@ class Recipe:
 
     title: str
     synthetic: bool = False  # trains on real and synthetic images, otherwise on real ones alone
-    order: Literal["natural", "class_balanced"] = "natural"
+    resampled: bool = False  # classes are drawn more evenly than their numbers of images are
     logit_adjusted: bool = False
 
 
 RECIPES: dict[Method, Recipe] = {
     "ce": Recipe("Cross-entropy"),
-    "resample": Recipe("Re-sampling", order="class_balanced"),
+    "resample": Recipe("Re-sampling", resampled=True),
     "logit_adjust": Recipe("Logit adjustment", logit_adjusted=True),
     "diffult": Recipe("DiffuLT", synthetic=True),
-    "diffult+resample": Recipe("DiffuLT + re-sampling", synthetic=True, order="class_balanced"),
+    "diffult+resample": Recipe("DiffuLT + re-sampling", synthetic=True, resampled=True),
     "diffult+logit_adjust": Recipe("DiffuLT + logit adjustment", synthetic=True, logit_adjusted=True),
 }
