@@ -138,7 +138,8 @@ class RunDir:
         note: dict[str, Any] = {"config": self.config.hash}
         yield note
         note["seconds"] = round(time.perf_counter() - begun, 2)
-        files = {file.name for file in self.folder(stage).iterdir() if file.suffix not in (".tmp", ".damaged")}
-        note["files"] = sorted(name for name in files if not name.endswith("state.pt"))  # needed no more
+        # What nothing reads any more may be deleted: pictures are for the eye alone, and the stage's work is done.
+        files = {f.name for f in self.folder(stage).iterdir() if f.suffix not in (".tmp", ".damaged", ".png")}
+        note["files"] = sorted(name for name in files if not name.endswith("state.pt"))
         write_json(self.folder(stage) / "done.json", note)
         log.info("%s: finished in %.0f s", stage, note["seconds"])

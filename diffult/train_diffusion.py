@@ -1,7 +1,8 @@
 """Stage 2: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
-Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, and metrics.jsonl. Alone or with
-torchrun: the batch is shared by the processes, and the model is the same but for rounding.
+Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, metrics.jsonl, and a grid of
+samples at every checkpoint. Alone or with torchrun: the batch is shared by the processes, and the model is the same but
+for rounding.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from diffult.distributed import ALONE, World, join
 from diffult.files import save_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
+from diffult.preview import Preview
 from diffult.run_dir import RunDir
-from diffult.training import Job, Pace, train_loop
+from diffult.training import Job, Pace, Watcher, train_loop
 from ffcv_writers import ClassBalanced, Natural, Order
 
 _STAGE = 2  # its number among the seeds
@@ -60,13 +62,16 @@ def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: di
         folder / "metrics.jsonl", world.first,
     )  # fmt: skip
     go_back = config.on_divergence == "go_back"
-    train_loop(job, batches, trainer.step, {"optimizer": trainer.optimizer}, pace if go_back else None)
+    preview = Preview(run, trainer, extractor, data.train.classes) if world.first else None
+    watchers: list[Watcher] = [preview] if preview else []
+    train_loop(job, batches, trainer.step, {"optimizer": trainer.optimizer}, pace if go_back else None, watchers)
     info = {
         "config": run.config.hash,
         "num_classes": str(len(data.train.classes)),
         "unet": run.config.unet.model_dump_json(),
     }
-    if world.first:
+    if preview:
+        preview.write()
         save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
     note["images"] = config.steps * config.batch_size
     note["learning_rate_factor"] = pace.factor

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from diffult.files import load_state, save_state, write_text
 
 Batch = TypeVar("Batch")
 Losses = dict[str, torch.Tensor]
+Watcher = Callable[[int, Mapping[str, float]], None]  # steps done; losses and speed by name
 log = logging.getLogger(__name__)
 _WATCH_EVERY = 50  # steps between looks at the loss: each look waits for the device
 _EXPLODED = 10.0  # a loss so many times the first one seen is as bad as NaN
@@ -100,6 +101,7 @@ def train_loop(
     step: Callable[[int, Batch], Losses],
     parts: dict[str, Any],
     pace: Pace | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> None:
     """Runs `step(i, batch)` for i in 0..steps-1, going on from the checkpoint where there is one.
 
@@ -108,6 +110,8 @@ def train_loop(
         step: does one step and returns its losses by name, scalar tensors; "loss" is the sum.
         parts: what makes up the state, each with state_dict and load_state_dict.
         pace: given, a loss that diverges sends the loop back to its last checkpoint, once, at a lower rate.
+        watchers: called at each look at a loss that is good, so at every checkpoint, before it is written; on the
+            process that writes alone.
 
     Raises:
         UserError: the checkpoint is damaged or of another configuration; or the loss diverged: the last good checkpoint
@@ -117,7 +121,7 @@ def train_loop(
     start = _resume(job, state)
     while True:
         try:
-            _run(job, start, batches(start), step, state)
+            _run(job, start, batches(start), step, state, watchers if job.writes else ())
             return
         except Diverged as error:
             where = job.checkpoint if job.checkpoint.exists() else "none"
@@ -165,6 +169,7 @@ def _run(
     batches: Iterator[Batch],
     step: Callable[[int, Batch], Losses],
     parts: dict[str, Any],
+    watchers: Sequence[Watcher],
 ) -> None:
     first = math.nan
     watched, since = start, time.perf_counter()
@@ -191,6 +196,8 @@ def _run(
                 if job.writes and job.metrics is not None:
                     with job.metrics.open("a") as file:
                         file.write(json.dumps({"step": done} | speed | values) + "\n")
+                for watcher in watchers:
+                    watcher(done, speed | values)
             if done % job.every == 0 or last:
                 _save(job, done, parts)
 

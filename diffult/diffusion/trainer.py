@@ -34,6 +34,7 @@ class Trainer:
     step: Callable[[int, torch.Tensor], Losses]
     flops: dict[str, float]  # of a step by term, over all processes
     device: torch.device
+    micro_batch: int  # images that this process computes at a time
 
 
 def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, pace: Pace) -> Trainer:
@@ -87,7 +88,7 @@ def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, p
         positions = i * config.batch_size + offsets
         return steps[with_aid](rows[mine].to(device, non_blocking=True), positions, rates.to(device, non_blocking=True))
 
-    return Trainer(model, optimizer, step, _step_flops(run, model, extractor), device)
+    return Trainer(model, optimizer, step, _step_flops(run, model, extractor), device, micro_batch)
 
 
 def _step_flops(run: RunDir, model: nn.Module, extractor: Extractor) -> dict[str, float]:
