@@ -11,17 +11,16 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Captured:
-    """Calls `function(*tensors)`; on CUDA the calls after the first few replay a recorded graph.
+    """Calls `function(*tensors)`; on CUDA the calls after the first `warm_up` replay a recorded graph.
 
     The function must take tensors of one shape at each call, keep no number on the host and wait for nothing. It may
     change tensors in place. What it returns (a tensor, or a dict or tuple of tensors) is overwritten by the next call.
-    Elsewhere than on CUDA it is called as it is.
+    Elsewhere than on CUDA it is called as it is. While warming up libraries choose their algorithms, compilers compile
+    and buffers are allocated.
     """
 
-    _WARM_UP = 3  # calls as they are: libraries choose their algorithms, compilers compile, buffers are allocated
-
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self.function, self.device = function, device
+    def __init__(self, function: Callable[..., Any], device: torch.device, warm_up: int = 3) -> None:
+        self.function, self.device, self.warm_up = function, device, warm_up
         self._calls = 0
         self._graph: Any = None
         self._inputs: Tensors = ()
@@ -31,7 +30,7 @@ class Captured:
         if self.device.type != "cuda":
             return self.function(*tensors)
         self._calls += 1
-        if self._calls <= self._WARM_UP:
+        if self._calls <= self.warm_up:
             return self._beside(tensors)
         if self._graph is None:
             self._record(tensors)

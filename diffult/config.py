@@ -20,7 +20,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffult.data.config import DataConfig
-from diffult.diffusion.samplers import SamplerName, Spacing, log_snr_grid, timestep_grid
+from diffult.diffusion.samplers import SamplerName, Spacing, Step, log_snr_grid, timestep_grid
 from diffult.diffusion.schedule import Prediction, Schedule, ScheduleName
 from diffult.errors import UserError
 from diffult.longtail.methods import Method
@@ -102,6 +102,8 @@ class GenerateConfig(Section):
     # How x0 is kept in [-1, 1] at each step. 0: clipped; otherwise divided by this percentile of its |values| where
     # that exceeds 1, then clipped (dynamic thresholding, Saharia et al. 2022, who take 0.995).
     threshold: float = Field(0.0, ge=0, le=1)
+    # The whole network runs at every n-th step, between them its first level alone (DeepCache, Ma et al. 2024).
+    cache_interval: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
     # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
     # the extractor, its logits adjusted for class frequency, takes for another class.
@@ -115,18 +117,23 @@ class GenerateConfig(Section):
             raise ValueError(f"guidance_interval = [{low}, {high}] is not two rising numbers in 0..1")
         return self
 
-    def grid(self, schedule: Schedule) -> list[tuple[int, bool]]:
-        """The sampler's timesteps, falling, and whether guidance acts there."""
+    def plan(self, schedule: Schedule) -> list[Step]:
+        """The sampler's steps. Where guidance begins the whole network runs: "no class" has nothing kept yet."""
         if self.spacing == "time":
             grid = timestep_grid(schedule.timesteps, self.steps)
         else:
             grid = log_snr_grid(schedule.alphas_cumprod, self.steps)
         low, high = (share * schedule.timesteps for share in self.guidance_interval)
-        return [(t, self.guidance > 0 and low <= t < high) for t in grid]
+        guided = [self.guidance > 0 and low <= t < high for t in grid]
+        begins = [now and not before for before, now in zip([False, *guided], guided, strict=False)]
+        whole = [i % self.cache_interval == 0 or begins[i] for i in range(self.steps)]
+        return [Step(*row) for row in zip(grid, guided, whole, strict=True)]
 
-    def evaluations(self, schedule: Schedule) -> int:
-        """Network evaluations for one sample; a step with guidance takes two."""
-        return sum(1 + guided for _, guided in self.grid(schedule))
+    def evaluations(self, schedule: Schedule) -> tuple[int, int]:
+        """Evaluations of the network for one sample: all, and those of its first level alone among them. A step with
+        guidance takes two."""
+        plan = self.plan(schedule)
+        return sum(1 + step.guided for step in plan), sum(1 + step.guided for step in plan if not step.whole)
 
 
 class ClassifierConfig(TrainingConfig):

@@ -11,27 +11,29 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from tqdm import tqdm
 
-from diffult.artifacts import load_diffusion, load_extractor
 from diffult.cli import duration, main
 from diffult.config import GenerateConfig
 from diffult.data import load_data
 from diffult.data.shards import ShardStore
-from diffult.device import compute_dtype, pick_device
+from diffult.device import peak_flops
 from diffult.diffusion.samplers import SamplerName
 from diffult.diffusion.schedule import Schedule
 from diffult.distributed import ALONE, World, join
 from diffult.errors import UserError
 from diffult.export import FORMATS, export
 from diffult.files import replacing, write_json
-from diffult.generation import Generator, generate
+from diffult.generation import Generator, build_generator, generate
 from diffult.longtail.quota import Quota
 from diffult.plots import sample_grid
 from diffult.run_dir import RunDir
@@ -42,31 +44,14 @@ BUNDLED = "digits-lt"
 FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 20, "guidance": 0.0}  # --fast
 
 
-def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
-    """Opens a run's diffusion model and extractor for drawing."""
-    device, config = pick_device(), run.config
-    dtype = compute_dtype(config.precision, device)
-    extractor = load_extractor(run, device)
-    return Generator(
-        unet=load_diffusion(run, device, dtype),
-        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
-        prediction=config.diffusion.prediction,
-        settings=settings,
-        extractor=extractor,
-        shape=(config.data.channels, config.data.image_size, config.data.image_size),
-        null_label=len(extractor.statistics.radii),
-        seed=seed,
-        dtype=dtype,
-        device=device,
-    )
-
-
 def fill(
     generator: Generator, store: ShardStore, quota: Quota, classes: tuple[str, ...], world: World = ALONE
 ) -> dict[str, Any]:
     """Draws until the quota is met and writes every wave, each while the next is drawn. Returns what the metrics say
     of generation; "images_per_s" is of all processes together."""
-    begun, sampled = time.perf_counter(), 0
+    if quota.missing.any():
+        generator.prepare()
+    flops, sampled, begun = generator.flops(), 0, time.perf_counter()
     total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
     bar = tqdm(
         total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.first
@@ -78,9 +63,10 @@ def fill(
                 written.result()  # a full disk ends the run here; and no more than one wave waits
             written = writer.submit(store.add, wave)
             sampled += len(wave.labels)
-            accepted, drawn = int(quota.accepted.sum()), sum(quota.drawn)
-            bar.update(accepted - bar.n)
-            bar.set_postfix_str(f"{accepted / max(drawn, 1):.0%} of {drawn} drawn kept", refresh=False)
+            bar.update(int(quota.accepted.sum()) - bar.n)
+            rate = sampled * world.size / (time.perf_counter() - begun)
+            speed = _speed(rate, flops, peak_flops(generator.device) * world.size)
+            bar.set_postfix_str(f"{_shares(quota, classes)}, {speed}", refresh=False)
         if written is not None:
             written.result()
     seconds = time.perf_counter() - begun
@@ -93,13 +79,29 @@ def fill(
                 "(train longer, or raise generate.max_draws)", name, tally["accepted"], wanted, tally["drawn"],
             )  # fmt: skip
     totals = {key: sum(tally[key] for tally in tallies) for key in tallies[0]}
-    speed = round(sampled / seconds, 2) if sampled else None
-    by_class = {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]}
+    evaluations, first_level = generator.settings.evaluations(generator.schedule)
     return totals | {
-        "images_per_s": speed,
-        "nfe": generator.settings.evaluations(generator.schedule),
-        "by_class": by_class,
+        "images_per_s": round(sampled / seconds, 2) if sampled else None,
+        "nfe": evaluations,
+        "nfe_first_level": first_level,
+        "gflop_per_sample": round(flops / 1e9, 6),
+        "by_class": {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]},
     }
+
+
+def _shares(quota: Quota, classes: tuple[str, ...]) -> str:
+    """Of what was drawn how much is kept, and in the three unfinished classes where it is least."""
+    drawn, accepted = np.array(quota.drawn), quota.accepted
+    shares = accepted / np.maximum(drawn, 1)
+    unfinished = [c for c in np.argsort(shares, kind="stable") if quota.missing[c] and drawn[c]]
+    worst = ", ".join(f"{classes[c]}: {shares[c]:.0%}" for c in unfinished[:3])
+    return f"{accepted.sum() / max(drawn.sum(), 1):.0%} of {drawn.sum()} kept" + (f" ({worst})" if worst else "")
+
+
+def _speed(rate: float, flops: float, peak: float) -> str:
+    """Samples a second in words; flops: of a sample; peak: FLOP/s of the hardware, 0 where that is not known."""
+    share = f", {rate * flops / peak:.0%} of peak" if peak else ""
+    return f"{rate:.4g} drawn/s, {rate * flops / 1e12:.3g} TFLOP/s{share}"
 
 
 def generate_stage(
@@ -200,6 +202,9 @@ def command(
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm or dpm++.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="w in eps + w (eps - eps_null); 0: off.")] = None,
+    cache: Annotated[
+        int | None, typer.Option(min=1, help="Whole network every N-th step, its first level between; 1: off.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the samples; default: see above.")] = None,
@@ -207,6 +212,7 @@ def command(
         str | None, typer.Option("--export", help="Also write imagefolder, npz, zip (EDM), wds or beton.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell samples, time and disk, and stop.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of two waves, trace.json.")] = False,
 ) -> None:
     """Draw exactly as many accepted samples as each class of a long-tailed set needs.
 
@@ -226,24 +232,19 @@ def command(
     bundled = run is None
     run = run or Path("runs") / BUNDLED
     run_dir = RunDir.open(run, BUNDLED if bundled and not (run / "config.toml").exists() else None)
-    given = {"sampler": sampler, "steps": steps, "guidance": guidance, "batch_size": batch_size}
+    given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "cache_interval": cache}
+    given["batch_size"] = batch_size
     settings = _settings(run_dir, fast, {key: value for key, value in given.items() if value is not None})
     train = load_data(run_dir.config.data).train
     counts, names = train.counts(), train.classes
-    target = run_dir.config.generate.balance_to if balance_to is None else balance_to
-    quotas = quotas_to(target, counts) if per_class is None else np.full_like(counts, per_class)
+    quotas = quotas_to(run_dir.config.generate.balance_to if balance_to is None else balance_to, counts)
+    if per_class is not None:
+        quotas = np.full_like(counts, per_class)
     if counts_file is not None:
         quotas = read_counts(counts_file, names)
     if classes is not None:
-        chosen = parse_classes(classes, len(names))
-        quotas = np.where(np.isin(np.arange(len(names)), chosen), quotas, 0)
-
-    schedule = Schedule(run_dir.config.diffusion.schedule, run_dir.config.diffusion.timesteps)
-    wanted = ", ".join(f"{name}: {n}" for name, n in zip(names, quotas, strict=True) if n)
-    log.info(
-        "%d samples, %d evaluations each (%s, %d steps%s)\nper class: %s", quotas.sum(), settings.evaluations(schedule),
-        settings.sampler, settings.steps, f", guidance {settings.guidance}" if settings.guidance else "", wanted,
-    )  # fmt: skip
+        quotas = np.where(np.isin(np.arange(len(names)), parse_classes(classes, len(names))), quotas, 0)
+    _tell_work(run_dir, settings, quotas, names)
     if dry_run:
         _tell_cost(run_dir, settings, quotas)
         return
@@ -252,6 +253,8 @@ def command(
             _bundled_run(run)
         world.wait()
         run_dir = RunDir.open(run)
+    run_dir.require("extractor", "train_extractor")
+    run_dir.require("diffusion", "train_diffusion")
     noise_seed = run_dir.config.seed if seed is None else seed
     own = run_dir.config.generate.model_copy(update={"batch_size": settings.batch_size})
     same_quotas = bool((quotas == quotas_to(own.balance_to, counts)).all())
@@ -266,10 +269,25 @@ def command(
     write_json(folder / "summary.json", result)
     print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
     log.info("wrote %s (shards, manifest.json, summary.json, grid.png)", folder)
+    if profile:
+        write_trace(build_generator(run_dir, settings, noise_seed), folder / "trace.json")
+        log.info("wrote %s (chrome://tracing, Perfetto)", folder / "trace.json")
     if export_ is not None:
         store = open_store(folder, run_dir, settings, quotas, noise_seed)
         kept = kept_samples(store, read_quota(store, settings, quotas))
         log.info("wrote %s", export(kept, names, folder, export_))
+
+
+def _tell_work(run: RunDir, settings: GenerateConfig, quotas: np.ndarray, classes: tuple[str, ...]) -> None:
+    schedule = Schedule(run.config.diffusion.schedule, run.config.diffusion.timesteps)
+    evaluations, first_level = settings.evaluations(schedule)
+    guidance = f", guidance {settings.guidance}" if settings.guidance else ""
+    cached = f", {first_level} of them of the first level alone" if first_level else ""
+    wanted = ", ".join(f"{name}: {n}" for name, n in zip(classes, quotas, strict=True) if n)
+    log.info(
+        "%d samples, %d evaluations each (%s, %d steps%s)%s\nper class: %s", quotas.sum(), evaluations,
+        settings.sampler, settings.steps, guidance, cached, wanted,
+    )  # fmt: skip
 
 
 def _tell_cost(run: RunDir, settings: GenerateConfig, quotas: np.ndarray) -> None:
@@ -281,16 +299,34 @@ def _tell_cost(run: RunDir, settings: GenerateConfig, quotas: np.ndarray) -> Non
         print(f"{size}; the time is not known: the run has no finished model to measure")
         return
     generator = build_generator(run, settings, 0)
-    names = np.zeros(settings.batch_size, np.int64), np.arange(settings.batch_size)
-    quota = Quota(np.full_like(quotas, settings.batch_size), 1.0)
-    generator.wave(*names, quota)  # the first wave compiles and records
+    draw = _trial_wave(generator)
     begun = time.perf_counter()
-    generator.wave(*names, quota)
+    draw()
     rate = settings.batch_size / (time.perf_counter() - begun)
     print(
-        f"{size}; {rate:.1f} candidates a second: {duration(samples / rate)} if all pass, "
-        f"{duration(settings.max_draws * samples / rate)} at the most"
+        f"{size}; {_speed(rate, generator.flops(), peak_flops(generator.device))}: {duration(samples / rate)} if all "
+        f"pass, {duration(settings.max_draws * samples / rate)} at the most"
     )
+
+
+def _trial_wave(generator: Generator) -> Callable[[], object]:
+    """Draws and judges a wave for nothing, when called; what compiles and records is behind it."""
+    size, no_quota = generator.settings.batch_size, Quota(np.zeros(1, np.int64), 1.0)
+    draw = partial(generator.wave, np.zeros(size, np.int64), np.arange(size), no_quota)
+    generator.prepare()
+    for _ in range(2 if generator.device.type == "cuda" else 1):  # the second records
+        draw()
+    return draw
+
+
+def write_trace(generator: Generator, file: Path) -> None:
+    """A profile of two waves, drawn for it alone, as chrome://tracing and Perfetto read it."""
+    draw = _trial_wave(generator)
+    with torch.profiler.profile() as profiler:
+        draw()
+        draw()
+    with replacing(file) as temporary:
+        profiler.export_chrome_trace(str(temporary))
 
 
 def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:

@@ -1,31 +1,45 @@
 """The generation engine: fill a batch from the quota, draw, judge, enter the verdicts, hand the batch on.
 
 Every batch has one static shape. All noise of a sample is keyed by (seed, class, index, step), so a sample is the same
-whatever batch it sits in.
+whatever batch it sits in. Samples without a disk, from a finished run, exactly as many as each class needs:
+
+    run = RunDir.open(Path("runs/digits-lt"))
+    generator = build_generator(run, run.config.generate, seed=0)
+    quota = Quota(np.full(10, 100), run.config.generate.max_draws)
+    for images, labels, indices in accepted(generator, quota):
+        ...  # uint8 [N, H, W, C], int64 [N], int64 [N]
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
+from diffult.artifacts import load_diffusion, load_extractor
+from diffult.capture import Captured
 from diffult.config import GenerateConfig
 from diffult.data.shards import Wave
-from diffult.device import autocast
+from diffult.device import autocast, compute_dtype, pick_device
 from diffult.diffusion import samplers
+from diffult.diffusion.samplers import Step
 from diffult.diffusion.schedule import Prediction, Schedule
 from diffult.distributed import ALONE, World
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import judge
 from diffult.longtail.quota import Quota
+from diffult.models.cost import forward_flops
+from diffult.models.unet import UNet
+from diffult.run_dir import RunDir
 from kernels.augment import denormalise, normalise
 from kernels.denoise_step import COLUMNS, denoise_step, dynamic_limit
 from kernels.random import normal
 
+log = logging.getLogger(__name__)
 _ROUND = 4  # batches that each process draws before they tell each other what passed
 
 
@@ -36,14 +50,15 @@ class Generator:
     Attributes:
         unet: the denoising network in evaluation mode.
         schedule, prediction: the process it was trained for.
-        settings: sampler, steps, guidance and batch size.
+        settings: sampler, steps, guidance, caching and batch size.
         extractor: phi0, which judges.
         shape: (C, H, W) of a sample.
         null_label: the label for "no class".
         seed: of the noise.
+        compiled: the network goes through torch.compile.
     """
 
-    unet: nn.Module
+    unet: UNet
     schedule: Schedule
     prediction: Prediction
     settings: GenerateConfig
@@ -53,47 +68,82 @@ class Generator:
     seed: int
     dtype: torch.dtype
     device: torch.device
+    compiled: bool = False
 
-    @torch.inference_mode()
-    def draw(self, labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Samples named by class and index, both int64 [B] -> uint8 [B, H, W, C]."""
+    def __post_init__(self) -> None:
         settings = self.settings
-        plan = settings.grid(self.schedule)
-        grid = [t for t, _ in plan]
-        rows = samplers.solver_rows(settings.sampler, grid, self.schedule.alphas_cumprod, settings.eta)
-        # All numbers of all steps go to the device at once, so that no step waits for the host.
-        coefficients = self._coefficients(grid, rows).to(self.device)[:, None].repeat(1, len(labels), 1)
-        steps = torch.arange(len(grid) + 1, device=self.device)[:, None].repeat(1, len(labels))
+        self._plan = settings.plan(self.schedule)
+        grid = [step.t for step in self._plan]
+        self._rows = samplers.solver_rows(settings.sampler, grid, self.schedule.alphas_cumprod, settings.eta)
+        # All numbers of all steps go to the device now, so that no step waits for the host.
+        self._coefficients = self._coefficient_table(grid).to(self.device)
+        # One graph for each shape: a doubled batch is no reason to make the batch size variable.
+        self._evaluate = torch.compile(self.unet.evaluate, dynamic=False) if self.compiled else self.unet.evaluate
+        self._draw_and_judge = Captured(self._drawn_and_judged, self.device, warm_up=1)
 
-        x, x0 = normal(self.seed, labels, indices, steps[0], self.shape), None
-        for i, (t, guided) in enumerate(plan):
-            out = self._predict(x, t, labels, guided)
-            if settings.threshold:
-                limit = dynamic_limit(x, out, coefficients[i], settings.threshold)
+    def _coefficient_table(self, grid: list[int]) -> torch.Tensor:
+        """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
+        conversions = [self.schedule.x0_coefficients(self.prediction, t) for t in grid]
+        guidance, limit = torch.full((len(grid), 1), self.settings.guidance), torch.ones(len(grid), 1)
+        return torch.cat([torch.tensor(conversions, dtype=torch.float64), guidance, limit, self._rows], dim=1).float()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Runs the network at each kind of step that there is, so that it is compiled before any clock runs, and tells
+        the time which that took."""
+        begun = time.perf_counter()
+        labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
+        x, deep, met = normal(self.seed, labels, labels, 0, self.shape), None, set()
+        for step in self._plan:
+            if (kind := (step.guided, step.whole)) not in met:
+                met.add(kind)
+                _, deep = self._predict(x, step, labels, deep)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.compiled:
+            log.info("network compiled in %.1f s", time.perf_counter() - begun)
+
+    def flops(self) -> int:
+        """Work of the network for one sample, FLOP: its whole evaluations, and those of its first level alone."""
+        image, label = torch.empty(1, *self.shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+        whole = first_level = forward_flops(self.unet, [image, label, label])
+        if self.settings.cache_interval > 1:
+            deep = torch.empty(1, *self.unet.deep_shape, dtype=self.dtype, device="meta")
+            first_level = forward_flops(self.unet, [image, label, label], deep=deep)
+        return sum((1 + step.guided) * (whole if step.whole else first_level) for step in self._plan)
+
+    @torch.no_grad()
+    def draw(self, labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Samples named by class and index, both int64 [B] -> uint8 [B, H, W, C]. Nothing here waits for the host."""
+        coefficients = self._coefficients[:, None].repeat(1, len(labels), 1)
+        numbers = torch.arange(len(self._plan) + 1, device=self.device)[:, None].repeat(1, len(labels))
+
+        x, x0, deep = normal(self.seed, labels, indices, numbers[0], self.shape), None, None
+        for i, step in enumerate(self._plan):
+            out, deep = self._predict(x, step, labels, deep)
+            if self.settings.threshold:
+                limit = dynamic_limit(x, out, coefficients[i], self.settings.threshold)
                 coefficients[i, :, COLUMNS.index("limit")] = limit
-            _, _, c_previous, c_noise = rows[i].tolist()
+            _, _, c_previous, c_noise = self._rows[i].tolist()
             x, x0 = denoise_step(
-                x, out, coefficients[i], x0 if c_previous else None, self.seed, labels, indices, steps[i + 1],
+                x, out, coefficients[i], x0 if c_previous else None, self.seed, labels, indices, numbers[i + 1],
                 with_noise=c_noise != 0,
             )  # fmt: skip
         return denormalise(x)
 
-    def _coefficients(self, grid: list[int], rows: torch.Tensor) -> torch.Tensor:
-        """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
-        conversions = [self.schedule.x0_coefficients(self.prediction, t) for t in grid]
-        guidance, limit = torch.full((len(grid), 1), self.settings.guidance), torch.ones(len(grid), 1)
-        return torch.cat([torch.tensor(conversions, dtype=torch.float64), guidance, limit, rows], dim=1).float()
-
-    def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor, guided: bool) -> torch.Tensor:
+    def _predict(
+        self, x: torch.Tensor, step: Step, labels: torch.Tensor, deep: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The network's output, [B, C, H, W], or with guidance [2B, C, H, W], the second half without class: both
-        passes run as one doubled batch."""
-        if guided:
+        passes run as one doubled batch. Beside it what the deep levels gave, here or, as `deep`, before."""
+        if step.guided:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
-        times = torch.full((len(x),), t, device=x.device)
-        return self.unet(x, times, labels)
+        times = torch.full((len(x),), step.t, device=x.device)
+        kept = None if step.whole or deep is None else deep[: len(x)]  # guidance may have ended: half is enough
+        return self._evaluate(x, times, labels, deep=kept)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances float32 [B] and verdicts uint8 [B] of samples as they will be stored, uint8 [B, H, W, C]."""
         with autocast(self.dtype, self.device):
@@ -101,15 +151,43 @@ class Generator:
             predicted = self.extractor.classify(features) if self.settings.filter == "distance+label" else None
         return judge(features, labels, self.extractor.statistics, predicted)
 
+    @torch.no_grad()
+    def _drawn_and_judged(self, labels: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        images = self.draw(labels, indices)
+        return images, *self.judge(images, labels)
+
     def wave(self, labels: np.ndarray, indices: np.ndarray, quota: Quota) -> Wave:
         """Draws and judges up to a batch of candidates; a short one is padded to the full shape."""
         count, size = len(labels), self.settings.batch_size
         padded = [np.concatenate([names, np.zeros(size - count, np.int64)]) for names in (labels, indices)]
-        on_device = [torch.from_numpy(names).to(self.device) for names in padded]
-        images = self.draw(*on_device)
-        distance, verdict = (value[:count].cpu().numpy() for value in self.judge(images, on_device[0]))
+        outputs = self._draw_and_judge(*(torch.from_numpy(names).to(self.device) for names in padded))
+        images, distance, verdict = (output[:count].cpu().numpy() for output in outputs)
         passed = quota.passes(verdict)
-        return Wave(labels, indices, distance, verdict, passed, images[:count].cpu().numpy()[passed])
+        return Wave(labels, indices, distance, verdict, passed, images[passed])
+
+
+def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
+    """Opens a finished run's diffusion model and extractor for drawing on this machine.
+
+    Raises:
+        UserError: a stage is not finished, or a file is damaged.
+    """
+    device, config = pick_device(), run.config
+    dtype = compute_dtype(config.precision, device)
+    extractor = load_extractor(run, device)
+    return Generator(
+        unet=load_diffusion(run, device, dtype),
+        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
+        prediction=config.diffusion.prediction,
+        settings=settings,
+        extractor=extractor,
+        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        null_label=len(extractor.statistics.radii),
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        compiled=device.type == "cuda",
+    )
 
 
 def generate(generator: Generator, quota: Quota, world: World = ALONE) -> Iterator[Wave]:
@@ -140,3 +218,13 @@ def generate(generator: Generator, quota: Quota, world: World = ALONE) -> Iterat
         for verdicts in world.gather(judged):  # one's own are in it too, and are entered once
             for told in verdicts:
                 quota.record(*told)
+
+
+def accepted(generator: Generator, quota: Quota) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The kept samples alone, by wave: images uint8 [N, H, W, C], labels and indices int64 [N]; over all waves exactly
+    what the quota asks for, but for a class that spent its limit. One process; see the example above."""
+    for wave in generate(generator, quota):
+        labels, indices = wave.labels[wave.passed], wave.indices[wave.passed]
+        kept = {c: set(quota.kept(c)) for c in np.unique(labels).tolist()}
+        rows = [index in kept[c] for c, index in zip(labels.tolist(), indices.tolist(), strict=True)]
+        yield wave.images[rows], labels[rows], indices[rows]

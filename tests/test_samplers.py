@@ -95,9 +95,9 @@ def test_log_snr_grid_is_equally_spaced_where_timesteps_allow():
 def test_guidance_acts_within_its_interval_alone():
     schedule = Schedule("cosine", 1000)
     settings = GenerateConfig(balance_to=1, steps=10, guidance=1.0, guidance_interval=(0.2, 0.6))
-    assert [t for t, guided in settings.grid(schedule) if guided] == [599, 499, 399, 299]
-    assert settings.evaluations(schedule) == 14
-    assert GenerateConfig(balance_to=1, steps=10).evaluations(schedule) == 10
+    assert [step.t for step in settings.plan(schedule) if step.guided] == [599, 499, 399, 299]
+    assert settings.evaluations(schedule) == (14, 0)
+    assert GenerateConfig(balance_to=1, steps=10).evaluations(schedule) == (10, 0)
     with pytest.raises(ValueError, match="two rising numbers"):
         GenerateConfig(balance_to=1, guidance_interval=(0.6, 0.2))
 
@@ -187,7 +187,10 @@ def test_impossible_grid_is_refused(steps):
 
 
 class Network(torch.nn.Module):
-    """A made-up network that predicts v and tells labels (9: no class) and times apart."""
+    """A made-up network that predicts v and tells labels (9: no class) and times apart; it has no deep levels."""
+
+    def evaluate(self, x, t, labels, deep=None):
+        return self(x, t, labels), x
 
     def forward(self, x, t, labels):
         return torch.tanh(0.7 * x + 0.1 * (labels % 9).view(-1, 1, 1, 1) - t.view(-1, 1, 1, 1) / 1000)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -24,6 +24,15 @@ SamplerName = Literal["ddim", "ddpm", "dpm++"]
 Spacing = Literal["time", "log_snr"]
 
 _LAST = (0.0, 1.0, 0.0, 0.0)
+
+
+class Step(NamedTuple):
+    """One step of a draw: its timestep, whether guidance acts, and whether the whole network runs or, with what its
+    deep levels gave before, its first level alone."""
+
+    t: int
+    guided: bool
+    whole: bool
 
 
 def timestep_grid(timesteps: int, steps: int) -> list[int]:

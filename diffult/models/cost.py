@@ -15,17 +15,18 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def forward_flops(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+def forward_flops(model: nn.Module, inputs: Sequence[Tensor], **named: Tensor) -> int:
     """Work of one forward per image at 2 FLOP per multiply-add: convolutions, products and attention.
 
-    inputs: the positional arguments of `model`, batch first; only shapes and types matter. Nothing is
+    inputs, named: the arguments of `model`, batch first; only shapes and types matter. Nothing is
     computed: the forward runs on the meta device, where attention too is an operator that the counter knows.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     meta_inputs = tuple(torch.empty_like(tensor, device="meta") for tensor in inputs)
+    meta_named = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, state, meta_inputs)
+        functional_call(model, state, meta_inputs, meta_named)
     return counter.get_total_flops() // inputs[0].shape[0]
 
 

@@ -36,6 +36,7 @@ class UNet(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         _check_attention(config, image_size, sizes, widths)
         self.config = config
+        self.deep_shape = (widths[min(1, len(widths) - 1)], sizes[0], sizes[0])  # see `evaluate`
 
         embed = 4 * config.channels
         self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
@@ -93,35 +94,67 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.out.weight)
         nn.init.zeros_(self.tail.weight)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
+    ) -> Tensor:
         """Predict from noisy images.
 
         x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
         y: int64 [B] in 0 .. num_classes, the last meaning no class.
         augment: float [B, augment_dim]; None is the same as zeros.
+        deep: what the levels below the first gave at another timestep, [B, *deep_shape]; None: they run.
         Computes in the type of its weights. Returns the shape and type of x, channels-last.
         """
+        return self.evaluate(x, t, y, augment, deep)[0]
+
+    def evaluate(
+        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, and beside the prediction what the levels below the first gave, which changes little from one
+        step of a sampler to the next: given to the next call as `deep`, they need not run (DeepCache, Ma et al. 2024).
+        """
+        embedding = self._embed(t, y, augment)
+        skips = self._first_level(x, embedding)
+        if deep is None:
+            deep = self._deep_levels(skips[-1], embedding)
+        h = self._last_level(deep, skips, embedding)
+        return h.to(x.dtype).contiguous(memory_format=torch.channels_last), deep
+
+    def _embed(self, t: Tensor, y: Tensor, augment: Tensor | None) -> Tensor:
         dtype = self.head.weight.dtype
         embedding = self.time_embedding(sinusoid(t, self.config.channels).to(dtype)) + self.label_embedding(y)
         if augment is not None and self.augment_embedding is not None:
             embedding = embedding + self.augment_embedding(augment.to(dtype))
-        embedding = F.silu(embedding)  # every block would begin with it
+        return F.silu(embedding)  # every block would begin with it
 
-        h = F.pixel_unshuffle(x.to(dtype), self.config.patch).contiguous(memory_format=torch.channels_last)
-        h = self.head(h)
-        skips = [h]
-        for layer in self.down:
+    def _first_level(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        """The blocks at full resolution on the way down: what each gave, the head first."""
+        x = F.pixel_unshuffle(x.to(self.head.weight.dtype), self.config.patch)
+        skips = [self.head(x.contiguous(memory_format=torch.channels_last))]
+        for layer in self.down[: self.config.blocks]:
+            skips.append(layer(skips[-1], embedding))
+        return skips
+
+    def _deep_levels(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """Everything below the first level, down and up again to its resolution."""
+        skips = []
+        for layer in self.down[self.config.blocks :]:
             h = layer(h, embedding)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
-        for i, layer in enumerate(self.up):
-            level, first = divmod(i, self.config.blocks + 1)
-            if level and not first:
-                h = self.upsample[level - 1](h, embedding)
+        ups = self.config.blocks + 1  # blocks a level
+        for level, upsample in enumerate(self.upsample):
+            for layer in self.up[level * ups : (level + 1) * ups]:
+                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = upsample(h, embedding)
+        return h
+
+    def _last_level(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+        """The blocks at full resolution on the way up, and the output."""
+        for layer in self.up[-self.config.blocks - 1 :]:
             h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
-        h = F.pixel_shuffle(self.tail(self.tail_norm(h)), self.config.patch)
-        return h.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.tail(self.tail_norm(h)), self.config.patch)
 
 
 class ResBlock(nn.Module):
