@@ -59,6 +59,25 @@ def test_order_of_convergence(solver, order):
     assert all(abs(rate - order) < 0.35 for rate in rates), (errors, rates)
 
 
+@pytest.mark.parametrize(("solver", "eta"), [("ddpm", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
+def test_order_of_convergence_in_distribution(solver, eta):
+    """With noise the samples of a Gaussian stay Gaussian: the error of their deviation, without drawing any."""
+    timesteps = 100_000
+    abar = torch.sigmoid(2 * torch.linspace(-3, 2.5, timesteps, dtype=torch.float64).flip(0))
+    start, end = timesteps - 1, 20_000
+    errors = []
+    for steps in (32, 64, 128):
+        grid = [round(start + (end - start) * i / steps) for i in range(steps + 1)]
+        variance = float(abar[start]) * STD**2 + 1 - float(abar[start])
+        for t, (c_x, c_x0, _, c_noise) in zip(grid[:-1], solver_rows(solver, grid, abar, eta).tolist(), strict=False):
+            slope = float(gaussian_denoiser(abar)(1.0, t) - gaussian_denoiser(abar)(0.0, t))
+            variance = (c_x + c_x0 * slope) ** 2 * variance + c_noise**2
+        exact = float(abar[end]) * STD**2 + 1 - float(abar[end])
+        errors.append(abs(math.sqrt(variance) - math.sqrt(exact)))
+    rates = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
+    assert all(abs(rate - 1) < 0.35 for rate in rates), (errors, rates)
+
+
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
 def test_samples_have_the_mean_and_deviation_of_the_data(solver):
     abar = Schedule("cosine", 1000).alphas_cumprod
@@ -224,3 +243,70 @@ def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance, thr
     grey = (exact.permute(0, 2, 3, 1) + 1) * 127.5
     difference = engine.draw(labels, indices).double() - grey
     assert difference.abs().max() < 0.51  # rounding to whole grey levels
+
+
+# ---- diffusers' schedulers: its coefficients are float32, hence the tolerance
+
+
+def peer(name, abar, **settings):
+    schedulers = pytest.importorskip("diffusers", reason="the bench extra (diffusers) is not installed").schedulers
+    betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    return getattr(schedulers, name)(
+        trained_betas=betas.numpy(), prediction_type="sample", timestep_spacing="trailing", **settings
+    )
+
+
+def solve_with(scheduler, denoise, x, **options):
+    for t in scheduler.timesteps.tolist():
+        given = {key: value(t) for key, value in options.items()}
+        x = scheduler.step(denoise(x, t), t, x, return_dict=False, **given)[0]
+    return x
+
+
+@pytest.fixture
+def noisy():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(21, 4, 1, 2, 2, generator=g, dtype=torch.float64)  # the start and the noise of 20 steps
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_is_diffusers(schedule, eta, noisy):
+    abar, grid = Schedule(schedule, 1000).alphas_cumprod, timestep_grid(1000, 20)
+    scheduler = peer("DDIMScheduler", abar, clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == grid
+    denoise = gaussian_denoiser(abar)
+    theirs = solve_with(
+        scheduler, denoise, noisy[0], eta=lambda t: eta, variance_noise=lambda t: noisy[1 + grid.index(t)]
+    )
+    ours = solve(denoise, noisy[0], grid, ddim(grid, abar, eta), lambda step: noisy[step])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddpm_is_diffusers(schedule, noisy, monkeypatch):
+    """On a grid down to 0. On one that ends above it diffusers adds noise after the last step too; ours ends in x0."""
+    abar, grid = Schedule(schedule, 1000).alphas_cumprod, [t - 49 for t in timestep_grid(1000, 20)]
+    scheduler = peer("DDPMScheduler", abar, clip_sample=False, variance_type="fixed_large")
+    scheduler.set_timesteps(timesteps=grid)
+    drawn = iter(noisy[1:])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(drawn))
+    denoise = gaussian_denoiser(abar)
+    theirs = solve_with(scheduler, denoise, noisy[0])
+    ours = solve(denoise, noisy[0], grid, ddpm(grid, abar), lambda step: noisy[step])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [8, 20])
+def test_dpm_solver_pp_2m_is_diffusers(schedule, steps, noisy):
+    """Its last step, down to sigma = 0, is of first order as ours. On the cosine schedule its own grid leaves out the
+    timesteps of lambda below lambda_min_clipped; here it gets ours."""
+    abar, grid = Schedule(schedule, 1000).alphas_cumprod, timestep_grid(1000, steps)
+    scheduler = peer("DPMSolverMultistepScheduler", abar, solver_order=2, final_sigmas_type="zero")
+    scheduler.set_timesteps(timesteps=grid)
+    denoise = gaussian_denoiser(abar)
+    theirs = solve_with(scheduler, denoise, noisy[0])
+    ours = solve(denoise, noisy[0], grid, solver_rows("dpm++", grid, abar), no_noise)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
