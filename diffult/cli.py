@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from diffult.device import keep_freed_memory
 from diffult.errors import UserError
 
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
@@ -37,11 +38,15 @@ def duration(seconds: float) -> str:
 
 def main(verb: Callable[..., None]) -> None:
     """Runs a verb as a command: exit code 0, or 2 after one line that says what is wrong, or 130 when interrupted."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(verb)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer made of a KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UserError as error:
         message = str(error)
     except TyperException as error:

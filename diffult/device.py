@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -48,3 +50,15 @@ def seed_step(*key: int) -> None:
     """Seeds torch's generators from the key alone, such as (seed, stage, step): a training loop that calls it each
     step goes on after a restart as if it had never stopped, with no generator state to keep."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep the memory of freed tensors for the next ones, instead of handing it back to the system
+    and asking for it page by page again, step after step. The peak stays as it is. Nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
