@@ -79,14 +79,14 @@ class BetonSet(ImageSet):
         height, width = self.sizes[sample].tolist()
         return Stored(file.content[begin : begin + length], height, width, bool(self.encoded[sample]))
 
-    def image(self, sample: int) -> np.ndarray:
+    def image(self, sample: int, *, passing: bool = False) -> np.ndarray:
         """See `ImageSet`."""
         stored = self.stored(sample)
         shape = stored.height, stored.width, self.channels
         if not stored.jpg:
             return stored.data.reshape(shape)
         try:
-            pixels = decode_jpeg(stored.data)
+            pixels = decode_jpeg(stored.data, passing=passing)
         except ValueError as error:
             raise SampleError(f"{self.name(sample)} does not decode: {error}") from error
         if pixels.shape != shape:

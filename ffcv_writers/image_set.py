@@ -92,8 +92,11 @@ class ImageSet(ABC):
         return f"{self.paths[file]}: sample {sample - self.starts[file]} (index {self.index[sample]})"
 
     @abstractmethod
-    def image(self, sample: int) -> np.ndarray:
+    def image(self, sample: int, *, passing: bool = False) -> np.ndarray:
         """One image, uint8 (H, W, C), decoded; not to be written to. Any number of threads may ask at once.
+
+        Args:
+            passing: the pixels need last no longer than until this thread asks for the next image so.
 
         Raises:
             SampleError: it does not decode.
@@ -119,7 +122,7 @@ class ImageSet(ABC):
         """
         for k, sample in enumerate(samples.tolist()):
             try:
-                image = self.image(sample)
+                image = self.image(sample, passing=True)
                 out[k] = image if boxes is None else resized_crop(image, boxes[k], out.shape[1:3])
             except SampleError:
                 raise

@@ -26,7 +26,7 @@ class _PixelSet(ImageSet):
         super().__init__(parts)
         self._pixels = pixels
 
-    def image(self, sample: int) -> np.ndarray:
+    def image(self, sample: int, *, passing: bool = False) -> np.ndarray:
         """See `ImageSet`."""
         return self._pixels[sample]
 
