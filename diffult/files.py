@@ -48,9 +48,16 @@ def read_json(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors as safetensors with text metadata."""
+    """Tensors as safetensors with text metadata.
+
+    Raises:
+        UserError: the disk is full, or the system refuses for another reason.
+    """
     with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error}); choose another place or make room") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
