@@ -109,7 +109,7 @@ def command(
     about = {"command": f"python -m bench.variants {file}", "machine": machine()}
     for seed in plan["seeds"]:
         for name in plan["variants"]:
-            results[name].append(measure(plan, seed, name, folder / plan["preset"]))
+            results[name].append(measure(plan, seed, name, folder / file.stem))
             write_json(out / f"{file.stem}.json", about | plan | {"results": results})
     print(markdown({name: rows for name, rows in results.items() if rows}, "diffult"))
     print(json.dumps({"results": str(out / f"{file.stem}.json")}))

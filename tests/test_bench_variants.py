@@ -73,7 +73,7 @@ def test_variants_are_measured_once_and_share_the_model(tmp_path: Path) -> None:
     app.command()(variants.command)
     first = CliRunner().invoke(app, typed)
     assert first.exit_code == 0, first.output
-    weights = [tmp_path / "runs" / "digits-lt" / f"{name}-0/diffusion/ema.safetensors" for name in ("base", "short")]
+    weights = [tmp_path / "runs" / "plan" / f"{name}-0/diffusion/ema.safetensors" for name in ("base", "short")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     results = json.loads((tmp_path / "plan.json").read_text())["results"]
     assert results["base"][0]["nfe"] == 2 and results["short"][0]["nfe"] == 1
