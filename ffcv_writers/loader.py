@@ -79,7 +79,8 @@ class Loader:
     """Reads batches of a set.
 
     A set of one size that fits into a quarter of the device's free memory is decoded once and stays there; a batch is
-    then a gather. Any other is decoded ahead by threads, and sent from pinned memory. The choice is logged.
+    then a gather. Any other is decoded ahead by threads, and sent as bytes from pinned memory on a stream of its own:
+    a GPU that is still at the step before copies meanwhile. The choice is logged.
 
     Args:
         image_set: the set, joined files included.
@@ -118,6 +119,7 @@ class Loader:
             for column in (image_set.labels, image_set.synthetic, image_set.index)
         ]
         self._pixels: torch.Tensor | None = None  # of a resident set, once they are wanted
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.resident = self._choose(resident)
 
     def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
@@ -187,7 +189,7 @@ class Loader:
             images, shares = ahead.popleft()
             for share in shares:
                 share.result()
-            return images.to(self.device, non_blocking=True)
+            return self._sent(images)
 
         with ThreadPoolExecutor(self.num_workers, thread_name_prefix="decode") as pool:
             try:
@@ -206,6 +208,17 @@ class Loader:
                     yield oldest()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _sent(self, images: torch.Tensor) -> torch.Tensor:
+        """A batch on the device. What is queued there next waits for the copy, the copy for nothing, nor the host."""
+        if self._copies is None:
+            return images.to(self.device)
+        with torch.cuda.stream(self._copies):
+            there = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        there.record_stream(computing)  # its memory goes to no other copy before the work queued with it is done
+        return there
 
     def _read(self, samples: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
         boxes = None if self.crop is None else self.crop.boxes(self.image_set.sizes[samples], positions)

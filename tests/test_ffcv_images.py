@@ -323,3 +323,20 @@ def test_real_imagenet_files(shared_data: Path, tmp_path: Path) -> None:
         assert batch.images.shape[1:] == (96, 96, 3) and batch.images.float().std((1, 2, 3)).min() > 1
         seen += batch.labels.tolist()
     assert sorted(seen) == list(range(400))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_busy_gpu_gets_the_same_batches_and_may_keep_them(tmp_path: Path, resident: bool) -> None:
+    """Every batch is used by work queued behind a long product, and kept: no copy may overtake or overwrite it."""
+    contents = [encoded(Image.fromarray(smooth(224, 224, n))) for n in range(200)]
+    write_all(tmp_path / "set.beton", contents, storage="jpg")
+    image_set, order = open_set([tmp_path / "set.beton"]), Natural(200).stream(0, 0, 600)
+    busy, kept, copies = torch.randn(4096, 4096, device="cuda"), [], []
+    for batch in Loader(image_set, 20, device="cuda", resident=resident).batches(order):
+        busy = busy @ busy / 64
+        kept.append(batch.images)
+        copies.append(batch.images + 0)
+    for batch, image, copy in zip(Loader(image_set, 20).batches(order), kept, copies, strict=True):
+        assert image.device.type == "cuda"
+        assert torch.equal(image.cpu(), batch.images) and torch.equal(copy.cpu(), batch.images)
