@@ -186,3 +186,19 @@ def test_live_line():
     assert _shares(quota, ("a", "b", "c", "d")) == "55% of 11 kept (c: 0%)"
     assert _speed(200.0, 5e9, 4e12) == "200 drawn/s, 1 TFLOP/s, 25% of peak"
     assert _speed(200.0, 5e9, 0.0) == "200 drawn/s, 1 TFLOP/s"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+def test_recorded_waves_are_those_drawn_step_by_step(tiny_run, sampler):
+    """The first wave is drawn as it is, the second is recorded, the others are replayed with other names."""
+    settings = tiny_run.config.generate.model_copy(
+        update={"sampler": sampler, "steps": 6, "guidance": 1.0, "guidance_interval": (0.2, 0.7), "cache_interval": 2}
+    )
+    generator = build_generator(tiny_run, settings, seed=3)
+    generator.prepare()
+    quota = Quota(np.full(10, 100), 10.0, keep_ood=True)  # every image is handed on
+    for start in range(0, 32, 8):
+        labels, indices = np.arange(start, start + 8) % 10, np.arange(start, start + 8)
+        expected = generator.draw(*(torch.from_numpy(names).cuda() for names in (labels, indices)))
+        assert np.array_equal(generator.wave(labels, indices, quota).images, expected.cpu().numpy())
