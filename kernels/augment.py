@@ -62,7 +62,9 @@ def reference_augment(
     if pad:
         x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1, pad, black)
     if flip:
-        x = torch.where((u[:, 6] <= 0.5).view(-1, 1, 1, 1), x.flip(2), x)
+        kept = len(x) * (u[:, 6] > 0.5)
+        both = torch.cat([x.flip(2), x])  # whole images are taken from these: half the time of torch.where on bytes
+        x = both.index_select(0, torch.arange(len(x), device=x.device) + kept)
     x = x.contiguous()
     x = normalise(x) if x.dtype == torch.uint8 else x.permute(0, 3, 1, 2)
     if jitter:
