@@ -5,14 +5,28 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted, shard
+from ffcv_writers import (
+    ClassBalanced,
+    Loader,
+    Natural,
+    Order,
+    Ratio,
+    Weighted,
+    open_set,
+    shard,
+    suffix,
+    write,
+)
+from ffcv_writers.sources import open_source
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.array)
 
@@ -139,7 +153,8 @@ def test_a_finite_row_is_dealt_out_once(size: int, batch_size: int, world: int) 
 
 
 def imagenet_lt_counts() -> np.ndarray:
-    """1000 class sizes from 1280 down to 5, falling off exponentially and faster at first, 115,846 in all."""
+    """1000 class sizes from 1280 down to 5, 115,846 in all, as ImageNet-LT has them (Liu et al. 2019). Its list gives
+    each class's own size; these fall off exponentially and faster at first, with the same sum and ends."""
     place = np.arange(1000) / 999
     low, high = 0.1, 3.0
     while high - low > 1e-12:
@@ -210,3 +225,43 @@ def test_orders_refuse() -> None:
         next(Ratio(np.arange(3) > 1, 2, 1).steps(0, 4, 0, 1))
     with pytest.raises(ValueError, match="rank 2 of 2"):
         next(Natural(3).steps(0, 4, 0, 1, rank=2, world=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_imagenet_lt_from_list_to_batches_at_its_size(tmp_path: Path) -> None:
+    """115,846 lines, so many images in a file, every one of them drawn: in memory some hundred bytes each."""
+    counts = imagenet_lt_counts()
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(1000), counts))
+    lines = (f"train/n{label:08}/n{label:08}_{number}.JPEG {label}\n" for number, label in enumerate(labels))
+    (tmp_path / "ImageNet_LT_train.txt").write_text("".join(lines))
+    tracemalloc.start()
+    source = open_source(tmp_path / "ImageNet_LT_train.txt")
+    listed, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(source.labels, labels)
+    np.testing.assert_array_equal(np.bincount(source.labels), counts)
+    assert source.samples.name(115_845).endswith(f"n{labels[-1]:08}_115845.JPEG, ImageNet_LT_train.txt:115846")
+    assert listed < 450 * 115_846  # two strings: the path, and how messages call it
+
+    class Made:
+        def __len__(self) -> int:
+            return 115_846
+
+        def __getitem__(self, number: int, /) -> np.ndarray:
+            return np.full((2, 2, 1), number % 251, np.uint8)
+
+    names = np.arange(115_846)
+    write(tmp_path / f"set{suffix()}", Made(), labels=labels, synthetic=0 * names, index=names)
+    tracemalloc.start()
+    image_set = open_set([tmp_path / f"set{suffix()}"])
+    opened, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert opened < 100 * 115_846
+    np.testing.assert_array_equal(image_set.labels, labels)
+    loader, order = Loader(image_set, 512, resident=True), ClassBalanced(image_set.labels)
+    drawn = np.zeros(1000, int)
+    for batch in loader.batches(order.epoch(3, 7)):
+        assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.sample % 251)
+        drawn += np.bincount(batch.labels.numpy(), minlength=1000)
+    assert sorted(set(drawn)) == [115, 116] and (drawn == 116).sum() == 846
