@@ -22,6 +22,7 @@ from diffult.errors import UserError
 from diffult.files import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
+_NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: these may be deleted, as may a stage's folders
 
 Stage = Literal["extractor", "diffusion", "synthetic", "betons", "classifier", "report"]
 
@@ -138,8 +139,7 @@ class RunDir:
         note: dict[str, Any] = {"config": self.config.hash}
         yield note
         note["seconds"] = round(time.perf_counter() - begun, 2)
-        # What nothing reads any more may be deleted: pictures are for the eye alone, and the stage's work is done.
-        files = {f.name for f in self.folder(stage).iterdir() if f.suffix not in (".tmp", ".damaged", ".png")}
+        files = {f.name for f in self.folder(stage).iterdir() if f.is_file() and f.suffix not in _NOT_NEEDED}
         note["files"] = sorted(name for name in files if not name.endswith("state.pt"))
         write_json(self.folder(stage) / "done.json", note)
         log.info("%s: finished in %.0f s", stage, note["seconds"])

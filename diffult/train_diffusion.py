@@ -21,6 +21,7 @@ from diffult.data import Data, load_data
 from diffult.device import peak_flops, pick_device
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.distributed import ALONE, World, join
+from diffult.events import Events
 from diffult.files import save_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
@@ -33,19 +34,28 @@ _STAGE = 2  # its number among the seeds
 log = logging.getLogger(__name__)
 
 
-def train_diffusion(run: RunDir, data: Data, extractor: Extractor, world: World = ALONE) -> None:
+def train_diffusion(
+    run: RunDir, data: Data, extractor: Extractor, world: World = ALONE, tensorboard: bool = False
+) -> None:
     """Trains the diffusion model on the long-tailed set.
 
     Args:
         extractor: phi0, which L_AID needs.
         world: the processes that share the batch; every one of them calls this.
+        tensorboard: also write diffusion/tensorboard, event files of what metrics.jsonl holds.
+
+    Raises:
+        UserError: `tensorboard` without that package, or what `train_loop` raises.
     """
     with run.stage("diffusion", world) as note:
         if note is not None:
-            _train(run, data, extractor, world, note)
+            events = Events(run.folder("diffusion") / "tensorboard") if tensorboard and world.first else None
+            _train(run, data, extractor, world, note, [events] if events else [])
 
 
-def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any]) -> None:
+def _train(
+    run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any], watchers: list[Watcher]
+) -> None:
     config, folder = run.config.diffusion, run.folder("diffusion")
     pace = Pace()
     trainer = build_trainer(run, data, extractor, world, pace)
@@ -63,7 +73,7 @@ def _train(run: RunDir, data: Data, extractor: Extractor, world: World, note: di
     )  # fmt: skip
     go_back = config.on_divergence == "go_back"
     preview = Preview(run, trainer, extractor, data.train.classes) if world.first else None
-    watchers: list[Watcher] = [preview] if preview else []
+    watchers = [*watchers, preview] if preview else watchers
     train_loop(job, batches, trainer.step, {"optimizer": trainer.optimizer}, pace if go_back else None, watchers)
     info = {
         "config": run.config.hash,
@@ -118,6 +128,9 @@ def command(
     preset: PresetOption = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell steps, time and memory, and stop.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write event files, to RUN/diffusion/tensorboard.")
+    ] = False,
 ) -> None:
     """Train the class-conditional diffusion model on the long-tailed set. Needs the extractor stage.
 
@@ -127,7 +140,10 @@ def command(
     run_dir = RunDir.open(run, preset, set_)
     data = load_data(run_dir.config.data)
     extractor = load_extractor(run_dir, pick_device())
-    (tell_cost if dry_run else train_diffusion)(run_dir, data, extractor, world)
+    if dry_run:
+        tell_cost(run_dir, data, extractor, world)
+    else:
+        train_diffusion(run_dir, data, extractor, world, tensorboard)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A finished run at a tiny size, made once for all tests that need one; Triton's interpreter where there is no GPU."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = RunDir.open(tmp_path_factory.mktemp("runs") / "tiny", "digits-lt", TINY)
     run_pipeline(run)
     return run
+
+
+@pytest.fixture
+def fresh(tiny_run, tmp_path) -> RunDir:
+    """The tiny run before its diffusion stage."""
+    shutil.copytree(tiny_run.path / "extractor", tmp_path / "run" / "extractor")
+    shutil.copy(tiny_run.path / "config.toml", tmp_path / "run")
+    return RunDir.open(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

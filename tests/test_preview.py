@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -19,14 +18,6 @@ from diffult.plots import sample_grid
 from diffult.preview import Preview
 from diffult.run_dir import RunDir
 from diffult.train_diffusion import train_diffusion
-
-
-@pytest.fixture
-def fresh(tiny_run, tmp_path) -> RunDir:
-    """The tiny run before its diffusion stage."""
-    shutil.copytree(tiny_run.path / "extractor", tmp_path / "run" / "extractor")
-    shutil.copy(tiny_run.path / "config.toml", tmp_path / "run")
-    return RunDir.open(tmp_path / "run")
 
 
 def train(run: RunDir, world: World = ALONE) -> None:
