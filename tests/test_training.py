@@ -208,3 +208,40 @@ def test_without_leave_to_go_back_a_diverged_loss_stops(tmp_path):
     with pytest.raises(UserError, match=r"the loss diverged by step 7 \(loss 11\)"):
         diverging(tmp_path, None, 11.0)
     assert torch.load(tmp_path / "s.pt", weights_only=True)["step"] == 6
+
+
+def test_a_loss_that_diverges_again_after_going_back_stops(tmp_path):
+    pace, steps = Pace(), []
+
+    def step(i, batch):
+        steps.append(i)
+        return {"loss": torch.tensor(math.nan if i >= 5 else 1.0)}
+
+    job = Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a")
+    with (
+        patch("diffult.training._WATCH_EVERY", 1),
+        pytest.raises(UserError, match=r"the loss diverged by step 6 .*last good checkpoint: .*s.pt"),
+    ):
+        train_loop(job, lambda start: iter(range(start, 9)), step, {"model": nn.Linear(1, 1)}, pace)
+    assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5] and pace.factor == 0.5
+
+
+def test_a_loss_that_diverges_before_any_checkpoint_stops(tmp_path):
+    job = Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a")
+    with pytest.raises(UserError, match="last good checkpoint: none"):
+        train_loop(job, lambda start: iter(range(start, 9)), lambda i, _: {"loss": torch.tensor(math.nan)}, {}, Pace())
+
+
+def test_a_share_of_the_batch_estimates_the_whole_term():
+    """With share 1/2 every second sample is taken: over both halves of a batch the mean is the whole batch's term."""
+    images, labels, positions = batch(16)
+    torch.manual_seed(0)
+    _, whole = diffusion_loss(cbdm=True, aid=True)
+    torch.manual_seed(0)  # the same extractor
+    _, half = diffusion_loss(cbdm=True, aid=True, cbdm_share=0.5, aid_share=0.5)
+    swapped = torch.arange(16) ^ 1  # the odd samples come where the even ones were
+    parts = [half(images[rows], labels[rows], positions[rows]) for rows in (torch.arange(16), swapped)]
+    expected = whole(images, labels, positions)
+    for name in ("cbdm", "aid"):
+        assert float(sum(part[name] for part in parts) / 2) == pytest.approx(float(expected[name]), rel=1e-5)
+        assert float(parts[0][name]) != pytest.approx(float(parts[1][name]), rel=1e-3)
