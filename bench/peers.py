@@ -36,7 +36,7 @@ class Peer(nn.Module):
 
     def in_layout(self, layout: torch.memory_format) -> Peer:
         """A copy whose weights and activations lie in this memory format."""
-        return Peer(copy.deepcopy(self.network).to(memory_format=layout), self.patch, layout)  # type: ignore[call-overload]
+        return Peer(copy.deepcopy(self.network).to(memory_format=layout), self.patch, layout)
 
 
 def build_peer(unet: UNet, image_size: int) -> Peer:
@@ -86,7 +86,8 @@ def build_peer(unet: UNet, image_size: int) -> Peer:
     if counts[0] != counts[1]:
         raise UserError(f"no peer: our network has {counts[0]} parameters, diffusers' {counts[1]}")
     weight = unet.head.weight
-    return Peer(network.to(weight.device, weight.dtype).train(unet.training), config.patch)
+    network = network.to(weight.device).train(unet.training)
+    return Peer(network if weight.dtype == torch.float32 else network.to(weight.dtype), config.patch)
 
 
 def _pairs(unet: UNet, network: Any, attends: list[bool]) -> Iterator[tuple[Any, Any]]:
@@ -100,7 +101,7 @@ def _pairs(unet: UNet, network: Any, attends: list[bool]) -> Iterator[tuple[Any,
         for i, resnet in enumerate(block.resnets):
             yield from _block_pairs(next(down), resnet, block.attentions[i] if attend else None)
         if block.downsamplers:
-            yield next(down).conv, block.downsamplers[0].conv  # type: ignore[union-attr]
+            yield next(down).conv, block.downsamplers[0].conv
     middle = network.mid_block
     yield from _block_pairs(unet.middle[0], middle.resnets[0], middle.attentions[0])
     yield from _block_pairs(unet.middle[1], middle.resnets[1], None)
@@ -108,7 +109,7 @@ def _pairs(unet: UNet, network: Any, attends: list[bool]) -> Iterator[tuple[Any,
         for i, resnet in enumerate(block.resnets):
             yield from _block_pairs(next(up), resnet, block.attentions[i] if attend else None)
         if block.upsamplers:
-            yield next(upsample).conv, block.upsamplers[0].conv  # type: ignore[union-attr]
+            yield next(upsample).conv, block.upsamplers[0].conv
     yield unet.tail_norm, network.conv_norm_out
     yield unet.tail, network.conv_out
 

@@ -10,10 +10,12 @@ variants run in turn, round after round; the median is told.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -21,17 +23,17 @@ from unittest.mock import patch
 import torch
 import typer
 
+from bench.cost import step_flops
 from bench.seeds import machine
 from diffult.artifacts import build_unet
 from diffult.capture import Captured
 from diffult.cli import main
 from diffult.config import Config, load_preset
 from diffult.device import compute_dtype, peak_flops, pick_device
-from diffult.diffusion.objective import DiffusionLoss
+from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
-from diffult.models.cost import forward_flops
 from diffult.models.resnet import build_classifier
 from kernels import dispatch
 from kernels.adamw_ema import AdamWEma
@@ -50,7 +52,8 @@ def without(kernel: str | None) -> Iterator[None]:
 
 
 def build_step(config: Config, classes: int, device: torch.device) -> Callable[[], Any]:
-    """The step on one batch: forward, backward, AdamW and average; a CUDA graph where there is a card."""
+    """The step on one batch: forward, backward, AdamW and average; a CUDA graph where there is a card. Every
+    1/aid_steps-th call has L_AID."""
     settings, dtype = config.diffusion, compute_dtype(config.precision, device)
     model = build_unet(config, classes).to(device, dtype).train()
     optimizer = AdamWEma(model)
@@ -67,15 +70,16 @@ def build_step(config: Config, classes: int, device: torch.device) -> Callable[[
     labels, positions = torch.arange(size, device=device) % classes, torch.arange(size, device=device)
     rates = torch.tensor([settings.learning_rate, 0.99], dtype=torch.float64, device=device)
 
-    def step(positions: torch.Tensor) -> torch.Tensor:
+    def step(positions: torch.Tensor, with_aid: bool) -> torch.Tensor:
         optimizer.zero_grad()
-        value = loss(images, labels, positions)["loss"]
+        value = loss(images, labels, positions, with_aid)["loss"]
         value.backward()
         optimizer.step(rates[0], rates[1], settings.gradient_clip)
         return value.detach()
 
-    captured = Captured(step, device)
-    return lambda: captured(positions)
+    captured = {with_aid: Captured(partial(step, with_aid=with_aid), device) for with_aid in (False, True)}
+    number = itertools.count()
+    return lambda: captured[settings.aid and next(number) % stride(settings.aid_steps) == 0](positions)
 
 
 def seconds(call: Callable[[], torch.Tensor], steps: int) -> float:
@@ -103,11 +107,7 @@ def measure(config: Config, device: torch.device, steps: int, rounds: int) -> di
             with without(kernel):
                 times[kernel].append(seconds(built[kernel], steps))
     whole = median(times[None])
-    side = config.data.image_size
-    image = torch.empty(1, config.data.channels, side, side, device="meta")
-    label = torch.zeros(1, dtype=torch.int64, device="meta")
-    flops = 3 * config.diffusion.batch_size * forward_flops(build_unet(config, 10), [image, label, label])
-    flops *= 2 if config.diffusion.cbdm else 1
+    flops = sum(step_flops(config, 10).values())
     return {
         "seconds": whole,
         "images_per_s": config.diffusion.batch_size / whole,

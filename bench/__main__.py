@@ -1,0 +1,98 @@
+"""The suite: every race of `bench.cases` and `bench.cases_data`, in one run, beside the machine's ceilings.
+
+    python -m bench --quick                # minutes on two cores: small networks, nothing compiled
+    python -m bench                        # also torch.compile of each, more rounds
+    python -m bench --only "training step" --only writer
+
+Prints a table of ratios and writes bench/results/CARD-DATE.json: machine, versions, ceilings, and every round's times.
+`python -m bench.compare` tells regressions between two such files, `python -m bench.report` makes the README's tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import json
+import logging
+import os
+import re
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench import cases, cases_data  # noqa: F401  (enter their races)
+from bench.ceilings import Ceilings, measure
+from bench.race import RACES, row, run_race
+from bench.seeds import machine
+from bench.tables import suite_table
+from diffult.cli import main
+from diffult.device import compute_dtype, pick_device
+from diffult.errors import UserError
+from diffult.files import write_json
+
+PACKAGES = ("torch", "triton", "diffusers", "ffcv", "xformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter here and are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def run_suite(names: list[str], device: torch.device, ceilings: Ceilings, quick: bool) -> list[dict[str, Any]]:
+    """One row for each race by name, in order."""
+    rows = []
+    for name in names:
+        begun = time.perf_counter()
+        torch._dynamo.reset()
+        with TemporaryDirectory() as folder:
+            work = RACES[name].work(Path(folder))
+            rounds, turn_s = (5, 0.1) if quick else (15, 0.5)
+            results = run_race(work, device, rounds, turn_s, compiled=not quick)
+            rows.append(row(RACES[name], work, results, ceilings))
+        print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    return rows
+
+
+def command(
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, nothing compiled: minutes on two cores.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only the race of this name. Repeatable.")] = None,
+    note: Annotated[str, typer.Option(help="What else ran on the machine, for the results file.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
+) -> None:
+    """Race this code against its best peers and write a results file."""
+    names = only or list(RACES)
+    if unknown := [name for name in names if name not in RACES]:
+        raise UserError(f"--only {unknown[0]!r}: no such race; there are {', '.join(map(repr, RACES))}")
+    logging.disable(logging.WARNING)  # the stages' own lines
+    begun, device = time.perf_counter(), pick_device()
+    load = os.getloadavg()
+    with contextlib.redirect_stderr(io.StringIO()):
+        ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
+    rows = run_suite(names, device, ceilings, quick)
+    today, about = datetime.date.today().isoformat(), machine()
+    content = {
+        "command": "python -m bench" + " --quick" * quick + "".join(f" --only {name!r}" for name in only or []),
+        "date": today, "machine": about, "versions": versions(), "threads": torch.get_num_threads(),
+        "load_average": load, "note": note, "seconds": round(time.perf_counter() - begun, 1),
+        "ceilings": ceilings.row(), "rows": rows,
+    }  # fmt: skip
+    card = re.sub(r"[^A-Za-z0-9.]+", "-", about["device"]).strip("-")
+    file = out / f"{card}-{today}.json"
+    write_json(file, content)
+    print(suite_table(content))
+    print(json.dumps({"results": str(file), "seconds": content["seconds"]}))
+
+
+if __name__ == "__main__":
+    main(command)

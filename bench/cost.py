@@ -1,0 +1,214 @@
+"""What a preset costs: operations counted on the networks themselves, time and money from them and a measured rate.
+
+    python -m bench.cost --price 3.0                          # with an assumed share of an H100's peak
+    python -m bench.cost --rates bench/results/CARD-DATE.json # with the rates that `python -m bench` measured
+
+Time is operations / rate. Training on n cards adds the exchange of gradients, not overlapped, and uses no more cards
+than leave each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders
+keep off the path, and starting up.
+
+The model is checked against the runs of bench/results/seeds-*.json: each preset's stages are predicted with rates taken
+from the runs of the other presets alone, and stand beside what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from diffult.artifacts import build_unet
+from diffult.cli import duration, main
+from diffult.config import Config, TrainingConfig, load_preset
+from diffult.data.profiles import class_counts
+from diffult.diffusion.objective import stride
+from diffult.errors import UserError
+from diffult.files import read_json, write_json
+from diffult.models.cost import forward_flops, parameters
+from diffult.models.resnet import build_classifier
+
+SETS = {"cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
+CARDS = (1, 8, 64)
+_LEAST = 8  # images of the batch that a card gets: below that it idles
+_NVLINK, _NETWORK = 450e9, 50e9  # bytes/s a card: an H100's NVLink one way, and 400 Gbit/s between hosts of eight
+# The published list gives ImageNet-LT's counts; without it: what imagenet-lt's 100 epochs over real and synthetic say.
+_IMAGENET_LT = 115_846
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of one device at each kind of work, and where they are from."""
+
+    train: float
+    sample: float
+    classify: float
+    source: str
+
+
+def _image(config: Config, side: int) -> torch.Tensor:
+    return torch.empty(1, config.data.channels, side, side, device="meta")
+
+
+def evaluation_flops(config: Config, classes: int) -> int:
+    """Of the UNet on one image."""
+    label = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.device("meta"):
+        unet = build_unet(config, classes)
+    return forward_flops(unet, [_image(config, config.data.image_size), label, label])
+
+
+def _classifier_flops(config: Config, part: TrainingConfig, classes: int) -> int:
+    with torch.device("meta"):
+        model = build_classifier(part.network, classes, config.data.channels, part.image_size)
+    return forward_flops(model, [_image(config, part.image_size)])
+
+
+def step_flops(config: Config, classes: int) -> dict[str, float]:
+    """Of a diffusion training step by term, as `diffult.diffusion.trainer` counts them: a backward pass is two
+    forwards, what is computed again to save memory is not counted, and L_AID is a mean over the steps."""
+    settings = config.diffusion
+    unet = 3.0 * settings.batch_size * evaluation_flops(config, classes)
+    flops = {"ddpm": unet}
+    if settings.cbdm:
+        flops["cbdm"] = unet / stride(settings.cbdm_share)
+    if settings.aid:
+        phi0 = 3.0 * settings.batch_size * _classifier_flops(config, config.extractor, classes)
+        flops["aid"] = phi0 / stride(settings.aid_share) / stride(settings.aid_steps)
+    return flops
+
+
+def synthetic_images(config: Config, classes: int) -> int:
+    """How many samples the preset asks for."""
+    if config.data.profile == "natural":
+        return config.classifier.steps * config.classifier.batch_size // 100 - _IMAGENET_LT
+    available = np.full(classes, config.data.n_max or 50_000 // classes)  # CIFAR's training split
+    return sum(max(0, config.generate.balance_to - count) for count in class_counts(config.data, available))
+
+
+def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
+    """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
+    extractor, classifier = config.extractor, config.classifier
+    recomputed = 4 / 3 if config.unet.recompute else 1.0
+    drawn = sum(1 + (config.generate.guidance > 0) for _ in range(config.generate.steps))
+    flops = {
+        "extractor": 3.0 * extractor.steps * extractor.batch_size * _classifier_flops(config, extractor, classes),
+        "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
+        "synthetic": candidates * drawn * evaluation_flops(config, classes),
+        "classifier": 3.0 * classifier.steps * classifier.batch_size * _classifier_flops(config, classifier, classes),
+    }
+    flops["classifier"] *= len(classifier.methods)
+    return flops
+
+
+def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_rate: float) -> dict[str, float]:
+    """Predicted seconds of each stage on so many cards; extractor and classifier train on one card, the classifier's
+    methods side by side where there are cards for them."""
+    flops = stage_flops(config, classes, synthetic_images(config, classes) / pass_rate)
+    busy = max(1, min(cards, config.diffusion.batch_size // _LEAST))
+    with torch.device("meta"):
+        gradient = 2 * parameters(build_unet(config, classes))  # bytes, in bfloat16
+    exchange = 2 * (busy - 1) / busy * gradient / (_NVLINK if busy <= 8 else _NETWORK)
+    side_by_side = min(cards, len(config.classifier.methods))
+    return {
+        "extractor": flops["extractor"] / rates.classify,
+        "diffusion": flops["diffusion"] / rates.train / busy + config.diffusion.steps * exchange,
+        "synthetic": flops["synthetic"] / rates.sample / cards,
+        "classifier": flops["classifier"] / rates.classify / side_by_side,
+    }
+
+
+def measured_rates(file: Path) -> Rates:
+    """The rates that a results file of `python -m bench` holds.
+
+    Raises:
+        UserError: a race that is needed is not in it.
+    """
+    rows = {row["race"]: row for row in read_json(file)["rows"]}
+
+    def rate(race: str) -> float:
+        if race not in rows:
+            raise UserError(f"{file}: holds no race {race!r}; run python -m bench without --only")
+        row = rows[race]
+        return row["contestants"][row["ours"]]["tflop_per_s"] * 1e12
+
+    return Rates(rate("training step"), rate("ancestral, guided, 1000 steps"), rate("classifier step"), file.name)
+
+
+def pass_rates(results: Path) -> list[float]:
+    """Share of the candidates that each measured run kept."""
+    runs = [run for file in sorted(results.glob("seeds-*.json")) for run in read_json(file)["runs"]]
+    return [run["generation"]["accepted"] / run["generation"]["drawn"] for run in runs]
+
+
+def check_runs(results: Path) -> list[dict[str, Any]]:
+    """Each measured run's stages: seconds measured, and predicted with the median rates of the other presets' runs."""
+    measured: list[tuple[str, int, str, float, float]] = []
+    for file in sorted(results.glob("seeds-*.json")):
+        preset = file.stem.removeprefix("seeds-")
+        words = read_json(file)["command"].split()
+        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        config = load_preset(preset, settings)
+        for run in read_json(file)["runs"]:
+            flops = stage_flops(config, 10, run["generation"]["drawn"])
+            measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in flops]
+    rows = []
+    for preset, seed, stage, flops, seconds in measured:
+        others = [f / s for p, _, other, f, s in measured if p != preset and other == stage]
+        if others:
+            predicted = flops / median(others)
+            row = {"preset": preset, "seed": seed, "stage": stage, "flops": flops, "measured_s": seconds}
+            rows.append(row | {"predicted_s": round(predicted, 1), "ratio": round(predicted / seconds, 2)})
+    return rows
+
+
+def predict(rates: Rates, pass_rate: float, price: float) -> list[dict[str, Any]]:
+    """Time and money of each preset in SETS on each number of cards."""
+    rows = []
+    for preset, classes in SETS.items():
+        config = load_preset(preset)
+        for cards in CARDS:
+            seconds = stage_seconds(config, classes, rates, cards, pass_rate)
+            hours = sum(seconds.values()) / 3600
+            row = {"preset": preset, "cards": cards, "hours": hours, "money": hours * cards * price}
+            rows.append(row | {f"{stage}_h": value / 3600 for stage, value in seconds.items()})
+    return rows
+
+
+def command(
+    rates: Annotated[Path | None, typer.Option(help="Results file of python -m bench on the card.")] = None,
+    peak: Annotated[float, typer.Option(min=0, help="Without --rates: the card's peak, TFLOP/s.")] = 989.0,
+    efficiency: Annotated[float, typer.Option(min=0, max=1, help="Without --rates: the share of it reached.")] = 0.3,
+    pass_rate: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of candidates kept; default: median of measured runs.")
+    ] = None,
+    price: Annotated[float, typer.Option(min=0, help="Of one card for an hour.")] = 3.0,
+    out: Annotated[Path, typer.Option(help="Folder of the results file, and of those read.")] = Path("bench/results"),
+) -> None:
+    """Predict time and money of the large presets, and hold the model against the runs that were measured."""
+    if rates is None:
+        flops = peak * 1e12 * efficiency
+        used = Rates(flops, flops, flops, f"assumed: {efficiency:.0%} of {peak:g} TFLOP/s")
+    else:
+        used = measured_rates(rates)
+    kept = pass_rates(out)
+    share = pass_rate or (median(kept) if kept else 0.5)
+    predicted, checked = predict(used, share, price), check_runs(out)
+    for row in predicted:
+        hours = duration(row["hours"] * 3600)
+        print(f"{row['preset']}, {row['cards']} cards: {hours}, {row['money']:,.0f} at {price:g} an hour and card")
+    content = {"rates": used.__dict__, "pass_rate": share, "price": price, "predicted": predicted, "checked": checked}
+    write_json(out / "cost.json", content)
+    ratios = [row["ratio"] for row in checked]
+    if ratios:
+        print(f"predicted / measured over {len(ratios)} stages of earlier runs: {min(ratios)} to {max(ratios)}")
+    print(json.dumps({"results": str(out / "cost.json")}))
+
+
+if __name__ == "__main__":
+    main(command)

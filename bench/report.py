@@ -1,0 +1,133 @@
+"""The README's tables and the roofline plot, out of results files: nothing is typed by hand.
+
+    python -m bench.report          # rewrites what stands between the markers in README.md, and docs/roofline.png
+
+A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
+(`bench.seeds`), `recipes` and `steps` (`bench.variants`), `loaders` (`bench.loaders`), `suite` (`python -m bench`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import typer
+
+from bench import seeds
+from bench.__main__ import markdown as suite
+from diffult.cli import main
+from diffult.errors import UserError
+from diffult.files import read_json, replacing, write_text
+
+_MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
+
+
+def _variants(results: dict[str, Any], title: str, key: str, unit: str) -> str:
+    lines = [
+        f"| | {title} | Fréchet distance, few | labelled right, few | accepted | top-1 | few |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in results["results"].items():
+        cells = [f"{mean(run[key] for run in runs):.0f}{unit}"]
+        cells += [f"{mean(run['frechet']['few'] for run in runs):.1f}"]
+        cells += [f"{mean(run['labelled']['few'] for run in runs):.0f} %"]
+        cells += [f"{mean(run['accepted'] for run in runs):.0f} %"]
+        cells += [f"{mean(run['validation']['diffult'][group] for run in runs):.1f}" for group in ("top1", "few")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def recipes(results: dict[str, Any]) -> str:
+    """Variants of training."""
+    return _variants(results, "training", "diffusion_seconds", " s")
+
+
+def steps(results: dict[str, Any]) -> str:
+    """Variants of generation."""
+    return _variants(results, "evaluations", "nfe", "")
+
+
+def loaders(results: dict[str, Any]) -> str:
+    """Epochs beside torch's DataLoader at its best."""
+    names = {
+        "small": "10,000 CIFAR-10 images (JPEG copy), padded crop and mirror",
+        "large": "400 ImageNet photographs, random resized crops of 224",
+    }
+    lines = ["| ready to train on | stored raw | stored as JPEG |", "|---|---|---|"]
+    for part, name in names.items():
+        rates = results[part]["rates"]
+        cells = [f"{rates[f'{kind}, ready to train on']['times_torch']:.1f} x" for kind in ("raw", "jpg")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "seeds": lambda results: seeds.markdown(results["summary"]),
+    "recipes": recipes,
+    "steps": steps,
+    "loaders": loaders,
+    "suite": suite,
+}
+
+
+def rewritten(text: str, results: Path) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        UserError: an unknown kind, or a results file that is not there.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, kind, name, _, end = found.groups()
+        if kind not in TABLES:
+            raise UserError(f"README.md: no kind of table {kind!r}; there are {', '.join(TABLES)}")
+        if not (results / name).exists():
+            raise UserError(f"README.md: {results / name} is not there; run the benchmark that writes it")
+        return f"{begin}{TABLES[kind](read_json(results / name))}\n{end}"
+
+    return _MARKED.sub(table, text)
+
+
+def roofline(results: dict[str, Any], file: Path) -> None:
+    """Races with known operations and bytes under the machine's measured roof (Williams et al. 2009). Bytes are those
+    of every operator's inputs and outputs: what is fused or cached stands higher than its place."""
+    roof = results["ceilings"]
+    compute, copy = max(roof["product"], roof["convolution"]), roof["copy"]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    intensity = np.logspace(-1, 4, 200)
+    axes.loglog(intensity, np.minimum(compute, copy * intensity) / 1e9, color="0.3", label="measured ceilings")
+    for told in results["rows"]:
+        if not (told.get("flops") and told.get("moved")):
+            continue
+        for name, contestant in told["contestants"].items():
+            marker = "o" if name.split(",")[0] == "ours" else "x"
+            where = told["flops"] / told["moved"], 1e3 * contestant["tflop_per_s"]
+            axes.plot(*where, marker, label=f"{told['race']}: {name}")
+    axes.set(xlabel="FLOP a byte", ylabel="GFLOP/s", title=results["machine"]["device"])
+    axes.legend(fontsize=7)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+
+
+def command(
+    readme: Annotated[Path, typer.Option(help="File with marked tables.")] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="Folder of the results files.")] = Path("bench/results"),
+    plot: Annotated[Path, typer.Option(help="The roofline plot.")] = Path("docs/roofline.png"),
+) -> None:
+    """Make the README's tables and the roofline plot out of the results files."""
+    text = readme.read_text()
+    write_text(readme, rewritten(text, results))
+    named = [name for _, kind, name, _, _ in _MARKED.findall(text) if kind == "suite"]
+    if named:
+        roofline(read_json(results / named[0]), plot)
+    print(f"wrote {readme}" + (f" and {plot}" if named else ""))
+
+
+if __name__ == "__main__":
+    main(command)
