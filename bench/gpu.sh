@@ -32,7 +32,11 @@ step() {
     [ -n "$SMOKE" ] && preset=digits-lt
     "$PY" -m bench.training_step --preset "$preset" ${SMOKE:+--steps 1 --rounds 1}
 }
-suite() { "$PY" -m bench ${SMOKE:+--quick --only adamw} --out "$OUT"; }
+suite() {
+    local only=()
+    [ -n "$SMOKE" ] && only=(--quick --only 'kernel adamw_ema')
+    "$PY" -m bench "${only[@]}" --out "$OUT"
+}
 cifar() {
     local settings=()
     if [ -n "$SMOKE" ]; then

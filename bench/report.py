@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from bench import seeds
-from bench.__main__ import markdown as suite
+from bench.tables import suite_table
 from diffult.cli import main
 from diffult.errors import UserError
 from diffult.files import read_json, replacing, write_text
@@ -71,7 +71,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipes": recipes,
     "steps": steps,
     "loaders": loaders,
-    "suite": suite,
+    "suite": suite_table,
 }
 
 

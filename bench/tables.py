@@ -7,6 +7,7 @@ from typing import Any
 from bench.race import best_rival, our_best, ratios
 
 Content = dict[str, Any]
+_SHARES = (("tflop_per_s", "TFLOP/s", "share_of_compute"), ("gb_per_s", "GB/s", "share_of_copy"))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -35,12 +36,10 @@ def suite_table(content: Content) -> str:
     for row in content["rows"]:
         contestants = row["contestants"]
         mine = contestants[our_best(contestants)]
-        share = next(
-            (f"{number(mine[rate])} {unit} ({mine[part]:.0%})"
-             for rate, unit, part in (("tflop_per_s", "TFLOP/s", "share_of_compute"), ("gb_per_s", "GB/s", "share_of_copy"))
-             if rate in mine),
-            "",
-        )  # fmt: skip
+        share = ""
+        for rate, unit, part in _SHARES:
+            if rate in mine:
+                share = f"{number(mine[rate])} {unit} ({mine[part]:.0%})"
         rival = best_rival(contestants)
         told = ratio_with_spread(ratios(contestants, rival, our_best(contestants))) if rival else ""
         lines.append([row["race"], number(mine["images_per_s"]), share, rival or "", told])

@@ -20,7 +20,7 @@ def test_every_step_runs_leaves_its_results_and_is_not_done_twice(tmp_path: Path
     environment.pop("TRITON_INTERPRET", None)
     first = subprocess.run([ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
-    steps = "setup tests tune kernels step suite cifar trace".split()
+    steps = ["setup", "tests", "tune", "kernels", "step", "suite", "cifar", "trace"]
     assert [line.removeprefix("== ") for line in first.stdout.splitlines() if line.startswith("== ")] == steps
     assert json.loads((tmp_path / "out/metrics.json").read_text())["ce"]["top1"] > 0
     assert (tmp_path / "out/trace.json.gz").stat().st_size > 1000
