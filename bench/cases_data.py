@@ -52,7 +52,7 @@ def random_images(count: int, side: int) -> np.ndarray:
 
 @race("generation end to end", "diffusers draws alone", "diffusers channels-last draws alone")
 def generation(folder: Path) -> Work:
-    """DDIM, 20 steps: ours draws, judges by an extractor and writes shards; the rivals draw as many and keep nothing."""
+    """DDIM, 20 steps: ours draws, judges by an extractor and writes shards; rivals draw as many and keep nothing."""
     config = sampler_config("generate.sampler='ddim'", "generate.steps=20", "generate.guidance=0.0")
     model = build_model(config)
     generator = build_generator(model, config.generate)
