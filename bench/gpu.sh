@@ -24,7 +24,7 @@ setup() { # torch, triton and numpy are the machine's own; what is missing comes
     "$PY" -m pip install -q --no-deps "${from[@]}" torchvision xformers ffcv || echo "without torchvision, xformers or ffcv"
     "$PY" -m diffult.doctor
 }
-tests() { "$PY" -m pytest -m gpu tests ${SMOKE:+-k wave} --benchmark-disable; }
+tests() { "$PY" -m pytest -m gpu tests; }
 tune() { [ -n "$SMOKE" ] || "$PY" -m bench.kernels --tune; }
 kernels() { [ -n "$SMOKE" ] || "$PY" -m bench.kernels; }
 step() {

@@ -1,0 +1,132 @@
+"""Growth: seconds and peak memory to write, load and generate 1, 10 and 100 times as many images.
+
+    python -m bench.growth
+
+Each size runs in a process of its own, whose memory is looked at every 20 ms: what it holds itself (Linux's RssAnon);
+pages of mapped files are the system's cache. Time should grow with the number of
+images, memory should not; the columns of a set (label, flag, index) do grow, by some bytes an image.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from bench.seeds import machine
+from diffult.cli import main
+from diffult.files import write_json
+
+_SIDE = 32
+FACTORS = (1, 10, 100)
+SIZES = {"write": 1000, "load": 1000, "generate": 64}  # images at factor 1
+
+
+class _Images:
+    """Images made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if i >= self.count:
+            raise IndexError
+        return np.full((_SIDE, _SIDE, 3), i % 256, np.uint8)
+
+
+def _write(count: int, file: Path) -> None:
+    from ffcv_writers import write
+
+    numbers = np.arange(count)
+    write(file, _Images(count), labels=numbers % 10, synthetic=0 * numbers, index=numbers)
+
+
+def _load(count: int, file: Path) -> None:
+    from ffcv_writers import Loader, Natural, open_set
+
+    loader = Loader(open_set([file]), 128, resident=False)
+    seen = 0
+    for draws in Natural(count).steps(0, 128, 0, -(-count // 128)):
+        for batch in loader.batches(*draws):
+            seen += len(batch.labels)
+    assert seen >= count
+
+
+def _generate(count: int, folder: Path) -> None:
+    from bench.cases import CLASSES, build_generator, build_model, sampler_config
+    from diffult.data.shards import ShardStore
+    from diffult.generate import fill
+    from diffult.longtail.quota import Quota
+
+    config = sampler_config("generate.steps=2", "diffusion.batch_size=64")
+    generator = build_generator(build_model(config), config.generate)
+    quotas = np.bincount(np.arange(count) % CLASSES, minlength=CLASSES)
+    fill(generator, ShardStore(folder, {}), Quota(quotas, 1.0), tuple(map(str, range(CLASSES))))
+
+
+def _own_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class _Peak(threading.Thread):
+    """The most memory that this process holds, in MB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.mb, self._end = _own_mb(), threading.Event()
+
+    def run(self) -> None:
+        while not self._end.wait(0.02):
+            self.mb = max(self.mb, _own_mb())
+
+    def stop(self) -> float:
+        self._end.set()
+        return max(self.mb, _own_mb())
+
+
+def child(work: str, count: int, folder: Path) -> dict[str, Any]:
+    """Does the work on `count` images here; seconds without imports, and this process's peak in MB."""
+    if work == "load":
+        _write(count, folder / "images.beton")
+    begun, peak = time.perf_counter(), _Peak()
+    peak.start()
+    {"write": _write, "load": _load, "generate": _generate}[work](count, folder / "images.beton")
+    seconds = time.perf_counter() - begun
+    return {"images": count, "seconds": round(seconds, 3), "peak_mb": round(peak.stop(), 1)}
+
+
+def command(
+    only: Annotated[str | None, typer.Option(help="WORK:IMAGES: this alone, in this process, as JSON.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
+) -> None:
+    """Measure how time and memory grow with the number of images."""
+    if only is not None:
+        work, _, count = only.partition(":")
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(child(work, int(count), Path(folder))))
+        return
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for work, size in SIZES.items():
+        rows[work] = []
+        for factor in FACTORS:
+            typed = [sys.executable, "-m", "bench.growth", "--only", f"{work}:{size * factor}"]
+            told = subprocess.run(typed, check=True, capture_output=True, text=True).stdout
+            rows[work].append(json.loads(told.splitlines()[-1]))
+            print(f"{work}: {rows[work][-1]}")
+    write_json(out / "growth.json", {"command": "python -m bench.growth", "machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main(command)
