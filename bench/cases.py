@@ -49,7 +49,7 @@ def sampler_config(*overrides: str) -> Config:
     minutes."""
     if pick_device().type == "cuda":
         return model_config(*overrides)
-    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=8", *overrides])
+    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=8", "generate.spacing=time", *overrides])
 
 
 @dataclass
