@@ -193,7 +193,7 @@ def _bundled_run(path: Path) -> None:
 
 def command(
     run: Annotated[Path | None, typer.Option(help="Run directory; without it the bundled digits-lt run.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M), 10 steps equal in log-SNR, no guidance.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M), 10 steps, no guidance.")] = False,
     balance_to: Annotated[int | None, typer.Option(min=0, help="Fill every class up to N images.")] = None,
     per_class: Annotated[int | None, typer.Option(min=0, help="N samples for every class.")] = None,
     counts_file: Annotated[
