@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import io
 import json
 import logging
 import os
@@ -74,12 +73,14 @@ def command(
     names = only or list(RACES)
     if unknown := [name for name in names if name not in RACES]:
         raise UserError(f"--only {unknown[0]!r}: no such race; there are {', '.join(map(repr, RACES))}")
-    logging.disable(logging.WARNING)  # the stages' own lines
     begun, device = time.perf_counter(), pick_device()
     load = os.getloadavg()
-    with contextlib.redirect_stderr(io.StringIO()):
-        ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
-    rows = run_suite(names, device, ceilings, quick)
+    ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
+    logging.disable(logging.WARNING)  # the stages' own lines
+    try:
+        rows = run_suite(names, device, ceilings, quick)
+    finally:
+        logging.disable(logging.NOTSET)
     today, about = datetime.date.today().isoformat(), machine()
     content = {
         "command": "python -m bench" + " --quick" * quick + "".join(f" --only {name!r}" for name in only or []),
