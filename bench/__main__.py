@@ -50,9 +50,10 @@ def versions() -> dict[str, str]:
 
 def run_suite(names: list[str], device: torch.device, ceilings: Ceilings, quick: bool) -> list[dict[str, Any]]:
     """One row for each race by name, in order."""
-    rows = []
+    rows, threads = [], torch.get_num_threads()
     for name in names:
         begun = time.perf_counter()
+        torch.set_num_threads(threads)  # ffcv sets it to 1
         torch._dynamo.reset()
         with TemporaryDirectory() as folder:
             work = RACES[name].work(Path(folder))
@@ -73,7 +74,7 @@ def command(
     names = only or list(RACES)
     if unknown := [name for name in names if name not in RACES]:
         raise UserError(f"--only {unknown[0]!r}: no such race; there are {', '.join(map(repr, RACES))}")
-    begun, device = time.perf_counter(), pick_device()
+    begun, device, threads = time.perf_counter(), pick_device(), torch.get_num_threads()
     load = os.getloadavg()
     ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
     logging.disable(logging.WARNING)  # the stages' own lines
@@ -84,7 +85,7 @@ def command(
     today, about = datetime.date.today().isoformat(), machine()
     content = {
         "command": "python -m bench" + " --quick" * quick + "".join(f" --only {name!r}" for name in only or []),
-        "date": today, "machine": about, "versions": versions(), "threads": torch.get_num_threads(),
+        "date": today, "machine": about, "versions": versions(), "threads": threads,
         "load_average": load, "note": note, "seconds": round(time.perf_counter() - begun, 1),
         "ceilings": ceilings.row(), "rows": rows,
     }  # fmt: skip

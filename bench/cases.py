@@ -49,7 +49,7 @@ def sampler_config(*overrides: str) -> Config:
     minutes."""
     if pick_device().type == "cuda":
         return model_config(*overrides)
-    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=8", "generate.spacing=time", *overrides])
+    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=16", "generate.spacing=time", *overrides])
 
 
 @dataclass
@@ -174,7 +174,7 @@ def all_terms(folder: Path) -> Work:
     return Work({name: pair(step) for name, step in steps.items()}, 2 * config.diffusion.batch_size, flops)
 
 
-def build_generator(model: Model, settings: GenerateConfig) -> Generator:
+def build_generator(model: Model, settings: GenerateConfig, compiled: bool = False) -> Generator:
     """Draws from `model`; its extractor is fresh and accepts everything."""
     config, part = model.config, model.config.extractor
     phi0 = build_classifier(part.network, CLASSES, config.data.channels, part.image_size).eval().requires_grad_(False)
@@ -192,38 +192,52 @@ def build_generator(model: Model, settings: GenerateConfig) -> Generator:
         seed=0,
         dtype=model.dtype,
         device=model.device,
+        compiled=compiled,
     )
 
 
-def _draws(model: Model, settings: GenerateConfig) -> dict[str, Call]:
+def _draws(model: Model, settings: GenerateConfig, compiled: bool = False) -> dict[str, Call]:
     """One batch by our engine and by diffusers' loop from the same noise, uint8 [B, H, W, C]."""
-    generator = build_generator(model, settings)
+    generator = build_generator(model, settings, compiled)
     labels = model.inputs[2]
     indices = torch.arange(len(labels), device=model.device)
     noise = normal(generator.seed, labels, indices, torch.zeros_like(labels), generator.shape)
     drawn = Captured(generator.draw, model.device)
 
-    def theirs(peer: peers.Peer) -> Call:
+    def theirs(peer: Any) -> Call:
         return lambda: peers.sample(
             peer, model.config.diffusion, generator.schedule, settings.sampler, settings.steps, noise, labels,
             settings.guidance, CLASSES,
         )  # fmt: skip
 
-    return {"ours": lambda: drawn(labels, indices), **{name: theirs(peer) for name, peer in model.peers.items()}}
+    networks = {name: _compiled(peer) if compiled else peer for name, peer in model.peers.items()}
+    return {"ours": lambda: drawn(labels, indices), **{name: theirs(peer) for name, peer in networks.items()}}
+
+
+def _sampler_race(sampler: str, steps: int) -> Work:
+    """A batch from noise to images without guidance; outputs are held against each other."""
+    config = sampler_config(f"generate.sampler={sampler!r}", f"generate.steps={steps}", "generate.guidance=0.0")
+    model = build_model(config)
+    run = _draws(model, config.generate)
+    outputs = [torch.as_tensor(call()) for call in run.values()]
+    allowed = 1 if model.dtype == torch.float32 else 24  # grey levels: in bfloat16 roundings grow over the steps
+    equal = [same(sampler, outputs[0], out, allowed) for out in outputs[1:]][-1]
+    flops = steps * model.size * forward_flops(model.unet, model.inputs)
+    work = Work(run, model.size, flops, equal=equal + " (levels of 255)")
+    work.compilable = {name: lambda name=name: _draws(model, config.generate, compiled=True)[name] for name in run}
+    return work
 
 
 @race("DDIM, 20 steps", *peers.LAYOUTS)
 def ddim(folder: Path) -> Work:
     """A batch of images from noise to uint8 with 20 evaluations each."""
-    config = sampler_config("generate.sampler='ddim'", "generate.steps=20", "generate.guidance=0.0")
-    model = build_model(config)
-    run = _draws(model, config.generate)
-    outputs = [torch.as_tensor(call()) for call in run.values()]
-    allowed = 1 if model.dtype == torch.float32 else 24  # grey levels: in bfloat16 roundings grow over the steps
-    equal = [same("DDIM", outputs[0], out, allowed) for out in outputs[1:]][-1]
-    return Work(
-        run, model.size, 20 * model.size * forward_flops(model.unet, model.inputs), equal=equal + " (levels of 255)"
-    )
+    return _sampler_race("ddim", 20)
+
+
+@race("DPM-Solver++(2M), 10 steps", *peers.LAYOUTS)
+def dpm_solver(folder: Path) -> Work:
+    """A batch of images from noise to uint8 with 10 evaluations each."""
+    return _sampler_race("dpm++", 10)
 
 
 ANCESTRAL_STEPS = 8

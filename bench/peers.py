@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffult.config import DiffusionConfig
 from diffult.device import autocast
+from diffult.diffusion.samplers import timestep_grid
 from diffult.diffusion.schedule import Schedule
 from diffult.errors import UserError
 from diffult.models.unet import ResBlock, UNet
@@ -195,16 +196,23 @@ def sample(
     peer: nn.Module, config: DiffusionConfig, schedule: Schedule, name: str, steps: int, x: Tensor, labels: Tensor,
     guidance: float = 0.0, null_label: int = 0,
 ) -> Tensor:  # fmt: skip
-    """diffusers' sampling loop, from noise x [B, C, H, W] to uint8 [B, H, W, C]; `name` is "ddim" or "ddpm"."""
+    """diffusers' sampling loop, from noise x [B, C, H, W] to uint8 [B, H, W, C]; `name` as in generate.sampler."""
     import diffusers
 
-    shared = _process(config, schedule) | {"clip_sample": True, "timestep_spacing": "trailing"}
+    shared = _process(config, schedule) | {"timestep_spacing": "trailing"}
+    more: dict[str, Any] = {}
     if name == "ddim":
-        scheduler: Any = diffusers.DDIMScheduler(set_alpha_to_one=True, **shared)
-        more: dict[str, Any] = {"use_clipped_model_output": True}
+        scheduler: Any = diffusers.DDIMScheduler(set_alpha_to_one=True, clip_sample=True, **shared)
+        more["use_clipped_model_output"] = True
+    elif name == "ddpm":
+        scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True, **shared)
     else:
-        scheduler, more = diffusers.DDPMScheduler(variance_type="fixed_large", **shared), {}
-    scheduler.set_timesteps(steps, device=x.device)
+        scheduler = diffusers.DPMSolverMultistepScheduler(thresholding=True, final_sigmas_type="zero", **shared)
+        scheduler._threshold_sample = lambda x0: x0.clamp(-1, 1)  # its own sorts all pixels to the same end
+    if name == "dpm++":  # its own grid leaves out the noisiest timesteps of the cosine schedule
+        scheduler.set_timesteps(timesteps=timestep_grid(schedule.timesteps, steps), device=x.device)
+    else:
+        scheduler.set_timesteps(steps, device=x.device)
     dtype = next(peer.parameters()).dtype
     for t in scheduler.timesteps:
         if guidance:

@@ -1,9 +1,10 @@
-"""The README's tables and the roofline plot, out of results files: nothing is typed by hand.
+"""The tables of README.md and docs/benchmarks.md and the roofline plot, out of results files: nothing is typed by hand.
 
-    python -m bench.report          # rewrites what stands between the markers in README.md, and docs/roofline.png
+    python -m bench.report          # rewrites what stands between the markers, and docs/roofline.png
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
-(`bench.seeds`), `recipes` and `steps` (`bench.variants`), `loaders` (`bench.loaders`), `suite` (`python -m bench`).
+(`bench.seeds`), `recipes` and `steps` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`, `ceilings` and
+`machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import typer
 
-from bench import seeds
-from bench.tables import suite_table
+from bench import seeds, tables
 from diffult.cli import main
 from diffult.errors import UserError
 from diffult.files import read_json, replacing, write_text
 
+PAGES = (Path("README.md"), Path("docs/benchmarks.md"))
 _MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
 
 
@@ -71,7 +72,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipes": recipes,
     "steps": steps,
     "loaders": loaders,
-    "suite": suite_table,
+    "suite": tables.suite_table,
+    "rivals": tables.rivals_table,
+    "ceilings": tables.ceilings_table,
+    "machine": tables.machine_line,
+    "cost": tables.cost_table,
+    "check": tables.check_table,
+    "growth": tables.growth_table,
 }
 
 
@@ -85,9 +92,9 @@ def rewritten(text: str, results: Path) -> str:
     def table(found: re.Match[str]) -> str:
         begin, kind, name, _, end = found.groups()
         if kind not in TABLES:
-            raise UserError(f"README.md: no kind of table {kind!r}; there are {', '.join(TABLES)}")
+            raise UserError(f"bench:{kind} {name}: no such kind of table; there are {', '.join(TABLES)}")
         if not (results / name).exists():
-            raise UserError(f"README.md: {results / name} is not there; run the benchmark that writes it")
+            raise UserError(f"bench:{kind} {name}: {results / name} is not there; run the benchmark that writes it")
         return f"{begin}{TABLES[kind](read_json(results / name))}\n{end}"
 
     return _MARKED.sub(table, text)
@@ -116,17 +123,18 @@ def roofline(results: dict[str, Any], file: Path) -> None:
 
 
 def command(
-    readme: Annotated[Path, typer.Option(help="File with marked tables.")] = Path("README.md"),
+    pages: Annotated[list[Path] | None, typer.Argument(help="Files with marked tables.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the results files.")] = Path("bench/results"),
     plot: Annotated[Path, typer.Option(help="The roofline plot.")] = Path("docs/roofline.png"),
 ) -> None:
-    """Make the README's tables and the roofline plot out of the results files."""
-    text = readme.read_text()
-    write_text(readme, rewritten(text, results))
-    named = [name for _, kind, name, _, _ in _MARKED.findall(text) if kind == "suite"]
-    if named:
-        roofline(read_json(results / named[0]), plot)
-    print(f"wrote {readme}" + (f" and {plot}" if named else ""))
+    """Make the tables of README.md and docs/benchmarks.md and the roofline plot out of the results files."""
+    for page in pages or PAGES:
+        text = page.read_text()
+        write_text(page, rewritten(text, results))
+        for _, kind, name, _, _ in _MARKED.findall(text):
+            if kind == "machine":
+                roofline(read_json(results / name), plot)
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":
