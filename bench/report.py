@@ -3,8 +3,8 @@
     python -m bench.report          # rewrites what stands between the markers, and docs/roofline.png
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
-(`bench.seeds`), `recipes` and `steps` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`, `ceilings` and
-`machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
+(`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`,
+`ceilings` and `machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median, stdev
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -53,6 +53,21 @@ def steps(results: dict[str, Any]) -> str:
     return _variants(results, "evaluations", "nfe", "")
 
 
+def protocols(results: dict[str, Any]) -> str:
+    """Ways to draw from the same models beside the first of them; mean ± deviation over the seeds, on the validation
+    images."""
+    lines = ["| | evaluations | images/s, ours to it | accepted | top-1 | few |", "|---|---|---|---|---|---|"]
+    ours = next(iter(results["results"].values()))
+    for name, runs in results["results"].items():
+        ratio = median(a["images_per_s"] / b["images_per_s"] for a, b in zip(ours, runs, strict=False))
+        cells = [f"{runs[0]['nfe']}", f"{ratio:.0f} x", f"{mean(run['accepted'] for run in runs):.0f} %"]
+        for group in ("top1", "few"):
+            values = [run["validation"]["diffult"][group] for run in runs]
+            cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def loaders(results: dict[str, Any]) -> str:
     """Epochs beside torch's DataLoader at its best."""
     names = {
@@ -71,6 +86,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "seeds": lambda results: seeds.markdown(results["summary"]),
     "recipes": recipes,
     "steps": steps,
+    "protocols": protocols,
     "loaders": loaders,
     "suite": tables.suite_table,
     "rivals": tables.rivals_table,

@@ -70,6 +70,8 @@ def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, p
             (losses["loss"] / config.accumulate).backward()
             names = tuple(losses)
             values = values + torch.stack([value.detach() for value in losses.values()]) / config.accumulate
+        # All gradients are one tensor: one exchange, outside autograd, so that accumulation and the graph stay whole.
+        # DistributedDataParallel would overlap it with the backward pass, at the price of hooks in the graph.
         world.average_(optimizer.grad)
         world.average_(values)
         norm = optimizer.step(rates[0], rates[1], config.gradient_clip)
