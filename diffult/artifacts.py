@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from diffult.config import Config, TrainingConfig
+from diffult.diffusion import posthoc_ema
 from diffult.files import load_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.methods import Method
@@ -30,14 +31,23 @@ def load_extractor(run: RunDir, device: torch.device) -> Extractor:
     return Extractor(network, run.config.extractor.image_size, ClassStatistics(**statistics).to(device))
 
 
-def load_diffusion(run: RunDir, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
+def load_diffusion(
+    run: RunDir, device: torch.device, dtype: torch.dtype = torch.float32, ema_length: float | None = None
+) -> UNet:
     """The averaged UNet in evaluation mode, computing in `dtype`.
 
+    Args:
+        ema_length: see `GenerateConfig`; None: the run's own.
+
     Raises:
-        UserError: the stage is not finished or the file is damaged.
+        UserError: the stage is not finished or a file is missing or damaged.
     """
     run.require("diffusion", "train_diffusion")
-    weights, info = load_tensors(run.folder("diffusion") / "ema.safetensors")
+    folder, config = run.folder("diffusion"), run.config.diffusion
+    weights, info = load_tensors(folder / "ema.safetensors")
+    if length := run.config.generate.ema_length if ema_length is None else ema_length:
+        steps = posthoc_ema.snapshot_steps(config.steps, config.ema_snapshots)
+        weights |= posthoc_ema.average(folder / "snapshots", steps, length)
     model = build_unet(run.config, int(info["num_classes"]))
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device, dtype)

@@ -83,6 +83,8 @@ class DiffusionConfig(Section):
     cosine_decay: bool = False  # the rate falls to 0 along half a cosine; constant otherwise
     gradient_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
+    # Times at which two more averages are written, from which generate.ema_length makes any other; 0: none.
+    ema_snapshots: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
     # A loss that is no number or ten times what it was: stop, or go back to the last checkpoint once, at half the rate.
     on_divergence: Literal["stop", "go_back"] = "stop"
@@ -104,6 +106,9 @@ class GenerateConfig(Section):
     threshold: float = Field(0.0, ge=0, le=1)
     # The whole network runs at every n-th step, between them its first level alone (DeepCache, Ma et al. 2024).
     cache_interval: int = Field(1, ge=1)
+    # Of the average whose weights draw: the standard deviation of a power-function average's profile as a share of the
+    # training (Karras et al. 2024), 0.02 to 0.3; 0: the exponential average of diffusion.ema.
+    ema_length: float = Field(0.0, ge=0, le=0.3)
     batch_size: int = Field(64, ge=1)
     # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
     # the extractor, its logits adjusted for class frequency, takes for another class.
@@ -115,6 +120,8 @@ class GenerateConfig(Section):
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval = [{low}, {high}] is not two rising numbers in 0..1")
+        if 0 < self.ema_length < 0.02:
+            raise ValueError(f"ema_length = {self.ema_length} is neither 0 nor in 0.02..0.3")
         return self
 
     def plan(self, schedule: Schedule) -> list[Step]:
@@ -205,6 +212,8 @@ class Config(Section):
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
         if self.generate.guidance and not self.diffusion.label_dropout:
             raise ValueError("generate.guidance needs diffusion.label_dropout > 0: the model knows no 'no class' else")
+        if self.generate.ema_length and not self.diffusion.ema_snapshots:
+            raise ValueError("generate.ema_length needs diffusion.ema_snapshots, such as 20: there is one average else")
         if self.diffusion.augment_probability and not self.unet.augment_dim:
             raise ValueError(
                 "diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented"

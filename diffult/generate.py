@@ -206,6 +206,9 @@ def command(
     cache: Annotated[
         int | None, typer.Option(min=1, help="Whole network every N-th step, its first level between; 1: off.")
     ] = None,
+    ema_length: Annotated[
+        float | None, typer.Option(help="Length of the weights' average, 0.02 to 0.3; 0: the exponential one.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the samples; default: see above.")] = None,
@@ -234,7 +237,7 @@ def command(
     run = run or Path("runs") / BUNDLED
     run_dir = RunDir.open(run, BUNDLED if bundled and not (run / "config.toml").exists() else None)
     given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "cache_interval": cache}
-    given["batch_size"] = batch_size
+    given |= {"ema_length": ema_length, "batch_size": batch_size}
     settings = _settings(run_dir, fast, {key: value for key, value in given.items() if value is not None})
     train = load_data(run_dir.config.data).train
     counts, names = train.counts(), train.classes
@@ -339,6 +342,10 @@ def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
         raise UserError(f"--steps {values['steps']}: the model has {run.config.diffusion.timesteps} timesteps")
     if values["guidance"] and not run.config.diffusion.label_dropout:
         raise UserError(f"--guidance {values['guidance']}: the model was trained with diffusion.label_dropout = 0")
+    if values["ema_length"] and not run.config.diffusion.ema_snapshots:
+        raise UserError(f"--ema-length {values['ema_length']}: the model was trained with diffusion.ema_snapshots = 0")
+    if values["ema_length"] and not 0.02 <= values["ema_length"] <= 0.3:
+        raise UserError(f"--ema-length {values['ema_length']}: expected 0, or 0.02 to 0.3")
     return GenerateConfig(**values)
 
 

@@ -176,7 +176,7 @@ def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generat
     dtype = compute_dtype(config.precision, device)
     extractor = load_extractor(run, device)
     return Generator(
-        unet=load_diffusion(run, device, dtype),
+        unet=load_diffusion(run, device, dtype, settings.ema_length),
         schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
         prediction=config.diffusion.prediction,
         settings=settings,

@@ -132,7 +132,7 @@ class RunDir:
 
     def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
         self.folder(stage).mkdir(parents=True, exist_ok=True)
-        for orphan in self.folder(stage).glob(".*.tmp"):  # what a killed attempt was writing
+        for orphan in self.folder(stage).rglob(".*.tmp"):  # what a killed attempt was writing
             orphan.unlink()
         log.info("%s: started", stage)
         begun = time.perf_counter()

@@ -1,8 +1,8 @@
 """Stage 2: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
-Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, metrics.jsonl, and a grid of
-samples at every checkpoint. Alone or with torchrun: the batch is shared by the processes, and the model is the same but
-for rounding.
+Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, metrics.jsonl, a grid of samples at
+every checkpoint, and snapshots that other averages are made of where `ema_snapshots` asks for them. Alone or with
+torchrun: the batch is shared by the processes, and the model is the same but for rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from diffult.artifacts import load_extractor
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data import Data, load_data
 from diffult.device import peak_flops, pick_device
+from diffult.diffusion.posthoc_ema import KEPT, PowerAverages, snapshot_steps
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.distributed import ALONE, World, join
 from diffult.events import Events
@@ -27,7 +28,7 @@ from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
 from diffult.preview import Preview
 from diffult.run_dir import RunDir
-from diffult.training import Job, Pace, Watcher, train_loop
+from diffult.training import Job, Losses, Pace, Watcher, train_loop
 from ffcv_writers import ClassBalanced, Natural, Order
 
 _STAGE = 2  # its number among the seeds
@@ -71,15 +72,28 @@ def _train(
         run.config.hash, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
         folder / "metrics.jsonl", world.first,
     )  # fmt: skip
-    go_back = config.on_divergence == "go_back"
-    preview = Preview(run, trainer, extractor, data.train.classes) if world.first else None
-    watchers = [*watchers, preview] if preview else watchers
-    train_loop(job, batches, trainer.step, {"optimizer": trainer.optimizer}, pace if go_back else None, watchers)
     info = {
         "config": run.config.hash,
         "num_classes": str(len(data.train.classes)),
         "unet": run.config.unet.model_dump_json(),
     }
+    parts: dict[str, Any] = {"optimizer": trainer.optimizer}
+    times = snapshot_steps(config.steps, config.ema_snapshots)
+    if times:
+        parts["averages"] = PowerAverages(trainer.optimizer)
+
+    def step(i: int, rows: torch.Tensor) -> Losses:
+        losses = trainer.step(i, rows)
+        if times:
+            parts["averages"].update(i + 1)
+            if i + 1 in times and world.first:
+                parts["averages"].write(folder / "snapshots", i + 1, info)
+        return losses
+
+    go_back = config.on_divergence == "go_back"
+    preview = Preview(run, trainer, extractor, data.train.classes) if world.first else None
+    watchers = [*watchers, preview] if preview else watchers
+    train_loop(job, batches, step, parts, pace if go_back else None, watchers)
     if preview:
         preview.write()
         save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
@@ -112,8 +126,8 @@ def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> No
         times.append(time.perf_counter() - start)
         steps += 1
     seconds = sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
-    state = 5 * 4 * parameters(trainer.model)
-    memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and average"
+    state = (5 + len(KEPT) * bool(config.ema_snapshots)) * 4 * parameters(trainer.model)
+    memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and averages"
     if trainer.device.type == "cuda":
         memory += f"; {torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f} GiB at the peak"
     if world.first:

@@ -289,13 +289,16 @@ class AdamWEma:
                 state[key] = (value.float() if isinstance(value, nn.Parameter) else value).detach().clone()
         return state
 
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The trained parameters by name, as views of a buffer laid as `master` is."""
+        return {slot.name: slot.view(flat) for slot in self._slots}
+
     def state_dict(self) -> dict[str, Any]:
         """{"step": int, "parameters" | "m" | "v" | "ema": {name: float32}}, independent of how the buffers are laid.
 
         The tensors are views, as torch.optim's are its own: a later step changes them.
         """
-        buffers = self._buffers().items()
-        state: dict[str, Any] = {key: {s.name: s.view(flat) for s in self._slots} for key, flat in buffers}
+        state: dict[str, Any] = {key: self.views(flat) for key, flat in self._buffers().items()}
         return {"step": int(self._step)} | state
 
     @torch.no_grad()
