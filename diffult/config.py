@@ -83,7 +83,7 @@ class DiffusionConfig(Section):
     cosine_decay: bool = False  # the rate falls to 0 along half a cosine; constant otherwise
     gradient_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
-    # Times at which two more averages are written, from which generate.ema_length makes any other; 0: none.
+    # Times at which two more averages are written, 8 bytes a parameter; generate.ema_length makes any other of them.
     ema_snapshots: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
     # A loss that is no number or ten times what it was: stop, or go back to the last checkpoint once, at half the rate.
