@@ -84,7 +84,8 @@ class DiffusionConfig(Section):
     gradient_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
     checkpoint_every: int = Field(1000, ge=1)
-    # A loss that is no number or ten times what it was: stop, or go back to the last checkpoint once, at half the rate.
+    # A loss that is no number, or L_DDPM ten times that of the first step: stop, or go back to the last checkpoint
+    # once, at half the rate.
     on_divergence: Literal["stop", "go_back"] = "stop"
 
 

@@ -269,6 +269,26 @@ def test_a_loss_that_diverges_before_any_checkpoint_stops(tmp_path):
         train_loop(job, lambda start: iter(range(start, 9)), lambda i, _: {"loss": torch.tensor(math.nan)}, {}, Pace())
 
 
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_what_has_exploded_is_measured_by_the_first_step_of_all(tmp_path, stop_at):
+    """Not by the first look, when it may have exploded already; nor by the first step after a restart."""
+
+    def step(i, batch):
+        if i == stop_at:
+            raise KeyboardInterrupt
+        return {"loss": torch.tensor(1.0 + 4 * min(i, 5))}  # 1, 5, 9, 13, 17, 21, 21, ...
+
+    def train():
+        train_loop(Job("t", 9, tmp_path / "s.pt", 2, (0, 0), "a"), lambda start: iter(range(start, 9)), step, {})
+
+    if stop_at:
+        with pytest.raises(KeyboardInterrupt):
+            train()
+        stop_at = None
+    with pytest.raises(UserError, match=r"diverged by step 4 \(loss 13\)"):
+        train()
+
+
 def test_a_share_of_the_batch_estimates_the_whole_term():
     """With share 1/2 every second sample is taken: over both halves of a batch the mean is the whole batch's term."""
     images, labels, positions = batch(16)
