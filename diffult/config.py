@@ -86,7 +86,8 @@ class DiffusionConfig(Section):
     # Times at which two more averages are written, 8 bytes a parameter; generate.ema_length makes any other of them.
     ema_snapshots: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
-    # A loss that is no number or ten times what it was: stop, or go back to the last checkpoint once, at half the rate.
+    # A loss that is no number, or L_DDPM ten times that of the first step: stop, or go back to the last checkpoint
+    # once, at half the rate.
     on_divergence: Literal["stop", "go_back"] = "stop"
 
 

@@ -76,9 +76,20 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Training state: tensors, numbers and containers of these."""
+    """Training state: tensors, numbers and containers of these.
+
+    Raises:
+        UserError: the disk is full, or the system refuses for another reason.
+    """
     with replacing(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:
+            if not any(part in str(error) for part in ("inline_container", "StreamWriter")):
+                raise  # nothing that has to do with the file
+            # torch tells positions in the file, and not the system's reason.
+            message = f"{path}: cannot be written (is the disk full?); choose another place or make room"
+            raise UserError(message) from None
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _train(
     job = Job(
         "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
         run.config.hash, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
-        folder / "metrics.jsonl", world.first,
+        folder / "metrics.jsonl", world.first, judged="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
     info = {
         "config": run.config.hash,

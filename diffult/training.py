@@ -23,7 +23,7 @@ Losses = dict[str, torch.Tensor]
 Watcher = Callable[[int, Mapping[str, float]], None]  # steps done; losses and speed by name
 log = logging.getLogger(__name__)
 _WATCH_EVERY = 50  # steps between looks at the loss: each look waits for the device
-_EXPLODED = 10.0  # a loss so many times the first one seen is as bad as NaN
+_EXPLODED = 10.0  # a loss so many times that of the first step is as bad as NaN
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Job:
         peak: FLOP/s that the hardware could do at the most; 0: not known.
         metrics: a file of JSON lines, one for each look at the loss; None: none.
         writes: False on all processes but one: they write no file and show no progress.
+        judged: the loss whose growth tells that the training diverges; a steady one, by name.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Job:
     peak: float = 0
     metrics: Path | None = None
     writes: bool = True
+    judged: str = "loss"
 
 
 class Pace:
@@ -118,10 +120,10 @@ def train_loop(
             is kept.
     """
     state = parts if pace is None else parts | {"pace": pace}
-    start = _resume(job, state)
+    start, first = _resume(job, state)
     while True:
         try:
-            _run(job, start, batches(start), step, state, watchers if job.writes else ())
+            _run(job, start, first, batches(start), step, state, watchers if job.writes else ())
             return
         except Diverged as error:
             where = job.checkpoint if job.checkpoint.exists() else "none"
@@ -131,13 +133,14 @@ def train_loop(
                     f"(last good checkpoint: {where})"
                 ) from None
             log.warning("%s: %s; back to %s at %g times the learning rate", job.title, error, where, pace.after)
-            start = _resume(job, state)
+            start, first = _resume(job, state)
             pace.factor = pace.after  # kept with the next checkpoint; killed before it, the loop diverges again
 
 
-def _resume(job: Job, parts: dict[str, Any]) -> int:
-    """Loads the checkpoint into the parts and returns the number of steps done."""
-    start = 0
+def _resume(job: Job, parts: dict[str, Any]) -> tuple[int, float]:
+    """Loads the checkpoint into the parts. Returns the number of steps done and the judged loss of the first one, NaN
+    where that is not known."""
+    start, first = 0, math.nan
     if job.checkpoint.exists():
         state = load_state(job.checkpoint)
         if state.get("config") != job.config_hash:
@@ -147,31 +150,31 @@ def _resume(job: Job, parts: dict[str, Any]) -> int:
             )
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        start = state["step"]
+        start, first = state["step"], state.get("first", math.nan)
         if start:
             log.info("%s: going on at step %d of %d", job.title, start, job.steps)
     if job.writes and job.metrics is not None and job.metrics.exists():
         whole = [line for line in job.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= start]  # the rest is done again
         write_text(job.metrics, "".join(kept))
-    return start
+    return start, first
 
 
-def _save(job: Job, step: int, parts: dict[str, Any]) -> None:
+def _save(job: Job, step: int, first: float, parts: dict[str, Any]) -> None:
     if job.writes:
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_state(job.checkpoint, {"step": step, "config": job.config_hash} | state)
+        save_state(job.checkpoint, {"step": step, "first": first, "config": job.config_hash} | state)
 
 
 def _run(
     job: Job,
     start: int,
+    first: float,
     batches: Iterator[Batch],
     step: Callable[[int, Batch], Losses],
     parts: dict[str, Any],
     watchers: Sequence[Watcher],
 ) -> None:
-    first = math.nan
     watched, since = start, time.perf_counter()
     bar = tqdm(
         total=job.steps, initial=start, desc=job.title, unit="step", mininterval=1.0, dynamic_ncols=True,
@@ -181,12 +184,14 @@ def _run(
         for i, batch in zip(range(start, job.steps), batches, strict=False):
             seed_step(*job.seed, i)
             losses = step(i, batch)
+            if math.isnan(first):  # before any update: by the first look the training may have exploded already
+                first = losses[job.judged].item()
             bar.update()
             done, last = i + 1, i + 1 == job.steps
             if done % _WATCH_EVERY == 0 or done % job.every == 0 or last:
                 values = {name: value.item() for name, value in losses.items()}
-                first = values["loss"] if math.isnan(first) else first
-                if not all(math.isfinite(value) for value in values.values()) or values["loss"] > _EXPLODED * first:
+                finite = all(math.isfinite(value) for value in values.values())
+                if not finite or values[job.judged] > _EXPLODED * first:
                     told = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
                     raise Diverged(f"the loss diverged by step {done} ({told})")
                 now = time.perf_counter()
@@ -199,7 +204,7 @@ def _run(
                 for watcher in watchers:
                     watcher(done, speed | values)
             if done % job.every == 0 or last:
-                _save(job, done, parts)
+                _save(job, done, first, parts)
 
 
 def _speed(job: Job, steps_per_s: float) -> dict[str, float]:

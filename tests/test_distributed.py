@@ -13,7 +13,8 @@ from diffult.artifacts import load_extractor
 from diffult.data import load_data
 from diffult.distributed import World
 from diffult.errors import UserError
-from diffult.files import load_tensors
+from diffult.files import load_state, load_tensors
+from diffult.models import unet
 from diffult.run import run_pipeline
 from diffult.run_dir import RunDir
 from diffult.train_diffusion import train_diffusion
@@ -41,11 +42,29 @@ def with_extractor(path: Path, settings: list[str] = SETTINGS) -> RunDir:
     return run
 
 
+def torchrun(count: int, *program: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def in_processes(count: int, run: RunDir) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*torchrun, "-m", "--", "diffult.train_diffusion", "--run", str(run.path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    out = torchrun(count, "-m", "--", "diffult.train_diffusion", "--run", str(run.path))
     assert out.returncode == 0, out.stderr[-3000:]
+
+
+# The command, whose processes all die as they begin step 5: the checkpoint of step 4 is there.
+DYING = """
+import os, signal
+from diffult import cli, train_diffusion, training
+
+def seed_step(*key):
+    if key[-1] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    known(*key)
+
+known, training.seed_step = training.seed_step, seed_step
+cli.main(train_diffusion.command)
+"""
 
 
 def assert_same_model(a: Path, b: Path) -> None:
@@ -84,6 +103,41 @@ def test_two_processes_go_on_where_one_was_interrupted(alone, tmp_path, monkeypa
     in_processes(2, run)
     assert_same_losses(alone, run.path)
     assert_same_model(alone, run.path)
+
+
+@pytest.mark.slow  # half a minute, most of it to import everything twice
+def test_one_process_goes_on_where_two_were_killed(alone, tmp_path):
+    run = with_extractor(tmp_path / "run")
+    (tmp_path / "dying.py").write_text(DYING)
+    out = torchrun(2, "--", str(tmp_path / "dying.py"), "--run", str(run.path))
+    assert out.returncode != 0 and "SIGKILL" in out.stderr, out.stderr[-3000:]
+    assert load_state(run.folder("diffusion") / "state.pt")["step"] == 4
+    train_diffusion(run, load_data(run.config.data), load_extractor(run, torch.device("cpu")))
+    assert_same_losses(alone, run.path)
+    assert_same_model(alone, run.path)
+
+
+def test_recomputed_activations_train_as_kept_ones(alone, tmp_path, monkeypatch):
+    """To the bit, and with dropout, which draws the same numbers again."""
+    recomputed, checkpoint = [], unet.checkpoint
+    monkeypatch.setattr(unet, "checkpoint", lambda *a, **k: recomputed.append(k) or checkpoint(*a, **k))
+    monkeypatch.setattr("diffult.training._WATCH_EVERY", 1)
+    extractor = load_extractor(RunDir.open(alone), torch.device("cpu"))
+
+    def train(recompute: str) -> Path:
+        settings = [*SETTINGS, "unet.dropout=0.3", "diffusion.steps=4", "diffusion.checkpoint_every=4"]
+        settings.append(f"unet.recompute={recompute}")
+        run = RunDir.open(tmp_path / recompute, "digits-lt", settings)
+        train_diffusion(run, load_data(run.config.data), extractor)
+        return run.path
+
+    kept = train("false")
+    assert not recomputed
+    again = train("true")
+    assert len(recomputed) >= 4  # in every step, and it drops
+    assert len(losses(kept)) == 4 and losses(again) == losses(kept)
+    weights = [load_tensors(path / "diffusion" / "ema.safetensors")[0] for path in (kept, again)]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
 
 
 def test_accumulated_parts_train_as_the_whole_batch(alone, tmp_path):

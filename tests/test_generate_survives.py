@@ -174,18 +174,6 @@ def test_a_file_that_cannot_grow_ends_it_in_one_line_and_it_goes_on(run, unbroke
     assert same(result(run, out), unbroken[0])
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk_ends_it_in_one_line_and_it_goes_on_with_room(run, unbroken, nursery, small_disk, tmp_path):
     out, told = small_disk / "out", tmp_path / "told"
     code, last = nursery.run(work(run, out), told)

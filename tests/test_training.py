@@ -1,5 +1,6 @@
 """The training loop, the learning rate, and the diffusion loss put together."""
 
+import contextlib
 import json
 import math
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from diffult.diffusion.losses import ddpm_loss
 from diffult.diffusion.objective import DiffusionLoss
 from diffult.diffusion.schedule import Schedule
 from diffult.errors import UserError
+from diffult.files import load_state
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
@@ -69,6 +71,41 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         train_loop(Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a"), batches, step, {"model": model})
     assert "\n" not in str(caught.value)
     assert torch.load(tmp_path / "s.pt", weights_only=True)["step"] == 3
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(small_disk):
+    """Told in one line, and with room the training ends as if nothing had been."""
+
+    def train(path, fills=False):
+        model = nn.Linear(40, 40)  # with the optimizer's momentum 14 KB; two of them fit the disk
+        nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+        def step(i, batch):
+            if fills and i == 4:
+                fill(path.with_name("other"))
+            loss = model(torch.randn(8, 40)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return {"loss": loss.detach()}
+
+        parts = {"model": model, "optimizer": optimizer}
+        train_loop(Job("t", 9, path, 3, (5, 1), "a"), lambda start: iter(range(start, 9)), step, parts)
+        return model.weight.detach()
+
+    def fill(other):
+        with contextlib.suppress(OSError), other.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+
+    state = small_disk / "state.pt"
+    with pytest.raises(UserError, match=r"state.pt: cannot be written .*disk full.*make room$"):
+        train(state, fills=True)
+    assert sorted(file.name for file in small_disk.iterdir()) == ["other", "state.pt"]
+    assert load_state(state)["step"] == 3
+    (small_disk / "other").unlink()
+    assert torch.equal(train(state), train(small_disk.parent / "unbroken.pt"))
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -230,6 +267,26 @@ def test_a_loss_that_diverges_before_any_checkpoint_stops(tmp_path):
     job = Job("t", 9, tmp_path / "s.pt", 3, (0, 0), "a")
     with pytest.raises(UserError, match="last good checkpoint: none"):
         train_loop(job, lambda start: iter(range(start, 9)), lambda i, _: {"loss": torch.tensor(math.nan)}, {}, Pace())
+
+
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_what_has_exploded_is_measured_by_the_first_step_of_all(tmp_path, stop_at):
+    """Not by the first look, when it may have exploded already; nor by the first step after a restart."""
+
+    def step(i, batch):
+        if i == stop_at:
+            raise KeyboardInterrupt
+        return {"loss": torch.tensor(1.0 + 4 * min(i, 5))}  # 1, 5, 9, 13, 17, 21, 21, ...
+
+    def train():
+        train_loop(Job("t", 9, tmp_path / "s.pt", 2, (0, 0), "a"), lambda start: iter(range(start, 9)), step, {})
+
+    if stop_at:
+        with pytest.raises(KeyboardInterrupt):
+            train()
+        stop_at = None
+    with pytest.raises(UserError, match=r"diverged by step 4 \(loss 13\)"):
+        train()
 
 
 def test_a_share_of_the_batch_estimates_the_whole_term():
