@@ -80,11 +80,11 @@ def build_model(config: Config, training: bool = False) -> Model:
     if not training:
         unet = unet.to(dtype)
     peer = peers.build_peer(unet, config.data.image_size)
-    layouts = {name: peer.in_layout(layout) for name, layout in peers.LAYOUTS.items()}
+    settings = {name: peer.in_setting(name) for name in peers.SETTINGS}
     size, side = config.diffusion.batch_size, config.data.image_size
     x = torch.randn(size, config.data.channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
     t, labels = (torch.arange(size, device=device) * factor for factor in (7, 1))
-    return Model(config, unet, layouts, (x, t % 1000, labels % CLASSES), dtype, device)
+    return Model(config, unet, settings, (x, t % 1000, labels % CLASSES), dtype, device)
 
 
 def same(name: str, ours: torch.Tensor, theirs: torch.Tensor, allowed: float) -> str:
@@ -100,7 +100,7 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, mode="reduce-overhead" if torch.cuda.is_available() else "default")
 
 
-@race("network forward", *peers.LAYOUTS)
+@race("network forward", *peers.SETTINGS)
 def forward(folder: Path) -> Work:
     """One evaluation of the UNet in its compute type."""
     model = build_model(model_config())
@@ -124,10 +124,7 @@ def forward(folder: Path) -> Work:
     )  # fmt: skip
 
 
-_STEPPERS = ("diffusers", "diffusers channels-last", "diffusers channels-last fused")
-
-
-@race("training step", *_STEPPERS)
+@race("training step", *peers.SETTINGS)
 def training_step(folder: Path) -> Work:
     """Forward, backward, clip, AdamW and average with the plain DDPM loss."""
     config = model_config(*_PLAIN)
@@ -138,24 +135,22 @@ def training_step(folder: Path) -> Work:
     schedule = Schedule(config.diffusion.schedule, config.diffusion.timesteps, device)
 
     def stepper(name: str, network: Any) -> Call:
-        fused = name.endswith("fused")
+        """As it comes: float32 and torch's default AdamW; at its best: the compute type and the fused one."""
+        plain = peers.SETTINGS[name] is None
         return peers.training_step(
-            network, config.diffusion, schedule, images, labels, CLASSES, model.dtype, fused
+            network, config.diffusion, schedule, images, labels, CLASSES,
+            torch.float32 if plain else model.dtype, fused=not plain,
         )  # fmt: skip
 
-    networks = {
-        name: model.peers["diffusers" if name == "diffusers" else "diffusers channels-last"] for name in _STEPPERS
-    }
-    networks[_STEPPERS[2]] = networks[_STEPPERS[1]].in_layout(torch.channels_last)
     run: dict[str, Call] = {"ours": build_step(config, CLASSES, device)}
-    run |= {name: stepper(name, network) for name, network in networks.items()}
+    run |= {name: stepper(name, network) for name, network in model.peers.items()}
 
     def compiled(name: str) -> Call:
-        network = networks[name].in_layout(networks[name].layout)
+        network = model.peers[name].in_setting(name)
         return stepper(name, torch.compile(network))  # gradients go wrong in reduce-overhead's reused memory
 
     work = Work(run, model.size, step_flops(config, CLASSES)["ddpm"], 3.0 * traffic(lambda: model.unet(*model.inputs)))
-    work.compilable = {name: lambda name=name: compiled(name) for name in _STEPPERS}
+    work.compilable = {name: lambda name=name: compiled(name) for name in model.peers}
     work.equal = "same network and number of parameters; noise, timesteps and dropped labels are each side's own"
     return work
 
@@ -228,13 +223,13 @@ def _sampler_race(sampler: str, steps: int) -> Work:
     return work
 
 
-@race("DDIM, 20 steps", *peers.LAYOUTS)
+@race("DDIM, 20 steps", *peers.SETTINGS)
 def ddim(folder: Path) -> Work:
     """A batch of images from noise to uint8 with 20 evaluations each."""
     return _sampler_race("ddim", 20)
 
 
-@race("DPM-Solver++(2M), 10 steps", *peers.LAYOUTS)
+@race("DPM-Solver++(2M), 10 steps", *peers.SETTINGS)
 def dpm_solver(folder: Path) -> Work:
     """A batch of images from noise to uint8 with 10 evaluations each."""
     return _sampler_race("dpm++", 10)
@@ -243,7 +238,7 @@ def dpm_solver(folder: Path) -> Work:
 ANCESTRAL_STEPS = 8
 
 
-@race("ancestral, guided, 1000 steps", *peers.LAYOUTS)
+@race("ancestral, guided, 1000 steps", *peers.SETTINGS)
 def ancestral(folder: Path) -> Work:
     """The published sampler, 1000 steps of two evaluations: 8 steps are timed and counted as 8/1000 of an image."""
     config = sampler_config(

@@ -50,7 +50,7 @@ def random_images(count: int, side: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-@race("generation end to end", "diffusers draws alone", "diffusers channels-last draws alone")
+@race("generation end to end", *(f"{name} draws alone" for name in peers.SETTINGS))
 def generation(folder: Path) -> Work:
     """DDIM, 20 steps: ours draws, judges by an extractor and writes shards; rivals draw as many and keep nothing."""
     config = sampler_config("generate.sampler='ddim'", "generate.steps=20", "generate.guidance=0.0")

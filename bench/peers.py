@@ -21,23 +21,32 @@ from diffult.diffusion.schedule import Schedule
 from diffult.errors import UserError
 from diffult.models.unet import ResBlock, UNet
 
-LAYOUTS = {"diffusers": torch.contiguous_format, "diffusers channels-last": torch.channels_last}
+# Its settings: as it comes (None: float32, contiguous), and in the type that we compute in, in either memory format.
+SETTINGS = {
+    "diffusers": None,
+    "diffusers contiguous": torch.contiguous_format,
+    "diffusers channels-last": torch.channels_last,
+}
 
 
 class Peer(nn.Module):
-    """UNet2DModel called like our UNet: (x [B, C, H, W], t [B], labels [B]) -> [B, C, H, W]."""
+    """UNet2DModel called like our UNet: (x [B, C, H, W] of any type, t [B], labels [B]) -> [B, C, H, W] in its own."""
 
     def __init__(self, network: nn.Module, patch: int, layout: torch.memory_format = torch.contiguous_format) -> None:
         super().__init__()
         self.network, self.patch, self.layout = network, patch, layout
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=self.layout)
+        h = F.pixel_unshuffle(x.to(self.network.conv_in.weight.dtype), self.patch)
+        h = h.contiguous(memory_format=self.layout)
         return F.pixel_shuffle(self.network(h, t, class_labels=labels, return_dict=False)[0], self.patch)
 
-    def in_layout(self, layout: torch.memory_format) -> Peer:
-        """A copy whose weights and activations lie in this memory format."""
-        return Peer(copy.deepcopy(self.network).to(memory_format=layout), self.patch, layout)
+    def in_setting(self, name: str) -> Peer:
+        """A copy in the setting of this name (SETTINGS)."""
+        network, layout = copy.deepcopy(self.network), SETTINGS[name]
+        if layout is None:
+            return Peer(network.float(), self.patch)
+        return Peer(network.to(memory_format=layout), self.patch, layout)
 
 
 def build_peer(unet: UNet, image_size: int) -> Peer:
@@ -213,13 +222,12 @@ def sample(
         scheduler.set_timesteps(timesteps=timestep_grid(schedule.timesteps, steps), device=x.device)
     else:
         scheduler.set_timesteps(steps, device=x.device)
-    dtype = next(peer.parameters()).dtype
     for t in scheduler.timesteps:
         if guidance:
             both = torch.cat([labels, torch.full_like(labels, null_label)])
-            out, free = peer(torch.cat([x, x]).to(dtype), t.expand(2 * len(x)), both).float().chunk(2)
+            out, free = peer(torch.cat([x, x]), t.expand(2 * len(x)), both).float().chunk(2)
             out = out + guidance * (out - free)
         else:
-            out = peer(x.to(dtype), t.expand(len(x)), labels).float()
+            out = peer(x, t.expand(len(x)), labels).float()
         x = scheduler.step(out, t, x, **more).prev_sample
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
