@@ -166,8 +166,11 @@ class Generator:
         return Wave(labels, indices, distance, verdict, passed, images[passed])
 
 
-def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generator:
+def build_generator(run: RunDir, settings: GenerateConfig, seed: int, compiled: bool = False) -> Generator:
     """Opens a finished run's diffusion model and extractor for drawing on this machine.
+
+    Args:
+        compiled: the network goes through torch.compile on a CPU too; on a card it always does.
 
     Raises:
         UserError: a stage is not finished, or a file is damaged.
@@ -186,7 +189,7 @@ def build_generator(run: RunDir, settings: GenerateConfig, seed: int) -> Generat
         seed=seed,
         dtype=dtype,
         device=device,
-        compiled=device.type == "cuda",
+        compiled=compiled or device.type == "cuda",
     )
 
 

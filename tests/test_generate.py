@@ -101,6 +101,21 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
     }
 
 
+def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, monkeypatch, caplog):
+    """The compiler's front end alone, whose graph runs as it is."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", fullgraph=True, **options))
+    torch._dynamo.reset()
+    kept = {}
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        with caplog.at_level("INFO"):
+            command(run=tiny_run.path, fast=True, steps=2, per_class=2, classes="3,7", out=out, compile_=compiled)
+        assert caplog.text.count("network compiled in") == compiled
+        kept[compiled] = [file.read_bytes() for file in sorted(out.glob("shard-*"))]
+    assert kept[True] == kept[False] != []
+
+
 def test_dry_run_writes_nothing_and_tells_time_and_disk(tiny_run, caplog, capsys):
     before = sorted(tiny_run.path.rglob("*"))
     with caplog.at_level("INFO"):
