@@ -22,7 +22,7 @@ import torch
 import typer
 
 from diffult.cli import SetOption, main
-from diffult.device import pick_device
+from diffult.device import fast_bfloat16, pick_device
 from diffult.errors import UserError
 from diffult.files import read_json, write_json
 from diffult.longtail.methods import RECIPES
@@ -38,6 +38,7 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.processor()}, {len(models) or os.cpu_count()} cores"
+        name += ", bfloat16" * fast_bfloat16(device)
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 
