@@ -1,6 +1,6 @@
 """The tables of README.md and docs/benchmarks.md and the roofline plot, out of results files: nothing is typed by hand.
 
-    python -m bench.report          # rewrites what stands between the markers, and docs/roofline.png
+    python -m bench.report          # rewrites what stands between the markers, and docs/roofline.png of a page's first machine
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
 (`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`,
@@ -147,9 +147,9 @@ def command(
     for page in pages or PAGES:
         text = page.read_text()
         write_text(page, rewritten(text, results))
-        for _, kind, name, _, _ in _MARKED.findall(text):
-            if kind == "machine":
-                roofline(read_json(results / name), plot)
+        machines = [name for _, kind, name, _, _ in _MARKED.findall(text) if kind == "machine"]
+        if machines:
+            roofline(read_json(results / machines[0]), plot)
         print(f"wrote {page}")
 
 
