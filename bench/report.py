@@ -1,6 +1,6 @@
 """The tables of README.md and docs/benchmarks.md and the roofline plot, out of results files: nothing is typed by hand.
 
-    python -m bench.report          # rewrites what stands between the markers, and docs/roofline.png of a page's first machine
+    python -m bench.report      # rewrites what stands between the markers, and docs/roofline.png of the first machine
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
 (`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`,
