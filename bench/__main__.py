@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ from bench.tables import suite_table
 from diffult.cli import main
 from diffult.device import compute_dtype, pick_device
 from diffult.errors import UserError
-from diffult.files import write_json
+from diffult.files import read_json, write_json
 
 PACKAGES = ("torch", "triton", "diffusers", "ffcv", "xformers", "numpy")
 
@@ -48,25 +49,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_suite(names: list[str], device: torch.device, ceilings: Ceilings, quick: bool) -> list[dict[str, Any]]:
-    """One row for each race by name, in order."""
-    rows, threads = [], torch.get_num_threads()
+def run_suite(
+    names: list[str], device: torch.device, ceilings: Ceilings, quick: bool
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Of each race by name, in order, its row, or in words why there is none: the others run all the same."""
+    threads = torch.get_num_threads()
     for name in names:
         begun = time.perf_counter()
         torch.set_num_threads(threads)  # ffcv sets it to 1
         torch._dynamo.reset()
         with TemporaryDirectory() as folder:
-            work = RACES[name].work(Path(folder))
-            rounds, turn_s = (5, 0.1) if quick else (15, 0.5)
-            results = run_race(work, device, rounds, turn_s, compiled=not quick)
-            rows.append(row(RACES[name], work, results, ceilings))
+            try:
+                work = RACES[name].work(Path(folder))
+                rounds, turn_s = (5, 0.1) if quick else (15, 0.5)
+                results = run_race(work, device, rounds, turn_s, compiled=not quick)
+                yield name, row(RACES[name], work, results, ceilings)
+            except Exception as error:  # a rival that is missing, or that does not run on this machine
+                yield name, f"{type(error).__name__}: {error}"
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-    return rows
 
 
 def command(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, nothing compiled: minutes on two cores.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only the race of this name. Repeatable.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the races that today's results file has.")] = False,
     note: Annotated[str, typer.Option(help="What else ran on the machine, for the results file.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
 ) -> None:
@@ -74,26 +80,33 @@ def command(
     names = only or list(RACES)
     if unknown := [name for name in names if name not in RACES]:
         raise UserError(f"--only {unknown[0]!r}: no such race; there are {', '.join(map(repr, RACES))}")
-    begun, device, threads = time.perf_counter(), pick_device(), torch.get_num_threads()
-    load = os.getloadavg()
+    begun, device, today, about = time.perf_counter(), pick_device(), datetime.date.today().isoformat(), machine()
+    content: dict[str, Any] = {
+        "command": "python -m bench" + " --quick" * quick + "".join(f" --only {name!r}" for name in only or []),
+        "date": today, "machine": about, "versions": versions(), "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(), "note": note,
+    }  # fmt: skip
+    file = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', about['device']).strip('-')}-{today}.json"
+    before = read_json(file) if resume and file.exists() else {"seconds": 0.0, "rows": []}
+    rows, failed = list(before["rows"]), dict[str, str]()
+    names = [name for name in names if name not in {row["race"] for row in rows}]
     ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
     logging.disable(logging.WARNING)  # the stages' own lines
     try:
-        rows = run_suite(names, device, ceilings, quick)
+        for name, result in run_suite(names, device, ceilings, quick):
+            if isinstance(result, str):
+                failed[name] = result
+            else:
+                rows.append(result)
+            seconds = round(before["seconds"] + time.perf_counter() - begun, 1)
+            write_json(file, content | {"seconds": seconds, "ceilings": ceilings.row(), "failed": failed, "rows": rows})
     finally:
         logging.disable(logging.NOTSET)
-    today, about = datetime.date.today().isoformat(), machine()
-    content = {
-        "command": "python -m bench" + " --quick" * quick + "".join(f" --only {name!r}" for name in only or []),
-        "date": today, "machine": about, "versions": versions(), "threads": threads,
-        "load_average": load, "note": note, "seconds": round(time.perf_counter() - begun, 1),
-        "ceilings": ceilings.row(), "rows": rows,
-    }  # fmt: skip
-    card = re.sub(r"[^A-Za-z0-9.]+", "-", about["device"]).strip("-")
-    file = out / f"{card}-{today}.json"
-    write_json(file, content)
-    print(suite_table(content))
-    print(json.dumps({"results": str(file), "seconds": content["seconds"]}))
+    print(suite_table({"rows": rows}))
+    print(json.dumps({"results": str(file), "seconds": round(time.perf_counter() - begun, 1)}))
+    if failed:
+        told = "; ".join(f"{name!r}: {words}" for name, words in failed.items())
+        raise UserError(f"{len(failed)} of {len(names)} races did not run, the others are in {file}: {told}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every kernel against float64 and against PyTorch, on a CUDA card: milliseconds, GB/s, share of the copy bandwidth.
 
     python -m bench.kernels                 # check and time all, write bench/results/kernels-CARD.json
-    python -m bench.kernels --tune          # first choose tiles and fall-backs, write them to kernels/tiles.json
+    python -m bench.kernels --tune          # before that: choose tiles and fall-backs, write them to kernels/tiles.json
 
 The rivals are the same formula in eager PyTorch, channels-last and contiguous, and under torch.compile. Bytes are what
 must move (bench/kernel_cases.py), so a kernel that reads twice shows a lower rate. All in one run on one card.
@@ -9,7 +9,6 @@ must move (bench/kernel_cases.py), so a kernel that reads twice shows a lower ra
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +21,19 @@ from bench.kernel_cases import Call, Case, cases
 from bench.seeds import machine
 from diffult.cli import main
 from diffult.errors import UserError
-from diffult.files import write_json
+from diffult.files import read_json, write_json
 from kernels import dispatch
 
+_TRIAL_MS = 20  # for which a choice of sizes is timed
 _BOUND = 1e-2  # relative error by norm against float64, in bfloat16
 TILES = Path(dispatch.__file__).with_name("tiles.json")
 
 
-def milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object], budget_ms: int = 100) -> float:
     """Median time of a call on the card; the L2 cache is cleared between calls."""
     from triton.testing import do_bench
 
-    return do_bench(call, warmup=20, rep=100, return_mode="median")
+    return do_bench(call, warmup=budget_ms // 5, rep=budget_ms, return_mode="median")
 
 
 def copy_bandwidth() -> float:
@@ -89,14 +89,31 @@ def time_case(case: Case, device: torch.device, ceiling: float) -> dict[str, Any
     return row
 
 
-def candidates(default: dict[str, int]) -> list[dict[str, int]]:
-    """The default sizes and those by factors of two around them."""
-    choices = [[v for v in (value // 2, value, 2 * value, 4 * value) if v >= 1] for value in default.values()]
-    return [dict(zip(default, sizes, strict=True)) for sizes in itertools.product(*choices)]
+def fastest(work: Callable[[], object], default: dict[str, int], row: dict[str, int]) -> float:
+    """Leaves in `row`, the table's, the sizes with which `work` is fastest, and returns its milliseconds: from the
+    kernel's own, each size in turn is halved or doubled as long as that gains 2 %."""
+    row.clear()
+    row.update(default)
+    best = milliseconds(work, _TRIAL_MS)
+    for name in default:
+        for factor in (0.5, 2):
+            while (size := int(row[name] * factor)) >= 1:
+                before = row[name]
+                row[name] = size
+                try:
+                    time = milliseconds(work, _TRIAL_MS)
+                except Exception:  # sizes that do not compile, or ask for more than the card has
+                    time = float("inf")
+                if time > 0.98 * best:
+                    row[name] = before
+                    break
+                best = time
+    return best
 
 
 def tune(device: torch.device) -> None:
-    """Fills the table for this card: for each shape the fastest sizes, and the reference where it is faster still."""
+    """Fills the table for this card: for each shape the fastest sizes, and the reference where it is faster still.
+    What the table holds is kept: an interrupted tuning goes on, and a row is measured anew once it is deleted."""
     table, card = dispatch.table(), dispatch.card(device)
     for case in cases():
         dispatch.set_mode("triton")
@@ -104,28 +121,28 @@ def tune(device: torch.device) -> None:
         call = case.build(device, torch.channels_last)
         work = forward_backward(call) if call.leaves else call.run
         work()
-        best = milliseconds(work)
-        for (kernel, key), default in list(dispatch.asked.items()):
-            row = table.setdefault(card, {}).setdefault(kernel, {}).setdefault(key, {})
-            for sizes in candidates(default):
-                row.update(sizes)
-                try:
-                    time = milliseconds(work)
-                except Exception:  # sizes that do not compile, or ask for more than the card has
-                    continue
-                if time < 0.98 * best:
-                    best, default = time, sizes
-            row.clear()
-            row.update(default)
+        rows: list[dict[str, int]] = []
+        for (kernel, key), default in dispatch.asked.items():
+            known = table.setdefault(card, {}).setdefault(kernel, {})
+            if key not in known:
+                rows.append(known.setdefault(key, {}))
+                best = fastest(work, default, rows[-1])
+        if rows:
             dispatch.set_mode("torch")
-            if milliseconds(torch.compile(work)) < best:
-                row["torch"] = 1
-            dispatch.set_mode("triton")
-        TILES.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            torch._dynamo.reset()  # or shapes of earlier cases make it compile for shapes of any size
+            if milliseconds(torch.compile(work), _TRIAL_MS) < best:
+                for row in rows:
+                    row["torch"] = 1
+            TILES.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            print(f"{case.kernel} {case.shape}: {rows}, {best:.3g} ms", flush=True)
+    dispatch.set_mode("auto")
 
 
 def command(
-    tune_: Annotated[bool, typer.Option("--tune", help="Choose tiles first and write kernels/tiles.json.")] = False,
+    tune_: Annotated[
+        bool, typer.Option("--tune", help="Choose the tiles that kernels/tiles.json lacks, write them, and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the results file has.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
 ) -> None:
     """Check every kernel against float64 and time it beside PyTorch, on a CUDA card."""
@@ -137,17 +154,22 @@ def command(
     device = torch.device("cuda", torch.cuda.current_device())
     if tune_:
         tune(device)
+        return
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    file = out / f"kernels-{name}.json"
     ceiling = copy_bandwidth()
-    rows = []
+    rows = read_json(file)["rows"] if resume and file.exists() else []
+    there = {(row["kernel"], row["shape"]) for row in rows}
     for case in cases():
+        if (case.kernel, case.shape) in there:
+            continue
         dispatch.set_mode("triton")
         error = relative_error(case, device)
         if not error < _BOUND:
             raise UserError(f"{case.kernel} {case.shape}: relative error {error:.2g} against float64")
         rows.append(time_case(case, device, ceiling) | {"error": error})
         print(json.dumps(rows[-1]), flush=True)
-    name = torch.cuda.get_device_name(device).replace(" ", "-")
-    write_json(out / f"kernels-{name}.json", {"machine": machine(), "copy GB/s": ceiling / 1e9, "rows": rows})
+        write_json(file, {"machine": machine(), "copy GB/s": ceiling / 1e9, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Generator:
         self._coefficients = self._coefficient_table(grid).to(self.device)
         # One graph for each shape: a doubled batch is no reason to make the batch size variable.
         self._evaluate = torch.compile(self.unet.evaluate, dynamic=False) if self.compiled else self.unet.evaluate
-        self._draw_and_judge = Captured(self._drawn_and_judged, self.device, warm_up=1)
+        self._recorded: dict[tuple[int, bool], Captured] = {}
 
     def _coefficient_table(self, grid: list[int]) -> torch.Tensor:
         """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
@@ -140,8 +140,15 @@ class Generator:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
         times = torch.full((len(x),), step.t, device=x.device)
-        kept = None if step.whole or deep is None else deep[: len(x)]  # guidance may have ended: half is enough
-        return self._evaluate(x, times, labels, deep=kept)
+        kept = () if step.whole or deep is None else (deep[: len(x)],)  # guidance may have ended: half is enough
+        # On CUDA one graph an evaluation, for each kind of step: a whole draw's would be of any length.
+        recorded = self._recorded.setdefault((len(x), bool(kept)), Captured(self._network, self.device))
+        return recorded(x, times, labels, *kept)
+
+    def _network(
+        self, x: torch.Tensor, times: torch.Tensor, labels: torch.Tensor, deep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._evaluate(x, times, labels, deep=deep)
 
     @torch.no_grad()
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,17 +158,13 @@ class Generator:
             predicted = self.extractor.classify(features) if self.settings.filter == "distance+label" else None
         return judge(features, labels, self.extractor.statistics, predicted)
 
-    @torch.no_grad()
-    def _drawn_and_judged(self, labels: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        images = self.draw(labels, indices)
-        return images, *self.judge(images, labels)
-
     def wave(self, labels: np.ndarray, indices: np.ndarray, quota: Quota) -> Wave:
         """Draws and judges up to a batch of candidates; a short one is padded to the full shape."""
         count, size = len(labels), self.settings.batch_size
         padded = [np.concatenate([names, np.zeros(size - count, np.int64)]) for names in (labels, indices)]
-        outputs = self._draw_and_judge(*(torch.from_numpy(names).to(self.device) for names in padded))
-        images, distance, verdict = (output[:count].cpu().numpy() for output in outputs)
+        names = [torch.from_numpy(part).to(self.device) for part in padded]
+        drawn = self.draw(*names)
+        images, distance, verdict = (output[:count].cpu().numpy() for output in (drawn, *self.judge(drawn, names[0])))
         passed = quota.passes(verdict)
         return Wave(labels, indices, distance, verdict, passed, images[passed])
 

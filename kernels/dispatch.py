@@ -7,8 +7,8 @@ One switch: the environment variable DIFFULT_KERNELS, or `set_mode`.
     triton  Triton everywhere; on the CPU that needs TRITON_INTERPRET=1, as in the tests
     torch   the reference everywhere
 
-The table kernels/tiles.json holds, by card, kernel and shape, what `python -m bench.tune` measured; what it does not
-hold gets the kernel's own default. Nothing is tuned at import or at the first call.
+The table kernels/tiles.json holds, by card, kernel and shape, what `python -m bench.kernels --tune` measured; what it
+does not hold gets the kernel's own default. Nothing is tuned at import or at the first call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
 _MINIMUM_CAPABILITY = (8, 0)
 
-asked: dict[tuple[str, str], dict[str, int]] = {}  # what `tile` was asked for so far, with the defaults: for bench.tune
+asked: dict[tuple[str, str], dict[str, int]] = {}  # what `tile` was asked for so far, with the defaults: for tuning
 _mode: Mode = cast(Mode, os.environ.get("DIFFULT_KERNELS", "auto"))
 if _mode not in _MODES:
     raise ValueError(f"DIFFULT_KERNELS={_mode!r} is not one of {', '.join(_MODES)}")

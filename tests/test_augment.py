@@ -10,7 +10,7 @@ import scipy.linalg
 import scipy.ndimage
 import torch
 
-from diffult.diffusion.augment import LABEL_DIM, affine, augment, draw_labels, warp
+from diffult.diffusion.augment import LABEL_DIM, _inverse, affine, augment, draw_labels, warp
 from diffult.errors import UserError
 
 
@@ -30,6 +30,11 @@ def _label(**entries: float) -> torch.Tensor:
 
 def _apply(images: torch.Tensor, **entries: float) -> torch.Tensor:
     return warp(images, affine(_label(**entries)).expand(len(images), 2, 3))
+
+
+def test_the_inverse_is_the_librarys():
+    matrices = affine(torch.randn(50, LABEL_DIM).double())[:, :, :2]
+    assert torch.allclose(_inverse(matrices), torch.linalg.inv(matrices), rtol=1e-10)
 
 
 def _smooth(size: int = 24) -> torch.Tensor:

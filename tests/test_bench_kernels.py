@@ -1,19 +1,23 @@
 """What the kernels compile to without a GPU, and the cases that the benchmark checks and times."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import kernels.diffuse as diffuse_module
+from bench import kernels as bench_kernels
 from bench import training_step
-from bench.kernel_cases import BF16, FP32, cases
-from bench.kernels import candidates, relative_error
+from bench.kernel_cases import BF16, FP32, Call, Case, cases
+from bench.kernels import relative_error
 from diffult.config import load_preset
+from kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 COMPILE = """
@@ -62,10 +66,47 @@ def test_cases_compute_what_they_claim():
         assert relative_error(case, torch.device("cpu")) < (1e-2 if "bfloat16" in case.shape else 1e-5), case
 
 
-def test_tuning_tries_sizes_around_the_default():
-    tried = candidates({"rows": 8, "warps": 1})
-    assert {"rows": 8, "warps": 1} in tried and {"rows": 32, "warps": 4} in tried
-    assert all(size >= 1 for sizes in tried for size in sizes.values()) and len(tried) == 12
+def test_tuning_finds_the_fastest_sizes_and_keeps_what_it_found(tmp_path, monkeypatch):
+    """A kernel of 1 ms at 2048 elements and 2 warps, more the farther its sizes are; larger than 2048 do not launch."""
+    device, table, used = torch.device("cpu"), {}, {}
+
+    def work():
+        used.update(dispatch.tile("fake", "n1", device, elements=256, warps=4))
+
+    def milliseconds(call, budget_ms=100):
+        call()
+        if dispatch.mode() == "torch":
+            return 5.0
+        if used["elements"] > 2048:
+            raise RuntimeError("out of resources")
+        return 1 + abs(math.log2(used["elements"] / 2048)) + abs(math.log2(used["warps"] / 2))
+
+    for module, name, value in (
+        (bench_kernels, "cases", lambda: [Case("fake", "n1", lambda *_: Call(work, work), 1)]),
+        (bench_kernels, "milliseconds", milliseconds), (bench_kernels, "TILES", tmp_path / "tiles.json"),
+        (dispatch, "table", lambda: table), (torch, "compile", lambda f: f),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    bench_kernels.tune(device)
+    found = {"cpu": {"fake": {"n1": {"elements": 2048, "warps": 2}}}}
+    assert table == found == json.loads((tmp_path / "tiles.json").read_text())
+    monkeypatch.setattr(bench_kernels, "milliseconds", lambda *_: pytest.fail("measured again"))
+    bench_kernels.tune(device)
+    assert table == found
+
+
+def test_a_shape_at_which_pytorch_is_faster_is_sent_to_it(tmp_path, monkeypatch):
+    table = {}
+    work = partial(dispatch.tile, "fake", "n1", torch.device("cpu"), warps=1)
+    for module, name, value in (
+        (bench_kernels, "cases", lambda: [Case("fake", "n1", lambda *_: Call(work, work), 1)]),
+        (bench_kernels, "milliseconds", lambda *_: 1.0 if dispatch.mode() == "torch" else 2.0),
+        (bench_kernels, "TILES", tmp_path / "tiles.json"), (dispatch, "table", lambda: table),
+        (torch, "compile", lambda f: f),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    bench_kernels.tune(torch.device("cpu"))
+    assert table == {"cpu": {"fake": {"n1": {"warps": 1, "torch": 1}}}}
 
 
 def test_training_step_with_and_without_each_kernel(triton_kernels):

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -12,8 +13,9 @@ pytest.importorskip("diffusers", reason="the bench extra (diffusers) is not inst
 
 from bench import compare, report
 from bench.__main__ import RACES, command
+from bench.cases import same
 from bench.ceilings import Ceilings
-from bench.race import Work, ratios, row, run_race
+from bench.race import Race, Work, ratios, row, run_race
 from bench.tables import suite_table
 from diffult.device import pick_device
 from diffult.errors import UserError
@@ -59,6 +61,38 @@ def test_our_network_keeps_up_with_diffusers_on_equal_work(tmp_path):
     pair = [result["contestants"][name]["seconds"] for name in ("diffusers contiguous", "ours")]
     assert median(theirs / mine for theirs, mine in zip(*pair, strict=True)) > 0.8
     assert "same number of parameters" in result["equal"]
+
+
+def test_a_race_that_fails_is_named_the_others_are_kept_and_not_run_again(tmp_path, monkeypatch):
+    def broken(folder):
+        raise RuntimeError("no such rival")
+
+    runs = []
+    races = {
+        "first": Race("first", "", (), lambda folder: Work({"ours": lambda: runs.append(1)}, 1)),
+        "broken": Race("broken", "", (), broken),
+        "last": Race("last", "", (), lambda folder: Work({"ours": int}, 1)),
+    }
+    monkeypatch.setattr("bench.__main__.RACES", races)
+    monkeypatch.setattr("bench.__main__.measure", lambda *_: Ceilings("float32", 1.0, 1.0, 1.0, 1.0))
+    for more in ([], ["--resume"]):
+        told = invoke(command, "--quick", "--out", tmp_path, *more)
+        assert "1 of" in str(told.exception) and "'broken': RuntimeError: no such rival" in str(told.exception)
+        (file,) = tmp_path.glob("*.json")
+        results = json.loads(file.read_text())
+        assert [row["race"] for row in results["rows"]] == ["first", "last"]
+        assert results["failed"] == {"broken": "RuntimeError: no such rival"}
+        count, runs = len(runs), []
+        assert (count > 0) == (more == [])
+
+
+@pytest.mark.parametrize(("rounded", "allowed"), [(False, 40.0), (True, 0.5)])
+def test_outputs_are_held_against_each_other(rounded, allowed):
+    ours, theirs = torch.zeros(100), torch.zeros(100)
+    theirs[0] = 40.0
+    assert same("race", ours, theirs, allowed, rounded).startswith("mean" if rounded else "largest")
+    with pytest.raises(UserError, match="not fair"):
+        same("race", ours, theirs + 1.0, allowed, rounded)
 
 
 def test_an_unknown_race_is_refused():

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffult.capture import Captured
 from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import solve, solver_rows
 from diffult.diffusion.schedule import Schedule
@@ -190,15 +191,16 @@ def test_live_line():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
-def test_recorded_waves_are_those_drawn_step_by_step(tiny_run, sampler):
-    """The first wave is drawn as it is, the second is recorded, the others are replayed with other names."""
+def test_recorded_evaluations_are_those_of_the_network(tiny_run, sampler, monkeypatch):
+    """The first evaluations of a kind run as they are, the fourth is recorded, the others are replayed."""
     settings = tiny_run.config.generate.model_copy(
         update={"sampler": sampler, "steps": 6, "guidance": 1.0, "guidance_interval": (0.2, 0.7), "cache_interval": 2}
     )
-    generator = build_generator(tiny_run, settings, seed=3)
-    generator.prepare()
-    quota = Quota(np.full(10, 100), 10.0, keep_ood=True)  # every image is handed on
+    recording, plain = (build_generator(tiny_run, settings, seed=3) for _ in range(2))
+    recording.prepare()
     for start in range(0, 32, 8):
-        labels, indices = np.arange(start, start + 8) % 10, np.arange(start, start + 8)
-        expected = generator.draw(*(torch.from_numpy(names).cuda() for names in (labels, indices)))
-        assert np.array_equal(generator.wave(labels, indices, quota).images, expected.cpu().numpy())
+        names = torch.arange(start, start + 8).cuda()
+        drawn = recording.draw(names % 10, names)
+        with monkeypatch.context() as patch:
+            patch.setattr(Captured, "__call__", lambda self, *tensors: self.function(*tensors))
+            assert torch.equal(drawn, plain.draw(names % 10, names))

@@ -90,8 +90,15 @@ def affine(labels: Tensor) -> Tensor:
 def warp(images: Tensor, maps: Tensor) -> Tensor:
     """Images [B, C, N, N] moved by maps [B, 2, 3] of `affine`: bicubic, mirrored at borders, in [-1, 1]."""
     # grid_sample asks the other way round: which point of the input is shown at a point of the output
-    inverse = torch.linalg.inv_ex(maps[:, :, :2])[0]  # inv would wait for the device to report errors
+    inverse = _inverse(maps[:, :, :2])
     theta = torch.cat([inverse, -inverse @ maps[:, :, 2:]], dim=2).to(images.dtype)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return moved.clamp(-1, 1)  # a cubic overshoots at edges
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """Of [B, 2, 2], in closed form: torch.linalg's waits for the device to report singular ones."""
+    (a, b), (c, d) = (row.unbind(1) for row in matrices.unbind(1))
+    adjugate = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1)
+    return adjugate / (a * d - b * c)[:, None, None]
