@@ -33,7 +33,7 @@ from diffult.files import read_json, write_json
 from diffult.models.cost import forward_flops, parameters
 from diffult.models.resnet import build_classifier
 
-SETS = {"cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
+SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
 CARDS = (1, 8, 64)
 _LEAST = 8  # images of the batch that a card gets: below that it idles
 _NVLINK, _NETWORK = 450e9, 50e9  # bytes/s a card: an H100's NVLink one way, and 400 Gbit/s between hosts of eight

@@ -4,14 +4,17 @@
 #     bench/gpu.sh                       all steps that are not done yet
 #     bench/gpu.sh tests suite           these
 #
-# A step that is cut off goes on where it was when called again; what is done leaves OUT/STEP.done.
+# A step that is cut off goes on where it was when called again; what is done leaves OUT/STEP.done. One that fails does
+# not keep the others from running.
 #     WHEELS=DIR   wheels for a machine without internet
 #     DATA=PATH    CIFAR-10's folder or archive, for the step cifar
+#     PRESET=NAME  of that step; cifar10-lt-100-fast, or cifar10-lt-100, which takes hours
 #     OUT=DIR      results, well under 60 MiB        RUN=DIR  the CIFAR10-LT run (weights and checkpoints: a gigabyte)
 #     SMOKE=1      every step at a size that a CPU does in minutes, on the bundled digits
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu} RUN=${RUN:-runs/gpu} PY=${PY:-python3} SMOKE=${SMOKE:-} LIMIT=540
+PRESET=${PRESET:-cifar10-lt-100-fast}
 STEPS=(setup tests tune kernels step suite cifar trace)
 mkdir -p "$OUT"
 
@@ -24,9 +27,15 @@ setup() { # torch, triton and numpy are the machine's own; what is missing comes
     "$PY" -m pip install -q --no-deps "${from[@]}" torchvision xformers ffcv || echo "without torchvision, xformers or ffcv"
     "$PY" -m diffult.doctor
 }
-tests() { "$PY" -m pytest -m gpu tests; }
-tune() { [ -n "$SMOKE" ] || "$PY" -m bench.kernels --tune; }
-kernels() { [ -n "$SMOKE" ] || "$PY" -m bench.kernels; }
+tests() { # those that need a card, and those of the kernels, which take one where it is there
+    "$PY" -m pytest -m gpu tests
+    [ -n "$SMOKE" ] || "$PY" -m pytest tests/test_kernels_*.py tests/test_random.py
+}
+tune() {
+    trap 'cp kernels/tiles.json "$OUT"' EXIT
+    [ -n "$SMOKE" ] || "$PY" -m bench.kernels --tune
+}
+kernels() { [ -n "$SMOKE" ] || "$PY" -m bench.kernels --resume --out "$OUT"; }
 step() {
     local preset=cifar10-lt-100
     [ -n "$SMOKE" ] && preset=digits-lt
@@ -35,7 +44,7 @@ step() {
 suite() {
     local only=()
     [ -n "$SMOKE" ] && only=(--quick --only 'kernel adamw_ema')
-    "$PY" -m bench "${only[@]}" --out "$OUT"
+    "$PY" -m bench "${only[@]}" --resume --out "$OUT"
 }
 cifar() {
     local settings=()
@@ -43,7 +52,7 @@ cifar() {
         settings=(--preset digits-lt --set extractor.steps=4 --set diffusion.steps=4 --set generate.filter=none
             --set generate.balance_to=20 --set classifier.steps=4)
     else
-        settings=(--preset cifar10-lt-100 --set "data.path=${DATA:?DATA=PATH of CIFAR-10 is needed}")
+        settings=(--preset "$PRESET" --set "data.path=${DATA:?DATA=PATH of CIFAR-10 is needed}")
     fi
     "$PY" -m diffult.run "${settings[@]}" --run "$RUN"
     cp "$RUN"/{config.toml,metrics.json,report.html} "$RUN"/diffusion/metrics.jsonl "$OUT"
@@ -53,8 +62,9 @@ trace() { # shares of the kernels in sampling
     gzip -c "$RUN/traced/trace.json" >"$OUT/trace.json.gz"
 }
 export -f setup tests tune kernels step suite cifar trace
-export OUT RUN PY SMOKE WHEELS DATA 2>/dev/null || true
+export OUT RUN PY SMOKE WHEELS DATA PRESET 2>/dev/null || true
 
+failed=()
 for name in "${@:-${STEPS[@]}}"; do
     [[ " ${STEPS[*]} " == *" $name "* ]] || { echo "error: no step '$name'; there are: ${STEPS[*]}"; exit 2; }
     [ $# = 0 ] && [ -e "$OUT/$name.done" ] && continue
@@ -64,6 +74,7 @@ for name in "${@:-${STEPS[@]}}"; do
     case $code in
         0) touch "$OUT/$name.done" ;;
         124 | 130) echo "$name: not finished within $LIMIT s; call it again and it goes on"; exit 0 ;;
-        *) echo "error: $name failed (exit code $code), see $OUT/$name.log"; exit 1 ;;
+        *) echo "error: $name failed (exit code $code), see $OUT/$name.log"; failed+=("$name") ;;
     esac
 done
+[ ${#failed[@]} = 0 ] || { echo "error: failed: ${failed[*]}"; exit 1; }

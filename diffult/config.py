@@ -227,8 +227,9 @@ class Config(Section):
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that tell two configurations apart."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Twelve hex digits that tell two configurations apart. What has its default is left out: a setting that a
+        later version adds must not make strangers of the runs there are."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

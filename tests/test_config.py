@@ -9,6 +9,15 @@ from diffult.errors import UserError
 from diffult.run_dir import RunDir
 
 
+def test_a_new_setting_at_its_default_leaves_the_hash():
+    class Later(Config):
+        novelty: int = 0
+
+    document = load_preset("digits-lt").model_dump()
+    before = Config(**document).hash
+    assert Later(**document).hash == before != Later(**document, novelty=1).hash
+
+
 def test_every_preset_loads_and_survives_a_round_trip(tmp_path):
     assert {"digits-lt", "fashion-mnist-lt", "imagenet-lt-64", "imagenet-lt-256"} <= set(preset_names())
     assert {f"cifar{c}-lt-{i}" for c in (10, 100) for i in (10, 50, 100)} <= set(preset_names())

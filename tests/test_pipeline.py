@@ -204,8 +204,12 @@ def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
         assert last.startswith("error: ") and f"stage {missing!r} is not finished" in last, out.stderr
 
 
-def test_cifar_preset_runs_on_an_image_folder_and_resumes(shared_data, tmp_path):
-    """cifar10-lt-100 with its losses, sampler and methods, at a small width and a few steps, on real images."""
+@pytest.mark.parametrize(
+    ("preset", "methods", "evaluations"),
+    [("cifar10-lt-100", 6, 6), ("cifar10-lt-100-fast", 5, 3)],  # guidance doubles the three steps
+)
+def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, preset, methods, evaluations):
+    """With their losses, samplers and methods, at a small width and a few steps, on real images."""
     folder = tmp_path / "cifar"
     with tarfile.open(shared_data / "cifar10-jpeg.tar.gz") as tar:
         for member in tar:
@@ -220,9 +224,9 @@ def test_cifar_preset_runs_on_an_image_folder_and_resumes(shared_data, tmp_path)
         "generate.batch_size=8", "classifier.steps=3", "classifier.batch_size=16",
     ]  # fmt: skip
     path = tmp_path / "run"
-    run_pipeline(RunDir.open(path, "cifar10-lt-100", settings), "diffusion")
+    run_pipeline(RunDir.open(path, preset, settings), "diffusion")
     (path / "diffusion" / "done.json").unlink()  # as if killed after its last checkpoint
     run_pipeline(RunDir.open(path))
     metrics = json.loads((path / "metrics.json").read_text())
-    assert len([m for m in metrics if isinstance(metrics[m], dict) and "top1" in metrics[m]]) == 6
-    assert metrics["generation"]["nfe"] == 6  # guidance doubles the three steps
+    assert len([m for m in metrics if isinstance(metrics[m], dict) and "top1" in metrics[m]]) == methods
+    assert metrics["generation"]["nfe"] == evaluations
