@@ -26,6 +26,19 @@ def naive_abar(name: str, timesteps: int) -> list[float]:
     return abar
 
 
+def diffused(schedule: Schedule, prediction: str, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor):
+    """x_t and the network's target as the schedule's coefficients say."""
+    a, s, k_0, k_e = schedule.diffuse_coefficients(prediction, t)[:, :, None, None, None].unbind(1)
+    return a * x0 + s * eps, k_0 * x0 + k_e * eps
+
+
+def clean(schedule: Schedule, prediction: str, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The image that an output implies as the schedule's coefficients say."""
+    rows = torch.tensor([schedule.x0_coefficients(prediction, i) for i in t.tolist()], dtype=torch.float64)
+    p_x, p_out = rows[:, :, None, None, None].unbind(1)
+    return p_x * x_t + p_out * out
+
+
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(torch.seed() % 2**31)
@@ -49,15 +62,14 @@ def test_linear_schedule_keeps_its_ends_at_other_lengths():
 def test_the_target_gives_back_noise_and_image(name, prediction, batch):
     x0, eps, _, t = batch
     schedule = Schedule(name, T)
-    x_t = schedule.add_noise(x0, eps, t)
+    x_t, target = diffused(schedule, prediction, x0, eps, t)
     abar = torch.tensor([naive_abar(name, T)[i] for i in t.tolist()], dtype=torch.float64).view(-1, 1, 1, 1)
     torch.testing.assert_close(x_t, abar.sqrt() * x0 + (1 - abar).sqrt() * eps, rtol=1e-5, atol=1e-6)
-    target = schedule.target(prediction, x0, eps, t)
     naive = {"epsilon": eps, "x0": x0, "v": abar.sqrt() * eps - (1 - abar).sqrt() * x0}[prediction]
     torch.testing.assert_close(target, naive, rtol=1e-5, atol=1e-6)
     middle = (t > 20) & (t < 900)  # at the ends one of the two is lost in the other
     torch.testing.assert_close(schedule.to_eps(prediction, target, x_t, t)[middle], eps[middle], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(schedule.to_x0(prediction, target, x_t, t)[middle], x0[middle], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(clean(schedule, prediction, target, x_t, t)[middle], x0[middle], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -67,10 +79,10 @@ def test_min_snr_weighs_the_x0_error_by_clipped_snr(prediction, batch):
     schedule, gamma = Schedule("cosine", T), 5.0
     middle = (t > 20) & (t < 900)
     x0, eps, other, t = (z[middle] for z in (x0, eps, other, t))
-    x_t = schedule.add_noise(x0, eps, t)
-    out = schedule.target(prediction, x0, eps, t) + 0.1 * other
+    x_t, target = diffused(schedule, prediction, x0, eps, t)
+    out = target + 0.1 * other
     weighted = schedule.min_snr_weight(prediction, t, gamma) * (0.1 * other).pow(2).flatten(1).mean(1)
-    x0_error = (schedule.to_x0(prediction, out, x_t, t) - x0).pow(2).flatten(1).mean(1)
+    x0_error = (clean(schedule, prediction, out, x_t, t) - x0).pow(2).flatten(1).mean(1)
     abar = schedule.alphas_cumprod[t]
     torch.testing.assert_close(
         weighted, (abar / (1 - abar)).clamp(max=gamma) * x0_error, rtol=1e-2, atol=1e-6, check_dtype=False

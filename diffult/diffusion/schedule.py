@@ -44,20 +44,6 @@ class Schedule:
         """a_t and s_t, float32 [B, 1, 1, 1], for timesteps t, int64 [B]."""
         return self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
 
-    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t of shape [B, C, H, W] (Ho et al. 2020, eq. 4)."""
-        a, s = self.levels(t)
-        return a * x0 + s * eps
-
-    def target(self, prediction: Prediction, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network should put out, [B, C, H, W]."""
-        if prediction == "epsilon":
-            return eps
-        if prediction == "x0":
-            return x0
-        a, s = self.levels(t)
-        return a * eps - s * x0
-
     def to_eps(self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noise that the network's output implies, [B, C, H, W]."""
         if prediction == "epsilon":
@@ -66,15 +52,6 @@ class Schedule:
         if prediction == "x0":
             return (x_t - a * out) / s
         return s * x_t + a * out
-
-    def to_x0(self, prediction: Prediction, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The clean image that the network's output implies, [B, C, H, W], not clipped."""
-        if prediction == "x0":
-            return out
-        a, s = self.levels(t)
-        if prediction == "epsilon":
-            return (x_t - s * out) / a
-        return a * x_t - s * out
 
     def x0_coefficients(self, prediction: Prediction, t: int) -> tuple[float, float]:
         """(p_x, p_out): the clean image is p_x x_t + p_out out, whatever the network predicts."""
