@@ -43,10 +43,6 @@ class Ceilings:
         """FLOP/s that a network could reach."""
         return max(self.product, self.convolution)
 
-    def attainable(self, flops: float, moved: float) -> float:
-        """FLOP/s at the roof of the roofline (Williams et al. 2009) for work of so many operations and bytes."""
-        return min(self.compute, self.copy * flops / moved)
-
     def row(self) -> dict[str, Any]:
         return asdict(self)
 
