@@ -127,7 +127,7 @@ def test_a_training_writes_averages_from_which_another_is_read(tmp_path):
 
 
 SETTINGS = [
-    *TINY, "diffusion.ema_snapshots=5", "diffusion.learning_rate=5e-2", "diffusion.warmup_steps=0",
+    *TINY, "precision=float32", "diffusion.ema_snapshots=5", "diffusion.learning_rate=5e-2", "diffusion.warmup_steps=0",
     "generate.ema_length=0.15",
 ]  # fmt: skip
 
