@@ -139,6 +139,8 @@ class Generator:
         if step.guided:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
+        if self.compiled:  # the compiler tells strides apart, also those of one channel, which mean nothing
+            x = x.clone(memory_format=torch.channels_last)
         times = torch.full((len(x),), step.t, device=x.device)
         kept = () if step.whole or deep is None else (deep[: len(x)],)  # guidance may have ended: half is enough
         # On CUDA one graph an evaluation, for each kind of step: a whole draw's would be of any length.

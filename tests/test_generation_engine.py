@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,9 +40,9 @@ NETWORKS = {
 }
 
 
-def network(name: str) -> UNet:
+def network(name: str, channels: int = 3) -> UNet:
     torch.manual_seed(0)
-    unet = UNet(NETWORKS[name], 8, 3, NULL)
+    unet = UNet(NETWORKS[name], 8, channels, NULL)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # undo the zeros, so that every part acts
     return unet.eval().requires_grad_(False)
@@ -134,20 +135,22 @@ def test_the_work_told_is_the_work_done(name):
     assert generator.flops() < engine(network(name), **settings).flops()
 
 
-def test_a_compiled_network_holds_in_one_graph_and_draws_the_same(monkeypatch, caplog):
+@pytest.mark.parametrize("channels", [1, 3])  # of one channel, strides may differ that mean the same
+def test_a_compiled_network_holds_in_one_graph_and_draws_the_same(channels, monkeypatch, caplog):
     """The compiler's front end alone: what it would hand to the back end runs as it is."""
+    torch._dynamo.reset()
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **o: real(f, backend="eager", fullgraph=True, **o))
     settings = {"steps": 6, "guidance": 1.0, "guidance_interval": (0.2, 0.7), "cache_interval": 2}
-    unet = network("one level")
-    generator = engine(unet, compiled=True, **settings)
+    unet, shape = network("one level", channels), (channels, *SHAPE[1:])
+    generator = replace(engine(unet, compiled=True, **settings), shape=shape)
     with caplog.at_level("INFO", "diffult.generation"):
         generator.prepare()
     assert caplog.text.count("network compiled in") == 1
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     drawn = generator.draw(LABELS, INDICES)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing was left to compile
-    assert torch.equal(drawn, engine(unet, **settings).draw(LABELS, INDICES))
+    assert torch.equal(drawn, replace(engine(unet, **settings), shape=shape).draw(LABELS, INDICES))
 
 
 def test_samples_without_a_disk_are_those_of_the_command(tiny_run, tmp_path):
