@@ -228,7 +228,7 @@ def command(
 
     Sampler, steps and quotas come from the run's configuration unless given here. What equals the run's own settings
     goes to RUN/synthetic, as the run's generation stage; anything else to RUN/generated. An interrupted command goes
-    on where it stopped; batch size and --compile change no sample by more than rounding.
+    on where it stopped; batch size and --compile change samples by rounding alone.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.generate --fast --run RUN
     """
