@@ -72,7 +72,9 @@ def run_suite(
 def command(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, nothing compiled: minutes on two cores.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only the race of this name. Repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the races that today's results file has.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the races that this very command measured today.")
+    ] = False,
     note: Annotated[str, typer.Option(help="What else ran on the machine, for the results file.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
 ) -> None:
@@ -87,17 +89,22 @@ def command(
         "load_average": os.getloadavg(), "note": note,
     }  # fmt: skip
     file = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', about['device']).strip('-')}-{today}.json"
-    before = read_json(file) if resume and file.exists() else {"seconds": 0.0, "rows": []}
+    before = read_json(file) if resume and file.exists() else {}
+    if before.get("command") != content["command"]:  # of the same command alone: one file, one way of measuring
+        before = {"seconds": 0.0, "rows": []}
     rows, failed = list(before["rows"]), dict[str, str]()
     names = [name for name in names if name not in {row["race"] for row in rows}]
-    ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
+    if "ceilings" in before:
+        ceilings = Ceilings(**before["ceilings"])
+    else:
+        ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
     logging.disable(logging.WARNING)  # the stages' own lines
     try:
         for name, result in run_suite(names, device, ceilings, quick):
             if isinstance(result, str):
                 failed[name] = result
             else:
-                rows.append(result)
+                rows = sorted([*rows, result], key=lambda row: list(RACES).index(row["race"]))
             seconds = round(before["seconds"] + time.perf_counter() - begun, 1)
             write_json(file, content | {"seconds": seconds, "ceilings": ceilings.row(), "failed": failed, "rows": rows})
     finally:

@@ -87,10 +87,11 @@ def build_model(config: Config, training: bool = False) -> Model:
 
 
 def same(name: str, ours: torch.Tensor, theirs: torch.Tensor, allowed: float, rounded: bool = False) -> str:
-    """How much outputs differ, in words; UserError where it is more than `allowed`: the largest difference, or the mean
-    where both were `rounded` on the way, step by step."""
-    differences = (ours.float() - theirs.float()).abs()
-    kind, difference = ("mean", differences.mean().item()) if rounded else ("largest", differences.max().item())
+    """How much outputs [B, ...] differ, in words; UserError where it is more than `allowed`: the largest difference, or
+    the largest mean of an image where both were `rounded` on the way, step by step."""
+    differences = (ours.float() - theirs.float()).abs().flatten(1)
+    kind = "an image's mean" if rounded else "largest"
+    difference = (differences.mean(1) if rounded else differences).max().item()
     if not difference <= allowed:
         raise UserError(f"{name}: {kind} difference of outputs {difference:.3g}, more than {allowed:.3g}: not fair")
     return f"{kind} difference of outputs {difference:.2g}, same number of parameters"
@@ -217,7 +218,7 @@ def _sampler_race(sampler: str, steps: int) -> Work:
     outputs = [torch.as_tensor(call()) for call in run.values()]
     # Of one grey level: in bfloat16 roundings grow over the steps, at a few pixels to many levels.
     rounded = model.dtype != torch.float32
-    equal = [same(sampler, outputs[0], out, 1.0, rounded) for out in outputs[1:]][-1]
+    equal = same(sampler, outputs[0].repeat(len(outputs) - 1, 1, 1, 1), torch.cat(outputs[1:]), 1.0, rounded)
     flops = steps * model.size * forward_flops(model.unet, model.inputs)
     work = Work(run, model.size, flops, equal=equal + " (levels of 255)")
     work.compilable = {name: lambda name=name: _draws(model, config.generate, compiled=True)[name] for name in run}

@@ -113,36 +113,54 @@ def fastest(work: Callable[[], object], default: dict[str, int], row: dict[str, 
 
 def tune(device: torch.device) -> None:
     """Fills the table for this card: for each shape the fastest sizes, and the reference where it is faster still.
-    What the table holds is kept: an interrupted tuning goes on, and a row is measured anew once it is deleted."""
-    table, card = dispatch.table(), dispatch.card(device)
+    What the table holds is kept: an interrupted tuning goes on, and a row is measured anew once it is deleted.
+
+    Raises:
+        UserError: kernels that do not run with their own sizes; all others are tuned.
+    """
+    failed = []
     for case in cases():
-        dispatch.set_mode("triton")
-        dispatch.asked.clear()
-        call = case.build(device, torch.channels_last)
-        work = forward_backward(call) if call.leaves else call.run
-        work()
         rows: list[dict[str, int]] = []
-        for (kernel, key), default in dispatch.asked.items():
-            known = table.setdefault(card, {}).setdefault(kernel, {})
-            if key not in known:
-                rows.append(known.setdefault(key, {}))
-                best = fastest(work, default, rows[-1])
-        if rows:
-            dispatch.set_mode("torch")
-            torch._dynamo.reset()  # or shapes of earlier cases make it compile for shapes of any size
-            if milliseconds(torch.compile(work), _TRIAL_MS) < best:
-                for row in rows:
-                    row["torch"] = 1
-            TILES.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-            print(f"{case.kernel} {case.shape}: {rows}, {best:.3g} ms", flush=True)
+        try:
+            _tune_case(case, device, rows)
+        except Exception as error:
+            for row in rows:
+                row.clear()  # the kernel's own sizes
+            failed.append(f"{case.kernel} {case.shape}: {type(error).__name__}: {error}")
+        TILES.write_text(json.dumps(dispatch.table(), indent=1, sort_keys=True) + "\n")
     dispatch.set_mode("auto")
+    if failed:
+        raise UserError(f"{len(failed)} kernels could not be tuned: {'; '.join(failed)}")
+
+
+def _tune_case(case: Case, device: torch.device, rows: list[dict[str, int]]) -> None:
+    """Adds to the table the rows that it lacks of this case, also to `rows`."""
+    dispatch.set_mode("triton")
+    dispatch.asked.clear()
+    call = case.build(device, torch.channels_last)
+    work = forward_backward(call) if call.leaves else call.run
+    work()
+    for (kernel, key), default in dispatch.asked.items():
+        known = dispatch.table().setdefault(dispatch.card(device), {}).setdefault(kernel, {})
+        if key not in known:
+            rows.append(known.setdefault(key, {}))
+            best = fastest(work, default, rows[-1])
+    if rows:
+        dispatch.set_mode("torch")
+        torch._dynamo.reset()  # or shapes of earlier cases make it compile for shapes of any size
+        if milliseconds(torch.compile(work), _TRIAL_MS) < best:
+            for row in rows:
+                row["torch"] = 1
+        print(f"{case.kernel} {case.shape}: {rows}, {best:.3g} ms", flush=True)
 
 
 def command(
     tune_: Annotated[
         bool, typer.Option("--tune", help="Choose the tiles that kernels/tiles.json lacks, write them, and stop.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the results file has.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows that were measured with the tiles of now.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
 ) -> None:
     """Check every kernel against float64 and time it beside PyTorch, on a CUDA card."""
@@ -157,19 +175,26 @@ def command(
         return
     name = torch.cuda.get_device_name(device).replace(" ", "-")
     file = out / f"kernels-{name}.json"
-    ceiling = copy_bandwidth()
-    rows = read_json(file)["rows"] if resume and file.exists() else []
-    there = {(row["kernel"], row["shape"]) for row in rows}
+    tiles = dispatch.table().get(dispatch.card(device), {})
+    content: dict[str, Any] = {"machine": machine(), "tiles": tiles, "copy GB/s": 0.0, "rows": []}
+    if resume and file.exists() and (before := read_json(file))["tiles"] == tiles:
+        content = before
+    content["copy GB/s"] = content["copy GB/s"] or copy_bandwidth() / 1e9
+    there = {(row["kernel"], row["shape"]) for row in content["rows"]}
+    wrong = []
     for case in cases():
         if (case.kernel, case.shape) in there:
             continue
         dispatch.set_mode("triton")
         error = relative_error(case, device)
         if not error < _BOUND:
-            raise UserError(f"{case.kernel} {case.shape}: relative error {error:.2g} against float64")
-        rows.append(time_case(case, device, ceiling) | {"error": error})
-        print(json.dumps(rows[-1]), flush=True)
-        write_json(file, {"machine": machine(), "copy GB/s": ceiling / 1e9, "rows": rows})
+            wrong.append(f"{case.kernel} {case.shape}: relative error {error:.2g} against float64")
+            continue
+        content["rows"].append(time_case(case, device, content["copy GB/s"] * 1e9) | {"error": error})
+        print(json.dumps(content["rows"][-1]), flush=True)
+        write_json(file, content)
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ class Config(Section):
     @property
     def hash(self) -> str:
         """Twelve hex digits that tell two configurations apart. What has its default is left out: a setting that a
-        later version adds must not make strangers of the runs there are."""
+        later version adds must not make strangers of the runs there are. So a default never changes; a preset does."""
         canonical = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

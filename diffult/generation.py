@@ -29,6 +29,7 @@ from diffult.diffusion import samplers
 from diffult.diffusion.samplers import Step
 from diffult.diffusion.schedule import Prediction, Schedule
 from diffult.distributed import ALONE, World
+from diffult.errors import UserError
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import judge
 from diffult.longtail.quota import Quota
@@ -90,14 +91,24 @@ class Generator:
     @torch.no_grad()
     def prepare(self) -> None:
         """Runs the network at each kind of step that there is, so that it is compiled before any clock runs, and tells
-        the time which that took."""
+        the time which that took.
+
+        Raises:
+            UserError: this CPU's network does not compile, for want of a C++ compiler for one.
+        """
         begun = time.perf_counter()
         labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
         x, deep, met = normal(self.seed, labels, labels, 0, self.shape), None, set()
         for step in self._plan:
             if (kind := (step.guided, step.whole)) not in met:
                 met.add(kind)
-                _, deep = self._predict(x, step, labels, deep)
+                try:
+                    _, deep = self._predict(x, step, labels, deep)
+                except RuntimeError as error:  # what torch.compile raises, whatever the cause
+                    if self.device.type == "cuda" or not self.compiled:
+                        raise
+                    reason = str(error).strip().splitlines()[0]
+                    raise UserError(f"--compile: {reason}; it needs g++, leave it out to go without") from None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.compiled:

@@ -80,8 +80,8 @@ class RunDir:
         note = read_json(file)
         if note.get("config") != self.config.hash:
             raise UserError(
-                f"{file}: written under another configuration ({note.get('config')}, now {self.config.hash}); "
-                "restore config.toml or start a new run directory"
+                f"{file}: written under another configuration ({note.get('config')}, now {self.config.hash}) or by "
+                "another version; restore config.toml or start a new run directory"
             )
         if gone := [name for name in note["files"] if not (self.folder(stage) / name).exists()]:
             log.warning("%s: %s is gone, the stage is not finished", self.folder(stage), gone[0])

@@ -17,6 +17,7 @@ from bench import training_step
 from bench.kernel_cases import BF16, FP32, Call, Case, cases
 from bench.kernels import relative_error
 from diffult.config import load_preset
+from diffult.errors import UserError
 from kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,28 @@ def test_tuning_finds_the_fastest_sizes_and_keeps_what_it_found(tmp_path, monkey
     monkeypatch.setattr(bench_kernels, "milliseconds", lambda *_: pytest.fail("measured again"))
     bench_kernels.tune(device)
     assert table == found
+
+
+def test_a_kernel_that_does_not_run_is_named_and_the_others_are_tuned(tmp_path, monkeypatch):
+    device, table = torch.device("cpu"), {}
+
+    def broken():
+        dispatch.tile("fake", "n1", device, warps=4)
+        if dispatch.mode() == "triton" and table:
+            raise RuntimeError("out of resources")
+
+    work = partial(dispatch.tile, "fake", "n2", device, warps=1)
+    builds = {"n1": Call(broken, broken), "n2": Call(work, work)}
+    for module, name, value in (
+        (bench_kernels, "cases", lambda: [Case("fake", n, lambda *_, n=n: builds[n], 1) for n in builds]),
+        (bench_kernels, "milliseconds", lambda call, _: call() and 1.0),
+        (bench_kernels, "TILES", tmp_path / "tiles.json"), (dispatch, "table", lambda: table),
+        (torch, "compile", lambda f: f),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(UserError, match="1 kernels could not be tuned: fake n1: RuntimeError: out of resources"):
+        bench_kernels.tune(device)
+    assert table == {"cpu": {"fake": {"n1": {}, "n2": {"warps": 1}}}}
 
 
 def test_a_shape_at_which_pytorch_is_faster_is_sent_to_it(tmp_path, monkeypatch):

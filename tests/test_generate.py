@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
 from diffult.data.shards import ShardStore
@@ -114,6 +115,17 @@ def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, monkeypatch, 
         assert caplog.text.count("network compiled in") == compiled
         kept[compiled] = [file.read_bytes() for file in sorted(out.glob("shard-*"))]
     assert kept[True] == kept[False] != []
+
+
+def test_without_a_compiler_compiling_ends_in_one_line(tiny_run, tmp_path, monkeypatch):
+    def inductor(graph, inputs):
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend=inductor))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match=r"--compile: .*No working C\+\+ compiler found; it needs g\+\+"):
+        command(run=tiny_run.path, fast=True, steps=2, per_class=1, out=tmp_path / "out", compile_=True)
 
 
 def test_dry_run_writes_nothing_and_tells_time_and_disk(tiny_run, caplog, capsys):

@@ -29,6 +29,20 @@ def test_every_step_runs_leaves_its_results_and_is_not_done_twice(tmp_path: Path
     assert "==" not in again.stdout
 
 
+def test_a_failed_step_is_told_though_others_run_and_one_is_cut_off(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # its tests fail, and its tuning is cut off
+    python.write_text('#!/bin/sh\ncase "$*" in "-m pytest"*) exit 1;; *--tune*) exit 130;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PY": str(python)}
+    environment.pop("SMOKE", None)
+    told = subprocess.run([ROOT / "bench/gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 1, told.stdout
+    assert "tests failed (exit code 1)" in told.stdout and told.stdout.endswith("error: failed: tests\n")
+    assert "tune: not finished within" in told.stdout and "== kernels" not in told.stdout
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"setup.done", "tiles.json"}
+    assert not (tmp_path / "out/tests.done").exists()
+
+
 def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path)}
     told = subprocess.run([ROOT / "bench/gpu.sh", "all"], env=environment, capture_output=True, text=True, check=False)
