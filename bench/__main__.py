@@ -91,13 +91,10 @@ def command(
     file = out / f"{re.sub(r'[^A-Za-z0-9.]+', '-', about['device']).strip('-')}-{today}.json"
     before = read_json(file) if resume and file.exists() else {}
     if before.get("command") != content["command"]:  # of the same command alone: one file, one way of measuring
-        before = {"seconds": 0.0, "rows": []}
-    rows, failed = list(before["rows"]), dict[str, str]()
+        measured = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
+        before = {"seconds": 0.0, "ceilings": measured.row(), "rows": []}
+    rows, failed, ceilings = list(before["rows"]), dict[str, str](), Ceilings(**before["ceilings"])
     names = [name for name in names if name not in {row["race"] for row in rows}]
-    if "ceilings" in before:
-        ceilings = Ceilings(**before["ceilings"])
-    else:
-        ceilings = measure(device, compute_dtype("auto", device), 0.3 if quick else 2.0)
     logging.disable(logging.WARNING)  # the stages' own lines
     try:
         for name, result in run_suite(names, device, ceilings, quick):

@@ -86,12 +86,14 @@ def build_model(config: Config, training: bool = False) -> Model:
     return Model(config, unet, settings, (x, t % 1000, labels % CLASSES), dtype, device)
 
 
-def same(name: str, ours: torch.Tensor, theirs: torch.Tensor, allowed: float, rounded: bool = False) -> str:
-    """How much outputs [B, ...] differ, in words; UserError where it is more than `allowed`: the largest difference, or
-    the largest mean of an image where both were `rounded` on the way, step by step."""
-    differences = (ours.float() - theirs.float()).abs().flatten(1)
+def same(name: str, outputs: list[torch.Tensor], allowed: float, rounded: bool = False) -> str:
+    """How much the others' outputs [B, ...] differ from the first, ours, in words; UserError where it is more than
+    `allowed`: the largest difference, or the largest mean of an image where all were `rounded` on the way, step by
+    step."""
+    ours, *others = (out.float().flatten(1) for out in outputs)
+    differences = (torch.stack(others) - ours).abs()
     kind = "an image's mean" if rounded else "largest"
-    difference = (differences.mean(1) if rounded else differences).max().item()
+    difference = (differences.mean(2) if rounded else differences).max().item()
     if not difference <= allowed:
         raise UserError(f"{name}: {kind} difference of outputs {difference:.3g}, more than {allowed:.3g}: not fair")
     return f"{kind} difference of outputs {difference:.2g}, same number of parameters"
@@ -118,11 +120,11 @@ def forward(folder: Path) -> Work:
     run = {name: call(network) for name, network in networks.items()}
     outputs = [out() for out in run.values()]
     allowed = (1e-4 if model.dtype == torch.float32 else 5e-2) * float(outputs[0].abs().max())
-    equal = [same("network forward", outputs[0], out, allowed) for out in outputs[1:]]
+    equal = same("network forward", outputs, allowed)
     return Work(
         run, model.size, model.size * forward_flops(model.unet, model.inputs),
         traffic(lambda: model.unet(*model.inputs)),
-        {name: lambda network=network: call(_compiled(network)) for name, network in networks.items()}, equal[-1],
+        {name: lambda network=network: call(_compiled(network)) for name, network in networks.items()}, equal,
     )  # fmt: skip
 
 
@@ -218,7 +220,7 @@ def _sampler_race(sampler: str, steps: int) -> Work:
     outputs = [torch.as_tensor(call()) for call in run.values()]
     # Of one grey level: in bfloat16 roundings grow over the steps, at a few pixels to many levels.
     rounded = model.dtype != torch.float32
-    equal = same(sampler, outputs[0].repeat(len(outputs) - 1, 1, 1, 1), torch.cat(outputs[1:]), 1.0, rounded)
+    equal = same(sampler, outputs, 1.0, rounded)
     flops = steps * model.size * forward_flops(model.unet, model.inputs)
     work = Work(run, model.size, flops, equal=equal + " (levels of 255)")
     work.compilable = {name: lambda name=name: _draws(model, config.generate, compiled=True)[name] for name in run}

@@ -176,10 +176,9 @@ def command(
     name = torch.cuda.get_device_name(device).replace(" ", "-")
     file = out / f"kernels-{name}.json"
     tiles = dispatch.table().get(dispatch.card(device), {})
-    content: dict[str, Any] = {"machine": machine(), "tiles": tiles, "copy GB/s": 0.0, "rows": []}
-    if resume and file.exists() and (before := read_json(file))["tiles"] == tiles:
-        content = before
-    content["copy GB/s"] = content["copy GB/s"] or copy_bandwidth() / 1e9
+    content: dict[str, Any] = read_json(file) if resume and file.exists() else {}
+    if content.get("tiles") != tiles:
+        content = {"machine": machine(), "tiles": tiles, "copy GB/s": copy_bandwidth() / 1e9, "rows": []}
     there = {(row["kernel"], row["shape"]) for row in content["rows"]}
     wrong = []
     for case in cases():

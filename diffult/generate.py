@@ -127,7 +127,7 @@ def _generate_into(
     quotas: np.ndarray,
     seed: int,
     classes: tuple[str, ...],
-    compiled: bool = False,
+    compiled: bool,
     world: World = ALONE,
 ) -> dict[str, Any]:
     if not world.first:

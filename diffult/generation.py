@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ class Generator:
         self._coefficients = self._coefficient_table(grid).to(self.device)
         # One graph for each shape: a doubled batch is no reason to make the batch size variable.
         self._evaluate = torch.compile(self.unet.evaluate, dynamic=False) if self.compiled else self.unet.evaluate
-        self._recorded: dict[tuple[int, bool], Captured] = {}
+        # On CUDA one recorded graph an evaluation, for each kind of step: a whole draw's would be of any length.
+        self._recorded = defaultdict[tuple[int, bool], Captured](lambda: Captured(self._network, self.device))
 
     def _coefficient_table(self, grid: list[int]) -> torch.Tensor:
         """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
@@ -97,22 +99,25 @@ class Generator:
             UserError: this CPU's network does not compile, for want of a C++ compiler for one.
         """
         begun = time.perf_counter()
+        try:
+            self._evaluate_each_kind()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if self.device.type == "cuda":
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile: {reason}; it needs g++, leave it out to go without") from None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.compiled:
+            log.info("network compiled in %.1f s", time.perf_counter() - begun)
+
+    def _evaluate_each_kind(self) -> None:
         labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
         x, deep, met = normal(self.seed, labels, labels, 0, self.shape), None, set()
         for step in self._plan:
             if (kind := (step.guided, step.whole)) not in met:
                 met.add(kind)
-                try:
-                    _, deep = self._predict(x, step, labels, deep)
-                except RuntimeError as error:  # what torch.compile raises, whatever the cause
-                    if self.device.type == "cuda" or not self.compiled:
-                        raise
-                    reason = str(error).strip().splitlines()[0]
-                    raise UserError(f"--compile: {reason}; it needs g++, leave it out to go without") from None
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if self.compiled:
-            log.info("network compiled in %.1f s", time.perf_counter() - begun)
+                _, deep = self._predict(x, step, labels, deep)
 
     def flops(self) -> int:
         """Work of the network for one sample, FLOP: its whole evaluations, and those of its first level alone."""
@@ -154,9 +159,7 @@ class Generator:
             x = x.clone(memory_format=torch.channels_last)
         times = torch.full((len(x),), step.t, device=x.device)
         kept = () if step.whole or deep is None else (deep[: len(x)],)  # guidance may have ended: half is enough
-        # On CUDA one graph an evaluation, for each kind of step: a whole draw's would be of any length.
-        recorded = self._recorded.setdefault((len(x), bool(kept)), Captured(self._network, self.device))
-        return recorded(x, times, labels, *kept)
+        return self._recorded[len(x), bool(kept)](x, times, labels, *kept)
 
     def _network(
         self, x: torch.Tensor, times: torch.Tensor, labels: torch.Tensor, deep: torch.Tensor | None = None

@@ -86,6 +86,14 @@ def triton_kernels() -> Iterator[torch.device]:
 
 
 @pytest.fixture
+def front_end_alone(monkeypatch) -> None:
+    """torch.compile traces into one graph, which runs as it is: nothing is handed to a back end."""
+    torch._dynamo.reset()
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", fullgraph=True, **options))
+
+
+@pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 64 KiB."""
     disk = tmp_path / "disk"

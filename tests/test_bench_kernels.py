@@ -20,7 +20,7 @@ from diffult.config import load_preset
 from diffult.errors import UserError
 from kernels import dispatch
 
-ROOT = Path(__file__).parents[1]
+ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 COMPILE = """
 import json
 from bench.cubin_table import compile_all
@@ -64,15 +64,36 @@ def test_cases_compute_what_they_claim():
     small = [case for case in cases((BF16, FP32)) if case.bytes < 25e6]
     assert {case.kernel for case in small} >= {"group_norm_silu", "denoise_step", "diffuse", "normal", "augment"}
     for case in small:
-        assert relative_error(case, torch.device("cpu")) < (1e-2 if "bfloat16" in case.shape else 1e-5), case
+        assert relative_error(case, CPU) < (1e-2 if "bfloat16" in case.shape else 1e-5), case
 
 
-def test_tuning_finds_the_fastest_sizes_and_keeps_what_it_found(tmp_path, monkeypatch):
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Tunes kernels {shape: work} of the name "fake" for the CPU by a made-up clock; returns the table, kept from call
+    to call."""
+    table = {}
+
+    def tune(works, milliseconds):
+        made = [Case("fake", shape, lambda *_, work=work: Call(work, work), 1) for shape, work in works.items()]
+        for module, name, value in (
+            (bench_kernels, "cases", lambda: made), (bench_kernels, "milliseconds", milliseconds),
+            (bench_kernels, "TILES", tmp_path / "tiles.json"), (dispatch, "table", lambda: table),
+            (torch, "compile", lambda f: f),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, value)
+        bench_kernels.tune(CPU)
+        return table
+
+    tune.table, tune.file = table, tmp_path / "tiles.json"
+    return tune
+
+
+def test_tuning_finds_the_fastest_sizes_and_keeps_what_it_found(tuned):
     """A kernel of 1 ms at 2048 elements and 2 warps, more the farther its sizes are; larger than 2048 do not launch."""
-    device, table, used = torch.device("cpu"), {}, {}
+    used = {}
 
     def work():
-        used.update(dispatch.tile("fake", "n1", device, elements=256, warps=4))
+        used.update(dispatch.tile("fake", "n1", CPU, elements=256, warps=4))
 
     def milliseconds(call, budget_ms=100):
         call()
@@ -82,53 +103,26 @@ def test_tuning_finds_the_fastest_sizes_and_keeps_what_it_found(tmp_path, monkey
             raise RuntimeError("out of resources")
         return 1 + abs(math.log2(used["elements"] / 2048)) + abs(math.log2(used["warps"] / 2))
 
-    for module, name, value in (
-        (bench_kernels, "cases", lambda: [Case("fake", "n1", lambda *_: Call(work, work), 1)]),
-        (bench_kernels, "milliseconds", milliseconds), (bench_kernels, "TILES", tmp_path / "tiles.json"),
-        (dispatch, "table", lambda: table), (torch, "compile", lambda f: f),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    bench_kernels.tune(device)
     found = {"cpu": {"fake": {"n1": {"elements": 2048, "warps": 2}}}}
-    assert table == found == json.loads((tmp_path / "tiles.json").read_text())
-    monkeypatch.setattr(bench_kernels, "milliseconds", lambda *_: pytest.fail("measured again"))
-    bench_kernels.tune(device)
-    assert table == found
+    assert tuned({"n1": work}, milliseconds) == found == json.loads(tuned.file.read_text())
+    assert tuned({"n1": work}, lambda *_: pytest.fail("measured again")) == found
 
 
-def test_a_kernel_that_does_not_run_is_named_and_the_others_are_tuned(tmp_path, monkeypatch):
-    device, table = torch.device("cpu"), {}
-
+def test_a_kernel_that_does_not_run_is_named_and_the_others_are_tuned(tuned):
     def broken():
-        dispatch.tile("fake", "n1", device, warps=4)
-        if dispatch.mode() == "triton" and table:
+        dispatch.tile("fake", "n1", CPU, warps=4)
+        if dispatch.mode() == "triton" and tuned.table:
             raise RuntimeError("out of resources")
 
-    work = partial(dispatch.tile, "fake", "n2", device, warps=1)
-    builds = {"n1": Call(broken, broken), "n2": Call(work, work)}
-    for module, name, value in (
-        (bench_kernels, "cases", lambda: [Case("fake", n, lambda *_, n=n: builds[n], 1) for n in builds]),
-        (bench_kernels, "milliseconds", lambda call, _: call() and 1.0),
-        (bench_kernels, "TILES", tmp_path / "tiles.json"), (dispatch, "table", lambda: table),
-        (torch, "compile", lambda f: f),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
+    works = {"n1": broken, "n2": partial(dispatch.tile, "fake", "n2", CPU, warps=1)}
     with pytest.raises(UserError, match="1 kernels could not be tuned: fake n1: RuntimeError: out of resources"):
-        bench_kernels.tune(device)
-    assert table == {"cpu": {"fake": {"n1": {}, "n2": {"warps": 1}}}}
+        tuned(works, lambda call, _: call() and 1.0)
+    assert tuned.table == {"cpu": {"fake": {"n1": {}, "n2": {"warps": 1}}}}
 
 
-def test_a_shape_at_which_pytorch_is_faster_is_sent_to_it(tmp_path, monkeypatch):
-    table = {}
-    work = partial(dispatch.tile, "fake", "n1", torch.device("cpu"), warps=1)
-    for module, name, value in (
-        (bench_kernels, "cases", lambda: [Case("fake", "n1", lambda *_: Call(work, work), 1)]),
-        (bench_kernels, "milliseconds", lambda *_: 1.0 if dispatch.mode() == "torch" else 2.0),
-        (bench_kernels, "TILES", tmp_path / "tiles.json"), (dispatch, "table", lambda: table),
-        (torch, "compile", lambda f: f),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, value)
-    bench_kernels.tune(torch.device("cpu"))
+def test_a_shape_at_which_pytorch_is_faster_is_sent_to_it(tuned):
+    work = partial(dispatch.tile, "fake", "n1", CPU, warps=1)
+    table = tuned({"n1": work}, lambda *_: 1.0 if dispatch.mode() == "torch" else 2.0)
     assert table == {"cpu": {"fake": {"n1": {"warps": 1, "torch": 1}}}}
 
 

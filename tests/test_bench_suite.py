@@ -90,10 +90,10 @@ def test_a_race_that_fails_is_named_the_others_are_kept_and_not_run_again(tmp_pa
 def test_outputs_are_held_against_each_other(rounded, allowed):
     ours, theirs = torch.zeros(8, 100), torch.zeros(8, 100)
     theirs[0, 0] = 40.0
-    assert f"{40 if not rounded else 0.4}, same" in same("race", ours, theirs, allowed, rounded)
+    assert f"{40 if not rounded else 0.4}, same" in same("race", [ours, theirs], allowed, rounded)
     theirs[0, :] += 1.0  # one image of eight
     with pytest.raises(UserError, match="not fair"):
-        same("race", ours, theirs, allowed, rounded)
+        same("race", [ours, theirs], allowed, rounded)
 
 
 def test_an_unknown_race_is_refused():

@@ -102,11 +102,7 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
     }
 
 
-def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, monkeypatch, caplog):
-    """The compiler's front end alone, whose graph runs as it is."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", fullgraph=True, **options))
-    torch._dynamo.reset()
+def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, front_end_alone, caplog):
     kept = {}
     for compiled in (False, True):
         out = tmp_path / str(compiled)

@@ -136,11 +136,7 @@ def test_the_work_told_is_the_work_done(name):
 
 
 @pytest.mark.parametrize("channels", [1, 3])  # of one channel, strides may differ that mean the same
-def test_a_compiled_network_holds_in_one_graph_and_draws_the_same(channels, monkeypatch, caplog):
-    """The compiler's front end alone: what it would hand to the back end runs as it is."""
-    torch._dynamo.reset()
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: real(f, backend="eager", fullgraph=True, **o))
+def test_a_compiled_network_holds_in_one_graph_and_draws_the_same(channels, front_end_alone, caplog):
     settings = {"steps": 6, "guidance": 1.0, "guidance_interval": (0.2, 0.7), "cache_interval": 2}
     unet, shape = network("one level", channels), (channels, *SHAPE[1:])
     generator = replace(engine(unet, compiled=True, **settings), shape=shape)
