@@ -59,17 +59,14 @@ def run_seed(preset: str, seed: int, folder: Path, overrides: list[str], threads
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """[mean, sample deviation] of each method and group in percent, and of the gain over cross-entropy of the same
-    seed. A group without a class is left out."""
+    seed. A group without a class is left out. Nothing is rounded: a figure is rounded once, where it is shown."""
     summary: dict[str, dict[str, list[float]]] = {}
     for method in RECIPES:
         if method in runs[0]:
             groups = [group for group in COLUMNS if all(run[method][group] is not None for run in runs)]
             values = {group: [run[method][group] for run in runs] for group in groups}
             gains = {f"{group}_gain": [run[method][group] - run["ce"][group] for run in runs] for group in groups}
-            summary[method] = {
-                name: [round(mean(v), 2), round(stdev(v), 2) if len(v) > 1 else 0.0]
-                for name, v in (values | gains).items()
-            }
+            summary[method] = {name: [mean(v), stdev(v) if len(v) > 1 else 0.0] for name, v in (values | gains).items()}
     return summary
 
 

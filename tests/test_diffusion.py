@@ -41,7 +41,7 @@ def clean(schedule: Schedule, prediction: str, out: torch.Tensor, x_t: torch.Ten
 
 @pytest.fixture
 def batch():
-    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    g = torch.Generator().manual_seed(0)
     x0, eps, other = (torch.randn(6, 3, 4, 5, generator=g, dtype=torch.float64) for _ in range(3))
     return x0, eps, other, torch.randint(1, T - 1, (6,), generator=g)
 

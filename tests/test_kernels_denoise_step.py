@@ -24,7 +24,7 @@ SHAPES = st.tuples(st.integers(1, 4), *[st.integers(1, 6)] * 3) | st.sampled_fro
 
 
 class Case:
-    """Fresh random inputs; limits below, at and above 1, and 0 for none."""
+    """Random inputs; limits below, at and above 1, and 0 for none."""
 
     def __init__(self, shape, guided=False, previous=True, dtype=torch.float32, device="cpu", layout="channels_last"):
         batch = shape[0]
@@ -36,7 +36,7 @@ class Case:
         self.x, self.out = random(batch), random(2 * batch if guided else batch, dtype)
         self.previous = random(batch) if previous else None
         self.coefficients = torch.randn(batch, 8, device=device)
-        self.coefficients[:, LIMIT] = torch.tensor(np.random.choice([0.0, 0.5, 1.0, 1.7], batch)).to(device)
+        self.coefficients[:, LIMIT] = torch.tensor([0.0, 0.5, 1.0, 1.7])[torch.randint(4, (batch,))].to(device)
         self.labels, self.indices, self.steps = (torch.randint(0, 1000, (batch,), device=device) for _ in range(3))
 
     def arguments(self):
