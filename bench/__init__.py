@@ -1,0 +1,1 @@
+import diffult  # noqa: F401  (before torch, which the modules import first)

@@ -61,8 +61,8 @@ def write_command(
 ) -> None:
     """Write the images of SOURCE to OUT, whole or not at all.
 
-    JPEG files that need not be scaled are stored as they are with --storage jpg, without loss. Generated images go to
-    a file of their own (--synthetic): a set is a list of files, nothing real is written again.
+    JPEG files that need not be scaled are stored with --storage jpg without loss. Generated images go to a file of
+    their own (--synthetic): a set is a list of files, nothing real is written again.
     """
     opened = open_source(source, format=_format(format), split=split, root=root, class_index=class_index)
     count, start = len(opened.samples), time.perf_counter()

@@ -27,6 +27,7 @@ from .format import (
     metadata_type,
 )
 from .image_set import ImageSet, Part, damaged
+from .jpeg_part import part as jpeg_part
 from .turbojpeg import decode_jpeg
 
 
@@ -85,13 +86,25 @@ class BetonSet(ImageSet):
         shape = stored.height, stored.width, self.channels
         if not stored.jpg:
             return stored.data.reshape(shape)
-        try:
-            pixels = decode_jpeg(stored.data, passing=passing)
-        except ValueError as error:
-            raise SampleError(f"{self.name(sample)} does not decode: {error}") from error
+        pixels = self._decoded(sample, stored.data, passing)
         if pixels.shape != shape:
             raise SampleError(f"{self.name(sample)} is {pixels.shape}, its file's table says {shape}")
         return pixels
+
+    def part(self, sample: int, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `ImageSet`."""
+        stored = self.stored(sample)
+        cut = jpeg_part(stored.data, (stored.height, stored.width), box) if stored.jpg else None
+        if cut is None:
+            return super().part(sample, box)
+        file, place = cut
+        return self._decoded(sample, file, passing=True), place
+
+    def _decoded(self, sample: int, content: np.ndarray, passing: bool) -> np.ndarray:
+        try:
+            return decode_jpeg(content, passing=passing)
+        except ValueError as error:
+            raise SampleError(f"{self.name(sample)} does not decode: {error}") from error
 
     def take(self, samples: np.ndarray) -> np.ndarray:
         """See `ImageSet`."""

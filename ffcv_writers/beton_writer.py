@@ -18,6 +18,7 @@ from .beton import Stored, open_file
 from .decoding import decode_rgb, shrink
 from .format import ALLOCATION, ARRAY_FIELD, FIELDS, HEADER, JPG, RAW, RGB_FIELD, VERSION, descriptors, metadata_type
 from .image_set import Shape
+from .restarts import with_restarts
 from .turbojpeg import FourColours, decode_jpeg
 
 Storage = Literal["raw", "jpg", "smart"]
@@ -28,7 +29,8 @@ _PAGE, _LARGEST_PAGE = 1 << 23, 1 << 26  # bytes: ffcv's default, and where the 
 def encode(sample: np.ndarray | bytes, storage: Storage, quality: int, max_side: int) -> Stored:
     """What to store of an image.
 
-    The content of a JPEG file that decodes without a complaint and need not be shrunk is stored as it is.
+    The content of a JPEG file that decodes without a complaint and need not be shrunk keeps its coefficients. JPEGs get
+    restarts, so that a crop decodes in the time of its part.
 
     Args:
         sample: uint8 (H, W, C), or the content of an image file.
@@ -36,7 +38,7 @@ def encode(sample: np.ndarray | bytes, storage: Storage, quality: int, max_side:
     Raises:
         ValueError: the content does not decode.
     """
-    content: np.ndarray | None = None  # to be stored as it is
+    content: np.ndarray | None = None  # to be stored, without loss
     defect = ""
     if isinstance(sample, np.ndarray):
         pixels = sample
@@ -58,7 +60,7 @@ def encode(sample: np.ndarray | bytes, storage: Storage, quality: int, max_side:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
         content = np.frombuffer(buffer.getbuffer(), np.uint8)
-    return Stored(content, height, width, True, defect)
+    return Stored(with_restarts(content), height, width, True, defect)
 
 
 def write_beton(

@@ -62,5 +62,5 @@ def resized_crop(image: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> n
     part = image[top : top + height, left : left + width]
     if (height, width) == size:
         return part
-    planes = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]
-    return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    batch = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)  # in this order: channels-last to torch
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()

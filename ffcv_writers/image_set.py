@@ -102,6 +102,17 @@ class ImageSet(ABC):
             SampleError: it does not decode.
         """
 
+    def part(self, sample: int, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a box shows of an image, and as much around it as comes along; passing, see `image`.
+
+        Args:
+            box: int64 top, left, height, width, within the image.
+
+        Returns:
+            uint8 (H, W, C), and the box in it.
+        """
+        return self.image(sample, passing=True), box
+
     def take(self, samples: np.ndarray) -> np.ndarray:
         """The images of a set of one size, uint8 (n, H, W, C), fresh memory."""
         out = np.empty((len(samples), *self.image_shape), np.uint8)
@@ -122,8 +133,10 @@ class ImageSet(ABC):
         """
         for k, sample in enumerate(samples.tolist()):
             try:
-                image = self.image(sample, passing=True)
-                out[k] = image if boxes is None else resized_crop(image, boxes[k], out.shape[1:3])
+                if boxes is None:
+                    out[k] = self.image(sample, passing=True)
+                else:
+                    out[k] = resized_crop(*self.part(sample, boxes[k]), out.shape[1:3])
             except SampleError:
                 raise
             except Exception as error:

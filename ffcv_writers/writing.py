@@ -61,8 +61,9 @@ def write(
         labels: (N,) integers, the class.
         synthetic: (N,) integers or booleans, 0 for real and 1 for generated.
         index: (N,) integers, the sample's name, such as its number in the set it comes from.
-        storage: "raw" keeps every bit; "jpg" (C = 3) is smaller: the content of a JPEG file is stored as it is, all
-            else loses some; "smart" stores images of up to 64 KiB raw, larger ones as JPEG. .npz: raw.
+        storage: "raw" keeps every bit; "jpg" (C = 3) is smaller: the content of a JPEG file is stored without loss,
+            with restarts, so that crops decode in part; all else loses some; "smart" stores images of up to 64 KiB raw,
+            larger ones as JPEG. .npz: raw.
         quality: of the JPEGs that are encoded here, 1 to 100.
         max_side: larger images are scaled down until their longer side has so many pixels.
         workers: threads that read and encode ahead.

@@ -74,7 +74,7 @@ def write_all(path: Path, contents: list[bytes], **options: object) -> list[Path
 
 @pytest.mark.parametrize("storage", ["raw", "jpg", "smart"])
 def test_every_kind_of_file_keeps_its_pixels(tmp_path: Path, storage: str) -> None:
-    """Bit for bit: JPEGs are stored as they are. Only what is none, or has four colours, is encoded anew as JPEG."""
+    """Bit for bit: JPEGs are stored without loss. Only what is none, or has four colours, is encoded anew as JPEG."""
     contents = files(tmp_path)
     write_all(tmp_path / "set.beton", list(contents.values()), storage=storage, workers=2)
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
@@ -302,7 +302,7 @@ def test_the_choice_of_loader_is_automatic_and_logged(
 
 @pytest.mark.timeout(200)
 def test_real_imagenet_files(shared_data: Path, tmp_path: Path) -> None:
-    """400 files of ImageNet by list: stored as they are, the pixels Pillow gives, crops of all of them."""
+    """400 files of ImageNet by list: stored without loss, with 2 % more bytes for restarts; Pillow's pixels; crops."""
     archive = shared_data / "imagenet-sample-400.tar"
     with tarfile.open(archive) as members:
         members.extractall(tmp_path / "images", filter="data")
@@ -314,7 +314,7 @@ def test_real_imagenet_files(shared_data: Path, tmp_path: Path) -> None:
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
     assert len(image_set) == 400 and np.ptp(image_set.sizes) > 300
     total = sum((tmp_path / "images" / name).stat().st_size for name in names)
-    assert 0 <= (tmp_path / "set.beton").stat().st_size - total < 400 * 64 + 5000
+    assert 1 < (tmp_path / "set.beton").stat().st_size / total < 1.025
     for number in range(0, 400, 5):
         content = (tmp_path / "images" / names[number]).read_bytes()
         np.testing.assert_array_equal(image_set.image(number), expected(content))
