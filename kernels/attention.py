@@ -2,7 +2,8 @@
 
 On CUDA xformers' memory-efficient attention serves where it can; everywhere else, and for the types and
 widths that it refuses, torch's scaled_dot_product_attention. Neither writes the [tokens, tokens] matrix: what
-must move is q, k and v in and the result out.
+must move is q, k and v in and the result out. Training in bfloat16 on a CPU does write it: there products are fast and
+torch's blocks slow.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # Products in bfloat16 take three quarters to a quarter of the time of torch's blocks, backward pass included;
+        # scores are rounded to it (4e-3 of relative error, against 2e-3).
+        weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).softmax(3)
+        return torch.matmul(weights, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def attention_backend(device: torch.device | str) -> tuple[str, str]:

@@ -52,6 +52,21 @@ def test_gradients_against_float64_softmax() -> None:
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 49, 2, 16), (2, 256, 1, 64), (1, 3, 1, 24)])
+def test_training_in_bfloat16_against_float64_softmax(shape: tuple[int, int, int, int]) -> None:
+    """Result and gradients, of standard normal inputs as the norm before it gives them."""
+    q, k, v = ((x / 2).to(torch.bfloat16).requires_grad_() for x in _qkv(shape))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+
+    def outputs(attend: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+        out = attend(*inputs)
+        return [x.detach() for x in (out, *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs))]
+
+    exact = outputs(_naive, *(x.detach().double().requires_grad_() for x in (q, k, v)))
+    for ours, true in zip(outputs(attention, q, k, v), exact, strict=True):
+        assert ours.dtype == torch.bfloat16 and _relative_error(ours, true) < 1e-2
+
+
 def test_cross_attention_has_the_queries_tokens() -> None:
     q, _, _ = _qkv((2, 5, 2, 8))
     _, k, v = _qkv((2, 11, 2, 8))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffult.errors import UserError
 from diffult.models.config import UNetConfig
+from diffult.models.dropout import Dropout
 from diffult.models.norm import GroupNorm
 from kernels.attention import attention
 
@@ -181,7 +182,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
         self.embed = nn.Linear(embed, 2 * width if config.scale_shift else width)
         self.norm2 = GroupNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shortcut = nn.Identity() if inputs == width else nn.Conv2d(inputs, width, 1)
         self.attention = SelfAttention(width, config.head_width) if attend else nn.Identity()
