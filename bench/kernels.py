@@ -120,12 +120,12 @@ def tune(device: torch.device) -> None:
     """
     failed = []
     for case in cases():
-        rows: list[dict[str, int]] = []
+        rows: dict[tuple[str, str], dict[str, int]] = {}
         try:
             _tune_case(case, device, rows)
         except Exception as error:
-            for row in rows:
-                row.clear()  # the kernel's own sizes
+            for kernel, key in rows:  # it is tried again the next time
+                del dispatch.table()[dispatch.card(device)][kernel][key]
             failed.append(f"{case.kernel} {case.shape}: {type(error).__name__}: {error}")
         TILES.write_text(json.dumps(dispatch.table(), indent=1, sort_keys=True) + "\n")
     dispatch.set_mode("auto")
@@ -133,8 +133,8 @@ def tune(device: torch.device) -> None:
         raise UserError(f"{len(failed)} kernels could not be tuned: {'; '.join(failed)}")
 
 
-def _tune_case(case: Case, device: torch.device, rows: list[dict[str, int]]) -> None:
-    """Adds to the table the rows that it lacks of this case, also to `rows`."""
+def _tune_case(case: Case, device: torch.device, rows: dict[tuple[str, str], dict[str, int]]) -> None:
+    """Adds to the table the rows that it lacks of this case, also to `rows`, by kernel and key."""
     dispatch.set_mode("triton")
     dispatch.asked.clear()
     call = case.build(device, torch.channels_last)
@@ -143,15 +143,15 @@ def _tune_case(case: Case, device: torch.device, rows: list[dict[str, int]]) -> 
     for (kernel, key), default in dispatch.asked.items():
         known = dispatch.table().setdefault(dispatch.card(device), {}).setdefault(kernel, {})
         if key not in known:
-            rows.append(known.setdefault(key, {}))
-            best = fastest(work, default, rows[-1])
+            rows[kernel, key] = known.setdefault(key, {})
+            best = fastest(work, default, rows[kernel, key])
     if rows:
         dispatch.set_mode("torch")
         torch._dynamo.reset()  # or shapes of earlier cases make it compile for shapes of any size
         if milliseconds(torch.compile(work), _TRIAL_MS) < best:
-            for row in rows:
+            for row in rows.values():
                 row["torch"] = 1
-        print(f"{case.kernel} {case.shape}: {rows}, {best:.3g} ms", flush=True)
+        print(f"{case.kernel} {case.shape}: {list(rows.values())}, {best:.3g} ms", flush=True)
 
 
 def command(

@@ -117,7 +117,7 @@ def test_a_kernel_that_does_not_run_is_named_and_the_others_are_tuned(tuned):
     works = {"n1": broken, "n2": partial(dispatch.tile, "fake", "n2", CPU, warps=1)}
     with pytest.raises(UserError, match="1 kernels could not be tuned: fake n1: RuntimeError: out of resources"):
         tuned(works, lambda call, _: call() and 1.0)
-    assert tuned.table == {"cpu": {"fake": {"n1": {}, "n2": {"warps": 1}}}}
+    assert tuned.table == {"cpu": {"fake": {"n2": {"warps": 1}}}}
 
 
 def test_a_shape_at_which_pytorch_is_faster_is_sent_to_it(tuned):
