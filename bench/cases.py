@@ -48,7 +48,7 @@ def sampler_config(*overrides: str) -> Config:
     minutes."""
     if pick_device().type == "cuda":
         return model_config(*overrides)
-    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=64", "generate.spacing=time", *overrides])
+    return load_preset("fashion-mnist-lt", ["diffusion.batch_size=32", "generate.spacing=time", *overrides])
 
 
 @dataclass
