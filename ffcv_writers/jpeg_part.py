@@ -134,10 +134,11 @@ def part(content: np.ndarray, size: tuple[int, int], box: np.ndarray) -> tuple[n
 
 def _segments(content: np.ndarray, whole: Layout) -> tuple[np.ndarray, np.ndarray] | None:
     """Where each segment of the scan begins and ends, int64, by row and column; None if that is not told."""
-    told = [content[begin + 4 : end] for marker, begin, end in whole.segments if marker == LENGTHS]
-    if not told or told[0][: len(NAME)].tobytes() != NAME or not whole.interval or whole.columns % whole.interval:
+    told = [content[begin + 4 : end].tobytes() for marker, begin, end in whole.segments if marker == LENGTHS]
+    told = [data for data in told if data.startswith(NAME) and len(data) % 2 == len(NAME) % 2]
+    if not told or not whole.interval or whole.columns % whole.interval:
         return None
-    lengths = np.frombuffer(told[0][len(NAME) :].tobytes(), ">u2").astype(np.int64)
+    lengths = np.frombuffer(told[-1], ">u2", offset=len(NAME)).astype(np.int64)
     grid = whole.rows, whole.columns // whole.interval
     ends = whole.scan + np.cumsum(lengths + 2) - 2
     if len(lengths) != grid[0] * grid[1] or ends[-1] + 2 != len(content):

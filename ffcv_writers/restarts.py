@@ -97,8 +97,8 @@ def _header(content: np.ndarray, found: Layout, tables: _Tables, interval: int, 
         + _segment(DHT, b"".join(codes))
         + _segment(DRI, interval.to_bytes(2, "big"))
     )
-    *kept, scan = (content[begin:end].tobytes() for marker, begin, end in found.segments
-                   if marker not in (LENGTHS, DHT, DRI))  # fmt: skip
+    *kept, scan = (content[begin:end].tobytes() for marker, begin, end in found.segments if marker not in (DHT, DRI))
+    kept = [data for data in kept if data[1] != LENGTHS or not data[4:].startswith(NAME)]
     return b"".join([*kept, new, scan])
 
 

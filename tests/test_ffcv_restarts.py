@@ -117,6 +117,23 @@ def test_damage_is_left_to_the_decoder() -> None:
     assert 10 < cut < 290
 
 
+def test_segments_of_others_are_kept_and_our_own_made_anew() -> None:
+    foreign = b"\xff\xea\x00\x06else" + b"\xff\xea\x00\x0eSEGMENTS\x00123"
+    content = jpeg(200, 200, "4:4:4")
+    content = np.frombuffer(content[:2].tobytes() + foreign + content[2:].tobytes(), np.uint8)
+    box = np.array([50, 50, 60, 60])
+    assert part(content, (200, 200), box) is None
+    cut = with_restarts(content)
+    again = with_restarts(cut)
+    for file in (cut, again):
+        assert file.tobytes().count(b"else") == file.tobytes().count(b"SEGMENTS\0") == 1
+        found = part(file, (200, 200), box)
+        assert found is not None
+        (y, x, h, w), image = found[1], pixels(found[0])
+        np.testing.assert_array_equal(image[y : y + h, x : x + w], pixels(content)[50:110, 50:110])
+    np.testing.assert_array_equal(again, cut)
+
+
 def test_parts_of_damaged_files_are_none() -> None:
     cut, box = with_restarts(jpeg(200, 200, "4:4:4")), np.array([50, 50, 60, 60])
     assert part(cut, (200, 200), box) is not None
