@@ -59,11 +59,8 @@ def _layout(head: memoryview) -> Layout | None:
     segments, frame, interval, end = [(SOI, 0, 2)], 0, 0, 2
     while segments[-1][0] != SOS:
         begin = end
-        if head[begin] != 0xFF:
+        if head[begin] != 0xFF or head[begin + 1] == 0xFF:  # these may fill the space before a marker, but do not
             return None
-        if head[begin + 1] == 0xFF:  # any number of these may stand before a marker
-            end = begin + 1
-            continue
         marker, end = head[begin + 1], begin + 2 + _word(head, begin + 2)
         segments.append((marker, begin, end))
         if marker in _OTHER_FRAMES or (marker in _SEQUENTIAL and frame):

@@ -8,14 +8,16 @@ needs numba, which comes with ffcv.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
 
 from .jpeg_part import DHT, DRI, EOI, LENGTHS, NAME, RST0, Layout, layout
 
-_SPACING = 64  # pixels between restarts: 2 % more bytes, and a crop decodes 32 pixels too many at each side
+_SPACING = 64  # pixels between restarts: 2 to 3 % more bytes; a crop decodes 32 pixels too many at each side
 _SMALL = 128 * 128  # pixels: an image of so many is decoded in the time that cutting out a part takes
 # T.81, tables K.3 and K.4, as they stand in a file: the number of codes of each length, then what they mean. They have
 # a code for each size of a difference; a table made for one file has codes for those that occur there.
@@ -27,15 +29,16 @@ _Tables = dict[tuple[int, int], bytes]  # by class, 0 for differences and 1 for 
 
 
 def with_restarts(content: np.ndarray) -> np.ndarray:
-    """A JPEG file with restarts some 64 pixels apart, at the same columns in each row of blocks.
+    """A JPEG file with restarts at the same columns in each row of blocks: some 64 pixels apart where a row can be cut
+    so, else only where rows end.
 
     Args:
         content: uint8 (n,), a JPEG file.
 
     Returns:
         A file of the same coefficients and so of the same pixels, uint8 (m,), with all that its header says about the
-        image. `content` itself where that cannot be, as with a progressive file, several scans or damage, and of small
-        images.
+        image. `content` itself where that cannot be: a progressive file, several scans, damage, more behind the image;
+        and of small images.
     """
     found = layout(content)
     if found is None or found.height * found.width <= _SMALL:
@@ -74,7 +77,10 @@ def _tables(content: np.ndarray, found: Layout) -> _Tables:
         at = begin + 4
         while marker == DHT and at < end:
             size = 16 + int(content[at + 1 : at + 17].sum())
-            tables[int(content[at]) >> 4, int(content[at]) & 15] = content[at + 1 : at + 1 + size].tobytes()
+            kind, number = divmod(int(content[at]), 16)
+            if kind > 1 or number > 3 or size > 16 + 256:
+                raise ValueError("no Huffman table")
+            tables[kind, number] = content[at + 1 : at + 1 + size].tobytes()
             at += 1 + size
     return tables
 
@@ -82,9 +88,10 @@ def _tables(content: np.ndarray, found: Layout) -> _Tables:
 def _chosen(content: np.ndarray, found: Layout) -> list[tuple[int, int]]:
     """Of each component, the numbers of its two tables."""
     _, begin, end = found.segments[-1]
-    pairs = content[begin + 5 : end - 3].reshape(-1, 2).tolist()
-    numbers = {component: (pair >> 4, pair & 15) for component, pair in pairs}
-    return [numbers[component] for component, _, _ in found.components]
+    names, pairs = content[begin + 5 : end - 3].reshape(-1, 2).T.tolist()
+    if names != [name for name, _, _ in found.components] or len(set(names)) < len(names):
+        raise ValueError("other components than the frame's")
+    return [divmod(pair, 16) for pair in pairs]
 
 
 def _header(content: np.ndarray, found: Layout, tables: _Tables, interval: int, lengths: np.ndarray) -> bytes:
@@ -139,7 +146,14 @@ def _codes(table: bytes) -> np.ndarray:
     return np.array([(code, length) for code, length, _ in sorted(_assigned(table), key=lambda row: row[2])])
 
 
-@numba.njit(cache=True, nogil=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder can be written to, so it is compiled anew in each process
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def _filled(scan, at, bits, count):  # type: ignore[no-untyped-def]
     """Bits are added, to more than 40 or up to a marker. Returns where they end, the bits, and how many they are."""
     while count <= 40:
@@ -152,7 +166,7 @@ def _filled(scan, at, bits, count):  # type: ignore[no-untyped-def]
     return at, bits, count
 
 
-@numba.njit(cache=True, nogil=True)
+@_compiled
 def _put(out, size, bits, count, value, length):  # type: ignore[no-untyped-def]
     """Bits are added, whole bytes written. Returns the bytes written so far, the bits left, and how many they are."""
     bits, count = bits << length | value, count + length
@@ -166,7 +180,7 @@ def _put(out, size, bits, count, value, length):  # type: ignore[no-untyped-def]
     return size, bits & ((1 << count) - 1), count
 
 
-@numba.njit(cache=True, nogil=True)
+@_compiled
 def _code(table, bits, count):  # type: ignore[no-untyped-def]
     """Length and meaning of the code that comes first; length 0 for none."""
     next16 = bits >> (count - 16) if count >= 16 else bits << (16 - count)
@@ -175,7 +189,7 @@ def _code(table, bits, count):  # type: ignore[no-untyped-def]
     return (length if length <= count else 0), found & 0xFF
 
 
-@numba.njit(cache=True, nogil=True)
+@_compiled
 def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # type: ignore[no-untyped-def]
     """A scan with restarts every `old` MCUs to one with them every `new`.
 
@@ -239,7 +253,7 @@ def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # 
             if place > 64:
                 return False
     at, bits, count = _filled(scan, at, bits, count)
-    if count >= 8 or scan[at + 1] != EOI:
+    if count >= 8 or scan[at + 1] != EOI or at + 4 != len(scan):
         return False
     size, waiting, held = _put(out, size, waiting, held, (1 << (-held % 8)) - 1, -held % 8)
     out[size], out[size + 1] = 0xFF, EOI

@@ -57,7 +57,8 @@ class _Handle:
         lib.tjDestroy(self.pointer)
 
     def check(self, code: int) -> None:
-        if code:
+        if code:  # and it is not used again: a header that failed stays in it, and the next file is taken for that
+            del _of_thread.handle
             raise ValueError(lib.tjGetErrorStr2(self.pointer).decode(errors="replace"))
 
 
@@ -82,6 +83,8 @@ def decode_jpeg(content: np.ndarray, *, passing: bool = False) -> np.ndarray:
     handle.check(lib.tjDecompressHeader3(*file, width, height, sampling, colours))
     if colours.value in _FOUR_COLOURS:
         raise FourColours("it has four colours")
+    if min(width.value, height.value) < 1:
+        raise ValueError(f"it is {height.value} x {width.value} pixels")
     if width.value * height.value > (Image.MAX_IMAGE_PIXELS or np.inf):
         raise ValueError(f"{height.value} x {width.value} pixels are too many")
     shape = height.value, width.value, 3

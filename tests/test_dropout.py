@@ -50,4 +50,5 @@ def test_the_seed_decides_and_evaluation_drops_nothing() -> None:
     first, second = layer(x), layer(x)
     torch.manual_seed(1)
     assert torch.equal(layer(x), first) and not torch.equal(first, second)
+    assert torch.equal(Dropout(1.0).train()(x), torch.zeros(100))
     assert torch.equal(layer.eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
