@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from dataclasses import dataclass
@@ -75,7 +76,10 @@ def join() -> World:
             raise UserError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+        if backend == "gloo":  # or its threads may outlive the interpreter, and the process ends in an abort
+            atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process tells for all
     return World(dist.get_rank(), size)
