@@ -33,9 +33,9 @@ from bench.race import RACES, row, run_race
 from bench.seeds import machine
 from bench.tables import suite_table
 from diffult.cli import main
-from diffult.device import compute_dtype, pick_device
+from diffult.engine.device import compute_dtype, pick_device
 from diffult.errors import UserError
-from diffult.files import read_json, write_json
+from diffult.runs.files import read_json, write_json
 
 PACKAGES = ("torch", "triton", "diffusers", "ffcv", "xformers", "numpy")
 

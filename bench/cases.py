@@ -18,10 +18,10 @@ from bench.cost import step_flops
 from bench.race import Call, Work, race
 from bench.training_step import build_step
 from diffult.config import Config, GenerateConfig, load_preset
-from diffult.device import compute_dtype, pick_device
 from diffult.diffusion.schedule import Schedule
+from diffult.engine.device import compute_dtype, pick_device
 from diffult.errors import UserError
-from diffult.generation import Generator
+from diffult.generation.generator import Generator
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.cost import forward_flops
@@ -32,7 +32,7 @@ from kernels.random import normal
 CLASSES = 10
 # diffusers' network takes no augmentation label; without it ours has the same parameters.
 _SAME = ["unet.augment_dim=0", "diffusion.augment_probability=0.0"]
-_SMALL = ["unet.channels=32", "unet.multipliers=[1, 2, 2]", "unet.blocks=1", "diffusion.batch_size=8"]
+_SMALL = ["unet.channels=32", "unet.multipliers=[1, 2, 2]", "unet.num_res_blocks=1", "diffusion.batch_size=8"]
 _HALVES = ["diffusion.cbdm_share=0.5", "diffusion.aid_share=0.5", "diffusion.aid_steps=0.5"]
 _PLAIN = ["diffusion.cbdm=false", "diffusion.aid=false"]
 

@@ -18,14 +18,14 @@ from torch import nn
 from bench import loaders, peers
 from bench.cases import CLASSES, build_generator, build_model, sampler_config
 from bench.race import Call, Work, race
-from diffult.data.shards import ShardStore
-from diffult.device import autocast, compute_dtype, pick_device
+from diffult.engine.device import autocast, compute_dtype, pick_device
 from diffult.generate import fill
+from diffult.generation.shards import ShardStore
 from diffult.longtail.quota import Quota
 from diffult.models.cost import forward_flops
 from diffult.models.resnet import build_classifier
 from diffult.run import run_pipeline
-from diffult.run_dir import RunDir
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import Loader, have_ffcv, open_set, suffix, write
 from ffcv_writers.sources import open_source
 from kernels.adamw_ema import AdamWEma

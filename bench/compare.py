@@ -17,7 +17,7 @@ import typer
 
 from diffult.cli import main
 from diffult.errors import UserError
-from diffult.files import read_json
+from diffult.runs.files import read_json
 
 
 def figures(told: dict[str, Any]) -> tuple[str, list[float]]:

@@ -29,9 +29,9 @@ from diffult.config import Config, TrainingConfig, load_preset
 from diffult.data.profiles import class_counts
 from diffult.diffusion.objective import stride
 from diffult.errors import UserError
-from diffult.files import read_json, write_json
 from diffult.models.cost import forward_flops, parameters
 from diffult.models.resnet import build_classifier
+from diffult.runs.files import read_json, write_json
 
 SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
 CARDS = (1, 8, 64)

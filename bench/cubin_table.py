@@ -22,7 +22,7 @@ import typer
 from bench.cubins import ARCHITECTURES, compile_launches
 from bench.kernel_cases import BF16, FP16, FP32, Case, cases
 from diffult.cli import main
-from diffult.files import write_json
+from diffult.runs.files import write_json
 from kernels import dispatch
 
 

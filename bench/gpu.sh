@@ -30,7 +30,7 @@ setup() { # torch, triton and numpy are the machine's own; what is missing comes
 tests() { # those that need a card, and those of the kernels, which take one where it is there
     local code=0
     "$PY" -m pytest -m gpu tests || code=1
-    [ -n "$SMOKE" ] || "$PY" -m pytest tests/test_kernels_*.py tests/test_random.py || code=1
+    [ -n "$SMOKE" ] || "$PY" -m pytest tests/kernels || code=1
     return $code
 }
 tune() {

@@ -23,7 +23,7 @@ import typer
 
 from bench.seeds import machine
 from diffult.cli import main
-from diffult.files import write_json
+from diffult.runs.files import write_json
 
 _SIDE = 32
 FACTORS = (1, 10, 100)
@@ -65,8 +65,8 @@ def _load(count: int, file: Path) -> None:
 
 def _generate(count: int, folder: Path) -> None:
     from bench.cases import CLASSES, build_generator, build_model, sampler_config
-    from diffult.data.shards import ShardStore
     from diffult.generate import fill
+    from diffult.generation.shards import ShardStore
     from diffult.longtail.quota import Quota
 
     config = sampler_config("generate.steps=2", "diffusion.batch_size=64")

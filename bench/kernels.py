@@ -21,7 +21,7 @@ from bench.kernel_cases import Call, Case, cases
 from bench.seeds import machine
 from diffult.cli import main
 from diffult.errors import UserError
-from diffult.files import read_json, write_json
+from diffult.runs.files import read_json, write_json
 from kernels import dispatch
 
 _TRIAL_MS = 20  # for which a choice of sizes is timed

@@ -32,10 +32,10 @@ from torchvision.transforms.functional import hflip, pad, resized_crop, to_tenso
 
 from bench.seeds import machine
 from diffult.cli import main
-from diffult.device import pick_device
+from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.files import write_json
 from diffult.models.resnet import build_classifier
+from diffult.runs.files import write_json
 from ffcv_writers import Crop, ImageSet, Loader, Natural, RandomResizedCrop, open_set, write
 from ffcv_writers.sources import open_source
 from kernels.augment import augment, normalise

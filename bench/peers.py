@@ -1,7 +1,7 @@
 """The rival code base, diffusers, doing our work: the same network with copied weights, and its own loops around it.
 
 diffusers' UNet2DModel has the parameters of our UNet one for one, so that a race compares two implementations of one
-computation. tests/test_bench_peers.py holds outputs and gradients against each other.
+computation. tests/bench/test_bench_peers.py holds outputs and gradients against each other.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffult.config import DiffusionConfig
-from diffult.device import autocast
 from diffult.diffusion.samplers import timestep_grid
 from diffult.diffusion.schedule import Schedule
+from diffult.engine.device import autocast
 from diffult.errors import UserError
 from diffult.models.unet import ResBlock, UNet
 
@@ -65,7 +65,7 @@ def build_peer(unet: UNet, image_size: int) -> Peer:
     sizes = [image_size // config.patch // 2**level for level in range(len(config.multipliers))]
     attends = [size in config.attention_resolutions for size in sizes]
     widths = [config.channels * multiplier for multiplier in config.multipliers]
-    pixels = unet.head.in_channels
+    pixels = unet.conv_in.in_channels
     network = UNet2DModel(
         sample_size=sizes[0],
         in_channels=pixels,
@@ -73,7 +73,7 @@ def build_peer(unet: UNet, image_size: int) -> Peer:
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         block_out_channels=tuple(widths),
-        layers_per_block=config.blocks,
+        layers_per_block=config.num_res_blocks,
         norm_num_groups=4,  # of every norm; ours vary with the width, and are copied below
         attn_norm_num_groups=4,
         norm_eps=1e-5,
@@ -95,7 +95,7 @@ def build_peer(unet: UNet, image_size: int) -> Peer:
     counts = [sum(p.numel() for p in model.parameters()) for model in (unet, network)]
     if counts[0] != counts[1]:
         raise UserError(f"no peer: our network has {counts[0]} parameters, diffusers' {counts[1]}")
-    weight = unet.head.weight
+    weight = unet.conv_in.weight
     network = network.to(weight.device).train(unet.training)
     return Peer(network if weight.dtype == torch.float32 else network.to(weight.dtype), config.patch)
 
@@ -105,7 +105,7 @@ def _pairs(unet: UNet, network: Any, attends: list[bool]) -> Iterator[tuple[Any,
     yield unet.time_embedding[0], network.time_embedding.linear_1
     yield unet.time_embedding[2], network.time_embedding.linear_2
     yield unet.label_embedding, network.class_embedding
-    yield unet.head, network.conv_in
+    yield unet.conv_in, network.conv_in
     down, up, upsample = iter(unet.down), iter(unet.up), iter(unet.upsample)
     for block, attend in zip(network.down_blocks, attends, strict=True):
         for i, resnet in enumerate(block.resnets):
@@ -120,8 +120,8 @@ def _pairs(unet: UNet, network: Any, attends: list[bool]) -> Iterator[tuple[Any,
             yield from _block_pairs(next(up), resnet, block.attentions[i] if attend else None)
         if block.upsamplers:
             yield next(upsample).conv, block.upsamplers[0].conv
-    yield unet.tail_norm, network.conv_norm_out
-    yield unet.tail, network.conv_out
+    yield unet.norm_out, network.conv_norm_out
+    yield unet.conv_out, network.conv_out
 
 
 def _block_pairs(ours: Any, resnet: Any, attention: Any | None) -> Iterator[tuple[Any, Any]]:

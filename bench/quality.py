@@ -14,10 +14,10 @@ import torch
 
 from diffult.artifacts import load_extractor
 from diffult.data import ImageSet, load_data
-from diffult.device import pick_device
+from diffult.engine.device import pick_device
 from diffult.generate import build_generator
 from diffult.longtail.extractor import Extractor
-from diffult.run_dir import RunDir
+from diffult.runs.run_dir import RunDir
 from diffult.train_extractor import train_extractor
 from kernels.augment import normalise
 

@@ -22,7 +22,7 @@ import typer
 from bench import seeds, tables
 from diffult.cli import main
 from diffult.errors import UserError
-from diffult.files import read_json, replacing, write_text
+from diffult.runs.files import atomic_write, read_json, write_text
 
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"))
 _MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
@@ -133,7 +133,7 @@ def roofline(results: dict[str, Any], file: Path) -> None:
             axes.plot(*where, marker, label=f"{told['race']}: {name}")
     axes.set(xlabel="FLOP a byte", ylabel="GFLOP/s", title=results["machine"]["device"])
     axes.legend(fontsize=7)
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
 

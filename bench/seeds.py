@@ -22,11 +22,11 @@ import torch
 import typer
 
 from diffult.cli import SetOption, main
-from diffult.device import fast_bfloat16, pick_device
+from diffult.engine.device import fast_bfloat16, pick_device
 from diffult.errors import UserError
-from diffult.files import read_json, write_json
 from diffult.longtail.methods import RECIPES
 from diffult.longtail.metrics import COLUMNS
+from diffult.runs.files import read_json, write_json
 
 
 def machine() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import cases, cases_data  # noqa: F401  (enter their races)
 from bench.ceilings import synchronise
 from bench.race import OURS, RACES
-from diffult.device import pick_device
+from diffult.engine.device import pick_device
 
 CONTESTANTS = [(race.name, contestant) for race in RACES.values() for contestant in (OURS, *race.rivals)]
 

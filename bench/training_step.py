@@ -26,12 +26,12 @@ import typer
 from bench.cost import step_flops
 from bench.seeds import machine
 from diffult.artifacts import build_unet
-from diffult.capture import Captured
 from diffult.cli import main
 from diffult.config import Config, load_preset
-from diffult.device import compute_dtype, peak_flops, pick_device
 from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
+from diffult.engine.cuda_graph import CUDAGraphRunner
+from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
@@ -77,7 +77,7 @@ def build_step(config: Config, classes: int, device: torch.device) -> Callable[[
         optimizer.step(rates[0], rates[1], settings.gradient_clip)
         return value.detach()
 
-    captured = {with_aid: Captured(partial(step, with_aid=with_aid), device) for with_aid in (False, True)}
+    captured = {with_aid: CUDAGraphRunner(partial(step, with_aid=with_aid), device) for with_aid in (False, True)}
     number = itertools.count()
     return lambda: captured[settings.aid and next(number) % stride(settings.aid_steps) == 0](positions)
 

@@ -25,10 +25,10 @@ from diffult.cli import main
 from diffult.data import load_data
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
-from diffult.files import read_json, write_json
 from diffult.longtail.metrics import class_groups
 from diffult.run import run_pipeline
-from diffult.run_dir import RunDir
+from diffult.runs.files import read_json, write_json
+from diffult.runs.run_dir import RunDir
 
 
 def shared_stages(overrides: list[str]) -> list[str]:

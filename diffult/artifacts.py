@@ -6,13 +6,13 @@ import torch
 
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion import posthoc_ema
-from diffult.files import load_tensors
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.methods import Method
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import Classifier, build_classifier
 from diffult.models.unet import UNet
-from diffult.run_dir import RunDir
+from diffult.runs.files import load_tensors
+from diffult.runs.run_dir import RunDir
 
 
 def build_unet(config: Config, num_classes: int) -> UNet:

@@ -13,9 +13,9 @@ from PIL import Image
 from diffult.cli import RunOption, main
 from diffult.config import DataConfig
 from diffult.data import Data, load_data
+from diffult.generation.synthetic import run_samples
 from diffult.parts import part_path
-from diffult.run_dir import RunDir
-from diffult.synthetic import run_samples
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import write
 
 

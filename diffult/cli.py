@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from diffult.device import keep_freed_memory
+from diffult.engine.device import keep_freed_memory
 from diffult.errors import UserError
 
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]

@@ -25,10 +25,10 @@ from diffult.diffusion.schedule import Prediction, Schedule, ScheduleName
 from diffult.errors import UserError
 from diffult.longtail.methods import Method
 from diffult.models.config import UNetConfig
-from diffult.section import Section
+from diffult.strict_model import StrictModel
 
 
-class AugmentConfig(Section):
+class AugmentConfig(StrictModel):
     """What a classifier's training images go through. Everything off is the identity."""
 
     pad: int = Field(0, ge=0)  # random crop after zero padding by so many pixels
@@ -37,7 +37,7 @@ class AugmentConfig(Section):
     jitter: float = Field(0.0, ge=0, lt=1)  # brightness, contrast and saturation by a factor in 1 -+ jitter
 
 
-class TrainingConfig(Section):
+class TrainingConfig(StrictModel):
     """How a classifier is trained: SGD with momentum, warm-up, step decay."""
 
     network: str
@@ -54,7 +54,7 @@ class TrainingConfig(Section):
     mixup: float = Field(0.0, ge=0)  # alpha: images and labels mixed in shares of Beta(alpha, alpha); 0: off
 
 
-class DiffusionConfig(Section):
+class DiffusionConfig(StrictModel):
     """The diffusion model's process, loss and optimiser."""
 
     timesteps: int = Field(1000, ge=2)
@@ -91,7 +91,7 @@ class DiffusionConfig(Section):
     on_divergence: Literal["stop", "go_back"] = "stop"
 
 
-class GenerateConfig(Section):
+class GenerateConfig(StrictModel):
     """How many samples, and how they are drawn and judged."""
 
     balance_to: int = Field(ge=0)  # N_t: a class with fewer real images is filled up to so many
@@ -173,7 +173,7 @@ class ClassifierConfig(TrainingConfig):
         return round((self.synthetic_share or 0) * self.batch_size)
 
 
-class GroupsConfig(Section):
+class GroupsConfig(StrictModel):
     """many: more than `many` training images; few: fewer than `few`; medium: between (Liu et al. 2019)."""
 
     many: int = Field(100, ge=1)
@@ -186,7 +186,7 @@ class GroupsConfig(Section):
         return self
 
 
-class Config(Section):
+class Config(StrictModel):
     """All settings of a run."""
 
     name: str

@@ -14,7 +14,7 @@ import torch
 
 from diffult.cli import main
 from diffult.config import preset_names
-from diffult.device import compute_dtype, fast_bfloat16, pick_device
+from diffult.engine.device import compute_dtype, fast_bfloat16, pick_device
 from ffcv_writers import have_ffcv, suffix
 from kernels import dispatch
 from kernels.attention import attention_backend

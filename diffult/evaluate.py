@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from diffult.artifacts import load_classifier
-from diffult.classification import predict
 from diffult.cli import RunOption, main
-from diffult.device import compute_dtype, pick_device
-from diffult.files import read_json, write_json
+from diffult.engine.device import compute_dtype, pick_device
+from diffult.longtail.classification import predict
 from diffult.longtail.methods import RECIPES
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.parts import open_part
-from diffult.run_dir import RunDir
+from diffult.runs.files import read_json, write_json
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import Loader
 
 _BATCH = 256

@@ -1,6 +1,7 @@
 """Stage 3: draw samples, judge them, keep those in or approximately in distribution until every class has its quota.
 
-Writes shards and manifest.json; see `diffult.generation` for the engine and `diffult.longtail.quota` for what is kept.
+Writes shards and manifest.json; `diffult.generation.generator` is the engine,
+`diffult.longtail.quota` decides what is kept.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from tqdm import tqdm
 from diffult.cli import duration, main
 from diffult.config import GenerateConfig
 from diffult.data import load_data
-from diffult.data.shards import ShardStore
-from diffult.device import peak_flops
 from diffult.diffusion.samplers import SamplerName
 from diffult.diffusion.schedule import Schedule
-from diffult.distributed import ALONE, World, join
+from diffult.engine.device import peak_flops
+from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
-from diffult.export import FORMATS, export
-from diffult.files import replacing, write_json
-from diffult.generation import Generator, build_generator, generate
+from diffult.generation.export import FORMATS, export
+from diffult.generation.generator import Generator, build_generator, generate
+from diffult.generation.shards import ShardStore
+from diffult.generation.synthetic import kept_samples, open_store, quotas_to, read_quota
 from diffult.longtail.quota import Quota
 from diffult.plots import sample_grid
-from diffult.run_dir import RunDir
-from diffult.synthetic import kept_samples, open_store, quotas_to, read_quota
+from diffult.runs.files import atomic_write, write_json
+from diffult.runs.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 BUNDLED = "digits-lt"
@@ -55,7 +56,7 @@ def fill(
     flops, sampled, begun = generator.flops(), 0, time.perf_counter()
     total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
     bar = tqdm(
-        total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.first
+        total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.is_main
     )  # fmt: skip
     written: Future[None] | None = None
     with bar, ThreadPoolExecutor(1) as writer:
@@ -130,17 +131,17 @@ def _generate_into(
     compiled: bool,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    if not world.first:
-        world.wait()  # for the first to make the manifest and set damaged shards aside; then all read the same
+    if not world.is_main:
+        world.barrier()  # for the first to make the manifest and set damaged shards aside; then all read the same
     store = open_store(folder, run, settings, quotas, seed, world.rank)
     quota = read_quota(store, settings, quotas)
-    if world.first:
-        world.wait()
-    world.wait()  # none adds a shard while another still reads
+    if world.is_main:
+        world.barrier()
+    world.barrier()  # none adds a shard while another still reads
     result = fill(build_generator(run, settings, seed, compiled), store, quota, classes, world)
-    world.wait()
-    if world.first:
-        with replacing(folder / "grid.png") as temporary:
+    world.barrier()
+    if world.is_main:
+        with atomic_write(folder / "grid.png") as temporary:
             sample_grid(kept_samples(store, quota), classes, temporary)
     return result
 
@@ -235,7 +236,7 @@ def command(
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.generate --fast --run RUN
     """
-    world = join()
+    world = init_distributed()
     if sum(given is not None for given in (balance_to, per_class, counts_file)) > 1:
         raise UserError("--balance-to, --per-class and --counts exclude each other; give one")
     if export_ is not None and export_ not in FORMATS:
@@ -262,9 +263,9 @@ def command(
         _tell_cost(run_dir, settings, quotas, compile_)
         return
     if bundled:
-        if world.first:
+        if world.is_main:
             _bundled_run(run)
-        world.wait()
+        world.barrier()
         run_dir = RunDir.open(run)
     run_dir.require("extractor", "train_extractor")
     run_dir.require("diffusion", "train_diffusion")
@@ -277,7 +278,7 @@ def command(
     else:
         folder = out or run / "generated"
         result = _generate_into(folder, run_dir, settings, quotas, noise_seed, names, compile_, world)
-    if not world.first:
+    if not world.is_main:
         return
     write_json(folder / "summary.json", result)
     print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
@@ -338,7 +339,7 @@ def write_trace(generator: Generator, file: Path) -> None:
     with torch.profiler.profile() as profiler:
         draw()
         draw()
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         profiler.export_chrome_trace(str(temporary))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffult.errors import UserError
-from diffult.run_dir import RunDir
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import ImageSet, open_set, suffix
 
 

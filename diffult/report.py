@@ -20,14 +20,14 @@ from jinja2 import Environment, StrictUndefined, Template
 from diffult.cli import RunOption, duration, main
 from diffult.config import Config
 from diffult.data import ImageSet, load_data
-from diffult.device import pick_device
+from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.files import read_json, write_text
+from diffult.generation.synthetic import quotas_to, run_samples
 from diffult.longtail.methods import RECIPES, Method
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
-from diffult.run_dir import RunDir
-from diffult.synthetic import quotas_to, run_samples
+from diffult.runs.files import read_json, write_text
+from diffult.runs.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 _PER_CLASS = 6  # real images of a class, and as many samples beside them

@@ -14,7 +14,8 @@ from diffult.balance import balance
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import preset_names
 from diffult.data import Data, load_data
-from diffult.device import compute_dtype, pick_device
+from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.loop import check_checkpoint
 from diffult.errors import UserError
 from diffult.evaluate import evaluate, table
 from diffult.generate import generate_stage
@@ -22,11 +23,10 @@ from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
 from diffult.models.cost import summary
 from diffult.models.resnet import build_classifier
 from diffult.report import write_report
-from diffult.run_dir import RunDir, Stage
+from diffult.runs.run_dir import RunDir, Stage
 from diffult.train_classifier import train_classifier
 from diffult.train_diffusion import train_diffusion
 from diffult.train_extractor import train_extractor
-from diffult.training import check_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffult.classification import fit
 from diffult.cli import RunOption, main
 from diffult.config import ClassifierConfig
-from diffult.device import compute_dtype, pick_device
-from diffult.files import save_tensors
+from diffult.engine.device import compute_dtype, pick_device
+from diffult.longtail.classification import fit
 from diffult.longtail.losses import log_prior
 from diffult.longtail.methods import RECIPES, Method, Recipe
 from diffult.models.resnet import build_classifier
 from diffult.parts import open_part
-from diffult.run_dir import RunDir
+from diffult.runs.files import save_tensors
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import ClassBalanced, ImageSet, Loader, Natural, Order, Ratio, Weighted
 
 _STAGE = 3  # its number among the seeds

@@ -18,17 +18,17 @@ import typer
 from diffult.artifacts import load_extractor
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data import Data, load_data
-from diffult.device import peak_flops, pick_device
 from diffult.diffusion.posthoc_ema import KEPT, PowerAverages, snapshot_steps
 from diffult.diffusion.trainer import Trainer, build_trainer
-from diffult.distributed import ALONE, World, join
-from diffult.events import Events
-from diffult.files import save_tensors
+from diffult.engine.device import peak_flops, pick_device
+from diffult.engine.distributed import ALONE, World, init_distributed
+from diffult.engine.loop import Callback, LoopConfig, Losses, LRBackoff, train_loop
+from diffult.engine.tensorboard import TensorBoardCallback
+from diffult.generation.preview import Preview
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
-from diffult.preview import Preview
-from diffult.run_dir import RunDir
-from diffult.training import Job, Losses, Pace, Watcher, train_loop
+from diffult.runs.files import save_tensors
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import ClassBalanced, Natural, Order
 
 _STAGE = 2  # its number among the seeds
@@ -50,16 +50,18 @@ def train_diffusion(
     """
     with run.stage("diffusion", world) as note:
         if note is not None:
-            events = Events(run.folder("diffusion") / "tensorboard") if tensorboard and world.first else None
+            events = (
+                TensorBoardCallback(run.folder("diffusion") / "tensorboard") if tensorboard and world.is_main else None
+            )
             _train(run, data, extractor, world, note, [events] if events else [])
 
 
 def _train(
-    run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any], watchers: list[Watcher]
+    run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any], callbacks: list[Callback]
 ) -> None:
     config, folder = run.config.diffusion, run.folder("diffusion")
-    pace = Pace()
-    trainer = build_trainer(run, data, extractor, world, pace)
+    lr_backoff = LRBackoff()
+    trainer = build_trainer(run, data, extractor, world, lr_backoff)
     _tell_cost(trainer, config.batch_size)
 
     def batches(start: int) -> Iterator[torch.Tensor]:
@@ -67,10 +69,10 @@ def _train(
         for draws in _order(run, data).steps(run.config.seed, size, start, config.steps):
             yield from torch.from_numpy(draws.samples).split(size)
 
-    job = Job(
+    job = LoopConfig(
         "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
         run.config.hash, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
-        folder / "metrics.jsonl", world.first, judged="ddpm",  # L_AID of a batch is a thousand times another's
+        folder / "metrics.jsonl", world.is_main, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
     info = {
         "config": run.config.hash,
@@ -86,19 +88,19 @@ def _train(
         losses = trainer.step(i, rows)
         if times:
             parts["averages"].update(i + 1)
-            if i + 1 in times and world.first:
+            if i + 1 in times and world.is_main:
                 parts["averages"].write(folder / "snapshots", i + 1, info)
         return losses
 
     go_back = config.on_divergence == "go_back"
-    preview = Preview(run, trainer, extractor, data.train.classes) if world.first else None
-    watchers = [*watchers, preview] if preview else watchers
-    train_loop(job, batches, step, parts, pace if go_back else None, watchers)
+    preview = Preview(run, trainer, extractor, data.train.classes) if world.is_main else None
+    callbacks = [*callbacks, preview] if preview else callbacks
+    train_loop(job, batches, step, parts, lr_backoff if go_back else None, callbacks)
     if preview:
         preview.write()
         save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
     note["images"] = config.steps * config.batch_size
-    note["learning_rate_factor"] = pace.factor
+    note["learning_rate_factor"] = lr_backoff.factor
 
 
 def _order(run: RunDir, data: Data) -> Order:
@@ -115,7 +117,7 @@ def _tell_cost(trainer: Trainer, batch_size: int) -> None:
 def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> None:
     """What training would take on this machine, from a few seconds of steps that are thrown away."""
     config = run.config.diffusion
-    trainer = build_trainer(run, data, extractor, world, Pace())
+    trainer = build_trainer(run, data, extractor, world, LRBackoff())
     _tell_cost(trainer, config.batch_size)
     rows = next(_order(run, data).steps(0, config.batch_size, 0, 1)).samples
     steps, times = 0, []
@@ -130,7 +132,7 @@ def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> No
     memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and averages"
     if trainer.device.type == "cuda":
         memory += f"; {torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f} GiB at the peak"
-    if world.first:
+    if world.is_main:
         print(
             f"{config.steps} steps of {config.batch_size} images, {seconds:.3f} s each: about "
             f"{duration(config.steps * seconds)}; {memory}"
@@ -150,7 +152,7 @@ def command(
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_diffusion --run RUN
     """
-    world = join()
+    world = init_distributed()
     run_dir = RunDir.open(run, preset, set_)
     data = load_data(run_dir.config.data)
     extractor = load_extractor(run_dir, pick_device())

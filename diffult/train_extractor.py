@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from diffult.classification import extract_features, fit
 from diffult.cli import PresetOption, RunOption, SetOption, main
 from diffult.data import Data, load_data
-from diffult.device import compute_dtype, pick_device
-from diffult.files import save_tensors
+from diffult.engine.device import compute_dtype, pick_device
+from diffult.longtail.classification import extract_features, fit
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier
-from diffult.run_dir import RunDir
+from diffult.runs.files import save_tensors
+from diffult.runs.run_dir import RunDir
 from ffcv_writers import ArraySet, Loader, Natural
 
 _STAGE = 1  # its number among the seeds

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before `kernels` is imported
 
 from diffult.run import run_pipeline
-from diffult.run_dir import RunDir
+from diffult.runs.run_dir import RunDir
 from kernels import dispatch
 
 TINY = [

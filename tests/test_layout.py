@@ -13,7 +13,7 @@ VERBS = {
     "run", "train_extractor", "train_diffusion", "generate", "balance", "train_classifier", "evaluate", "report",
     "doctor",
 }  # fmt: skip
-NOUNS = ("data", "models", "diffusion", "longtail")
+NOUNS = ("data", "models", "diffusion", "longtail", "generation", "engine", "runs")
 
 
 def imports(file: Path) -> set[str]:

@@ -6,12 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffult.section import Section
+from diffult.strict_model import StrictModel
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """The `data` section of a configuration.
 
     Attributes:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 
 from diffult.config import DiffusionConfig
-from diffult.device import autocast
 from diffult.diffusion.augment import augment
 from diffult.diffusion.losses import aid_distance, aid_loss, cbdm_loss, ddpm_loss
 from diffult.diffusion.schedule import Schedule
+from diffult.engine.device import autocast
 from diffult.longtail.extractor import Extractor
 from kernels.augment import normalise
 from kernels.diffuse import diffuse

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffult.errors import UserError
-from diffult.files import load_tensors, save_tensors
+from diffult.runs.files import load_tensors, save_tensors
 from kernels.adamw_ema import AdamWEma
 
 KEPT = (0.05, 0.10)  # sigma_rel of the averages that training keeps, as in the paper

@@ -66,7 +66,9 @@ def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
     return grid
 
 
-def solver_rows(sampler: SamplerName, grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
+def solver_coefficients(
+    sampler: SamplerName, grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0
+) -> torch.Tensor:
     """The rows of the solver of this name, float64 [steps, 4]; eta is for ddim alone."""
     if sampler == "ddim":
         return ddim(grid, alphas_cumprod, eta)

@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from diffult.artifacts import build_unet
-from diffult.capture import Captured
 from diffult.data import Data
-from diffult.device import compute_dtype, pick_device
 from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
-from diffult.distributed import World
+from diffult.engine.cuda_graph import CUDAGraphRunner
+from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.distributed import World
+from diffult.engine.loop import Losses, LRBackoff, learning_rate_factor
 from diffult.errors import UserError
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import forward_flops
-from diffult.run_dir import RunDir
-from diffult.training import Losses, Pace, learning_rate_factor
+from diffult.runs.run_dir import RunDir
 from kernels.adamw_ema import AdamWEma
 
 
@@ -37,7 +37,7 @@ class Trainer:
     micro_batch: int  # images that this process computes at a time
 
 
-def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, pace: Pace) -> Trainer:
+def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, lr_backoff: LRBackoff) -> Trainer:
     """Everything a step needs. The weights are float32; where the network computes in bfloat16, it does so on a copy
     that the optimizer keeps in step."""
     config, train = run.config.diffusion, data.train
@@ -56,7 +56,7 @@ def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, p
     loss = DiffusionLoss(network, config, schedule, share, extractor, seed, dtype)
     images = torch.from_numpy(train.load()).to(device)
     labels = torch.from_numpy(train.labels).to(device)
-    mine = world.part(config.batch_size, "diffusion.batch_size")
+    mine = world.local_slice(config.batch_size, "diffusion.batch_size")
     micro_batch, rest = divmod(mine.stop - mine.start, config.accumulate)
     if rest or not micro_batch:
         raise UserError(f"diffusion.accumulate = {config.accumulate} does not divide {mine.stop - mine.start} images")
@@ -79,12 +79,12 @@ def build_trainer(run: RunDir, data: Data, extractor: Extractor, world: World, p
 
     # Two graphs, for only some steps have L_AID. With several processes their exchange stays outside graphs.
     graphs_on = device if world.size == 1 else torch.device("cpu")
-    steps = [Captured(partial(step_on_device, with_aid=with_aid), graphs_on) for with_aid in (False, True)]
+    steps = [CUDAGraphRunner(partial(step_on_device, with_aid=with_aid), graphs_on) for with_aid in (False, True)]
     offsets = torch.arange(mine.start, mine.stop, device=device)
 
     def step(i: int, rows: torch.Tensor) -> Losses:
         factor = learning_rate_factor(i, config.steps, config.warmup_steps, cosine=config.cosine_decay)
-        rate, decay = config.learning_rate * pace.factor * factor, min(config.ema, (1 + i) / (10 + i))
+        rate, decay = config.learning_rate * lr_backoff.factor * factor, min(config.ema, (1 + i) / (10 + i))
         rates = torch.tensor([rate, decay], dtype=torch.float64)
         with_aid = config.aid and i % stride(config.aid_steps) == 0
         positions = i * config.batch_size + offsets

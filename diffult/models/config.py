@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from diffult.section import Section
+from diffult.strict_model import StrictModel
 
 
-class UNetConfig(Section):
+class UNetConfig(StrictModel):
     """Shape of the diffusion UNet; see `diffult.models.unet.UNet`.
 
     Resolutions are in pixels of the feature map, that is after `patch`: a 28x28 image, patch 2, starts at 14.
@@ -19,7 +19,7 @@ class UNetConfig(Section):
     """Width of the first level."""
     multipliers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     """Width of each level in units of `channels`; each level after the first halves the resolution."""
-    blocks: Annotated[int, Field(ge=1)]
+    num_res_blocks: Annotated[int, Field(ge=1)]
     """Residual blocks per level on the way down; the way up has one more."""
     attention_resolutions: tuple[int, ...]
     """Levels with self-attention after each block; the middle always has it."""
@@ -31,7 +31,7 @@ class UNetConfig(Section):
     """How a block takes the embedding. False: added (DDPM). True: scales and shifts its second norm (ADM)."""
     resample_in_block: bool = False
     """How resolutions change. False: a convolution (DDPM). True: inside a residual block (ADM)."""
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     """Training keeps only the blocks' inputs and computes the rest again in the backward pass: a forward more, much
     less memory (Chen et al., 2016)."""
     patch: Annotated[int, Field(ge=1)] = 1

@@ -50,7 +50,7 @@ class UNet(nn.Module):
         attends = [size in config.attention_resolutions for size in sizes]
         pixels = channels * config.patch**2
         width = widths[0]
-        self.head = nn.Conv2d(pixels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(pixels, width, 3, padding=1)
         skips = [width]
         self.down = nn.ModuleList()
         for level, out in enumerate(widths):
@@ -58,7 +58,7 @@ class UNet(nn.Module):
                 in_block = config.resample_in_block
                 self.down.append(block(width, width, False, "down") if in_block else Downsample(width))
                 skips.append(width)
-            for _ in range(config.blocks):
+            for _ in range(config.num_res_blocks):
                 self.down.append(block(width, out, attends[level]))
                 width = out
                 skips.append(width)
@@ -67,15 +67,15 @@ class UNet(nn.Module):
 
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
-            for _ in range(config.blocks + 1):
+            for _ in range(config.num_res_blocks + 1):
                 self.up.append(block(width + skips.pop(), out, attends[level]))
                 width = out
             if level:
                 in_block = config.resample_in_block
                 self.upsample.append(block(width, width, False, "up") if in_block else Upsample(width))
 
-        self.tail_norm = GroupNorm(width)
-        self.tail = nn.Conv2d(width, pixels, 3, padding=1)
+        self.norm_out = GroupNorm(width)
+        self.conv_out = nn.Conv2d(width, pixels, 3, padding=1)
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
@@ -93,7 +93,7 @@ class UNet(nn.Module):
                 for part in module.qkv.weight.chunk(3):  # three layers in one: Xavier for each
                     nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.out.weight)
-        nn.init.zeros_(self.tail.weight)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
@@ -122,7 +122,7 @@ class UNet(nn.Module):
         return h.to(x.dtype).contiguous(memory_format=torch.channels_last), deep
 
     def _embed(self, t: Tensor, y: Tensor, augment: Tensor | None) -> Tensor:
-        dtype = self.head.weight.dtype
+        dtype = self.conv_in.weight.dtype
         embedding = self.time_embedding(sinusoid(t, self.config.channels).to(dtype)) + self.label_embedding(y)
         if augment is not None and self.augment_embedding is not None:
             embedding = embedding + self.augment_embedding(augment.to(dtype))
@@ -130,21 +130,21 @@ class UNet(nn.Module):
 
     def _first_level(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
         """The blocks at full resolution on the way down: what each gave, the head first."""
-        x = F.pixel_unshuffle(x.to(self.head.weight.dtype), self.config.patch)
-        skips = [self.head(x.contiguous(memory_format=torch.channels_last))]
-        for layer in self.down[: self.config.blocks]:
+        x = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch)
+        skips = [self.conv_in(x.contiguous(memory_format=torch.channels_last))]
+        for layer in self.down[: self.config.num_res_blocks]:
             skips.append(layer(skips[-1], embedding))
         return skips
 
     def _deep_levels(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Everything below the first level, down and up again to its resolution."""
         skips = []
-        for layer in self.down[self.config.blocks :]:
+        for layer in self.down[self.config.num_res_blocks :]:
             h = layer(h, embedding)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, embedding)
-        ups = self.config.blocks + 1  # blocks a level
+        ups = self.config.num_res_blocks + 1  # blocks a level
         for level, upsample in enumerate(self.upsample):
             for layer in self.up[level * ups : (level + 1) * ups]:
                 h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
@@ -153,9 +153,9 @@ class UNet(nn.Module):
 
     def _last_level(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         """The blocks at full resolution on the way up, and the output."""
-        for layer in self.up[-self.config.blocks - 1 :]:
+        for layer in self.up[-self.config.num_res_blocks - 1 :]:
             h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.tail(self.tail_norm(h)), self.config.patch)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.config.patch)
 
 
 class ResBlock(nn.Module):
@@ -176,7 +176,7 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.recompute = config.recompute
+        self.gradient_checkpointing = config.gradient_checkpointing
         self.scale_shift = config.scale_shift
         self.norm1 = GroupNorm(inputs)
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1)
@@ -188,7 +188,7 @@ class ResBlock(nn.Module):
         self.attention = SelfAttention(width, config.head_width) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return self._forward(x, embedding)
         drops = self.training and self.dropout.p > 0  # then the same units must be dropped again
         return checkpoint(self._forward, x, embedding, use_reentrant=False, preserve_rng_state=drops)

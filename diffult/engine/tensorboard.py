@@ -1,0 +1,38 @@
+"""Losses and speed as TensorBoard's event files, for whoever asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffult.errors import UserError
+
+
+class TensorBoardCallback:
+    """A callback of the training loop that writes every number it is told as a scalar.
+
+    A loop that goes on from a checkpoint, or back to one, hides what had been written beyond it.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard: pip install 'diffult[tensorboard]'") from None
+        self._writer_from = lambda step: SummaryWriter(str(folder), purge_step=step)
+        self._writer: Any = None
+        self._last = 0
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None or step <= self._last:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = self._writer_from(step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a look is seldom: what is shown is what has been told
+        self._last = step

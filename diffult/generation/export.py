@@ -1,0 +1,99 @@
+"""Kept samples in the formats that other tools read."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from diffult.generation.shards import KeptSamples
+from diffult.runs.files import atomic_write
+from ffcv_writers import suffix, write
+
+Format = Literal["imagefolder", "npz", "zip", "wds", "beton"]
+
+
+def _png(image: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(content, "PNG")
+    return content.getvalue()
+
+
+def _pngs(samples: KeptSamples) -> Iterator[tuple[int, int, bytes]]:
+    """(label, index, PNG file) of every sample."""
+    for i, (label, index) in enumerate(zip(samples.labels.tolist(), samples.indices.tolist(), strict=True)):
+        yield label, index, _png(samples.read(i))
+
+
+def _imagefolder(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+    """CLASS/INDEX.png, as torchvision's ImageFolder reads it."""
+    root = folder / "images"
+    for label, index, content in _pngs(samples):
+        file = root / classes[label] / f"{index:06d}.png"
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(content)
+    return root
+
+
+def _npz(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+    """images uint8 [N, H, W, C], labels and indices int64 [N], classes. All images are in memory at once."""
+    file = folder / "samples.npz"
+    images = [samples.read(i) for i in range(len(samples))]
+    with atomic_write(file) as temporary, temporary.open("wb") as out:
+        np.savez(
+            out,
+            images=np.array(images, np.uint8),
+            labels=samples.labels,
+            indices=samples.indices,
+            classes=np.array(classes),
+        )
+    return file
+
+
+def _zip(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+    """PNGs and dataset.json with their labels, as EDM's and StyleGAN's training read it (Karras et al. 2022)."""
+    file = folder / "samples.zip"
+    names = []
+    with atomic_write(file) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as out:
+        for number, (label, _, content) in enumerate(_pngs(samples)):
+            name = f"{number // 1000:05d}/img{number:08d}.png"
+            out.writestr(name, content)
+            names.append([name, label])
+        out.writestr("dataset.json", json.dumps({"labels": names}))
+    return file
+
+
+def _wds(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+    """KEY.png and KEY.cls in a tar, as WebDataset reads it."""
+    file = folder / "samples.tar"
+    with atomic_write(file) as temporary, tarfile.open(temporary, "w") as out:
+        for label, index, content in _pngs(samples):
+            for ending, data in (("png", content), ("cls", str(label).encode())):
+                info = tarfile.TarInfo(f"{label:05d}_{index:06d}.{ending}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    return file
+
+
+def _beton(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+    """Fields image, label, synthetic (1) and index."""
+    file = folder / f"samples{suffix()}"
+    write(file, samples, labels=samples.labels, synthetic=np.ones_like(samples.labels), index=samples.indices)
+    return file
+
+
+FORMATS: dict[Format, Callable[[KeptSamples, tuple[str, ...], Path], Path]] = {
+    "imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds, "beton": _beton,
+}  # fmt: skip
+
+
+def export(samples: KeptSamples, classes: tuple[str, ...], folder: Path, name: Format) -> Path:
+    """Writes the samples into `folder` and returns the file or folder made; a file there before is replaced whole."""
+    return FORMATS[name](samples, classes, folder)

@@ -1,0 +1,105 @@
+"""Files that are whole or not there: everything is written under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from diffult.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, on disk and renamed to it when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: damaged; delete it to run its stage again") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Tensors as safetensors with text metadata.
+
+    Raises:
+        UserError: the disk is full, or the system refuses for another reason.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error}); choose another place or make room") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        UserError: missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run the stage that writes it first") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it to run its stage again") from None
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Training state: tensors, numbers and containers of these.
+
+    Raises:
+        UserError: the disk is full, or the system refuses for another reason.
+    """
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:
+            if not any(part in str(error) for part in ("inline_container", "StreamWriter")):
+                raise  # nothing that has to do with the file
+            # torch tells positions in the file, and not the system's reason.
+            message = f"{path}: cannot be written (is the disk full?); choose another place or make room"
+            raise UserError(message) from None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote; loads nothing but data (weights_only).
+
+    Raises:
+        UserError: a truncated file, or one that holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to start this stage anew") from None

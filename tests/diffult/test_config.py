@@ -1,0 +1,145 @@
+"""Configuration: presets, overrides, and one-line errors."""
+
+import tomllib
+
+import pytest
+
+from diffult.config import Config, differences, load_preset, preset_names, read_config
+from diffult.errors import UserError
+from diffult.runs.run_dir import RunDir
+
+
+def test_a_new_setting_at_its_default_leaves_the_hash():
+    class Later(Config):
+        novelty: int = 0
+
+    document = load_preset("digits-lt").model_dump()
+    before = Config(**document).hash
+    assert Later(**document).hash == before != Later(**document, novelty=1).hash
+
+
+def test_every_preset_loads_and_survives_a_round_trip(tmp_path):
+    assert {"digits-lt", "fashion-mnist-lt", "imagenet-lt-64", "imagenet-lt-256"} <= set(preset_names())
+    assert {f"cifar{c}-lt-{i}" for c in (10, 100) for i in (10, 50, 100)} <= set(preset_names())
+    for name in preset_names():
+        config = load_preset(name)
+        assert config.name == name
+        file = tmp_path / f"{name}.toml"
+        file.write_text(config.to_toml())
+        again = read_config(file)
+        assert again == config and again.hash == config.hash
+
+
+@pytest.mark.parametrize("imbalance", [10, 50, 100])
+@pytest.mark.parametrize(("classes", "balance_to"), [(10, 5000), (100, 500)])
+def test_cifar_presets_are_the_papers(classes, balance_to, imbalance):
+    """shared hyper-parameters of DiffuLT's CIFAR rows: N_t, omega, alpha, 500k steps of 128, ResNet-32, 200 epochs."""
+    c = load_preset(f"cifar{classes}-lt-{imbalance}")
+    assert (c.data.source, c.data.imbalance, c.data.profile, c.data.seed) == (
+        f"cifar{classes}",
+        imbalance,
+        "exponential",
+        0,
+    )
+    assert (c.generate.balance_to, c.classifier.omega) == (balance_to, 0.3)
+    d = c.diffusion
+    assert (d.steps, d.batch_size, d.learning_rate, d.timesteps, d.warmup_steps) == (
+        500_000,
+        128,
+        2e-4,
+        1000,
+        5000,
+    )
+    assert (d.schedule, d.prediction, d.ema, d.aid_alpha, d.cbdm_tau, d.cbdm_gamma) == (
+        "linear",
+        "epsilon",
+        0.9999,
+        0.1,
+        1.0,
+        0.25,
+    )
+    assert d.cbdm and d.aid and d.augment_probability == 0.12
+    k = c.classifier
+    assert (k.network, k.batch_size, k.learning_rate, k.momentum, k.weight_decay) == (
+        "resnet32",
+        128,
+        0.1,
+        0.9,
+        2e-4,
+    )
+    assert k.steps == 200 * classes * balance_to // 128
+    assert k.augment.pad == 4 and k.augment.flip
+
+
+def test_override_and_differences():
+    config = load_preset("digits-lt", ["diffusion.steps=7", "seed=3"])
+    assert (config.diffusion.steps, config.seed) == (7, 3)
+    base = load_preset("digits-lt")
+    assert config.hash != base.hash
+    assert differences(base, config) == ["seed: 0 -> 3", f"diffusion.steps: {base.diffusion.steps} -> 7"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "expected"),
+    [
+        ("digit-lt", [], r"unknown preset 'digit-lt'; did you mean 'digits-lt'\?"),
+        ("digits-lt", ["diffusion.stps=3"], r"unknown key 'diffusion.stps'; did you mean 'steps'\?"),
+        ("digits-lt", ["difusion.steps=3"], r"unknown key 'difusion'; did you mean 'diffusion'\?"),
+        ("digits-lt", ["diffusion.steps=many"], r"diffusion.steps: .*a number, got 'many'"),
+        ("digits-lt", ["diffusion.steps='7'"], r"diffusion.steps: expected a number, got '7'"),
+        ("digits-lt", ["data.n_max=true"], r"data.n_max: expected a number, got True"),
+        ("digits-lt", ["generate.guidance=1", "diffusion.label_dropout=0"], r"guidance needs diffusion.label_dropout"),
+        ("digits-lt", ["diffusion.steps=0"], r"diffusion.steps: .*greater than or equal to 1, got 0"),
+        ("digits-lt", ["diffusion.prediction=w"], r"diffusion.prediction: .*'epsilon'"),
+        ("digits-lt", ["diffusion=3"], r"diffusion: .*got 3"),
+        ("digits-lt", ["diffusion.steps"], r"expected section.key=value"),
+        ("digits-lt", ["generate.steps=5000"], r"generate.steps = 5000 exceeds"),
+        ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
+        ("digits-lt", ["groups.few=50"], r"groups: few = 50 and many = 25 overlap"),
+        ("digits-lt", ["classifier.stored_size=16"], r"stored_size: digits images have one size, 8"),
+        ("digits-lt", ["classifier.methods=['ce']"], r"classifier.*must hold 'diffult'"),
+    ],
+)
+def test_bad_settings_are_one_line(preset, overrides, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        load_preset(preset, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_run_directory_refuses_another_configuration(tmp_path):
+    RunDir.open(tmp_path / "run", "digits-lt").start()
+    assert RunDir.open(tmp_path / "run").config == load_preset("digits-lt")
+    with pytest.raises(UserError, match=r"another configuration \(seed: 0 -> 1\)"):
+        RunDir.open(tmp_path / "run", "digits-lt", ["seed=1"])
+    with pytest.raises(UserError, match="--set needs --preset"):
+        RunDir.open(tmp_path / "run", None, ["seed=1"])
+
+
+def test_run_directory_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="give --preset"):
+        RunDir.open(tmp_path / "absent")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        RunDir.open(tmp_path / "full", "digits-lt")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
+
+
+def test_one_process_at_a_time_works_in_a_run(tmp_path):
+    run = RunDir.open(tmp_path / "run", "digits-lt")
+    with run.stage("extractor"), pytest.raises(UserError, match="another process is at work"), run.stage("diffusion"):
+        pytest.fail("the second stage began")
+    with run.stage("diffusion") as note:
+        assert note is not None
+
+
+def test_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.toml").write_text("name = ")
+    with pytest.raises(UserError, match=r"config.toml: not valid TOML"):
+        read_config(tmp_path / "config.toml")
+
+
+def test_config_toml_is_plain_toml(tmp_path):
+    document = tomllib.loads(load_preset("digits-lt").to_toml())
+    assert document["data"]["source"] == "digits"
+    assert set(document) == set(Config.model_fields)

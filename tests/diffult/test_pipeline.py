@@ -1,0 +1,232 @@
+"""The whole pipeline at a tiny size: what it leaves, that it survives being killed, and that bad input is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from safetensors import safe_open
+
+from diffult.artifacts import load_classifier, load_diffusion
+from diffult.errors import UserError
+from diffult.run import run_pipeline
+from diffult.runs.run_dir import RunDir
+
+# Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files
+# are whole, the next is there under its temporary name only. (Always the 2nd would never end: a stage writes up to four
+# files without looking back.) The parent imports everything once and never starts a thread before it forks.
+KILLER = """
+import os, signal, sys
+import ffcv_writers.beton
+from pathlib import Path
+import diffult.run
+from diffult.runs.run_dir import RunDir
+
+def child(fatal):
+    renames, replace = 0, os.replace
+    def dying_replace(a, b):
+        nonlocal renames
+        renames += 1
+        if renames == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(a, b)
+    os.replace = dying_replace
+    diffult.run.run_pipeline(RunDir.open(Path(sys.argv[1]), "digits-lt", sys.argv[2:]))
+
+for deaths in range(100):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child(2 + deaths % 5)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if not os.WIFSIGNALED(status):
+        print(deaths)
+        sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def comparable(path: Path) -> dict:
+    metrics = json.loads((path / "metrics.json").read_text())
+    del metrics["seconds"], metrics["generation"]["images_per_s"]
+    return metrics
+
+
+def test_metrics_hold_what_the_contract_says(tiny_run):
+    metrics = json.loads((tiny_run.path / "metrics.json").read_text())
+    for method in ("ce", "diffult"):
+        assert set(metrics[method]) == {"top1", "many", "medium", "few"}
+        assert all(0 <= value <= 100 for value in metrics[method].values())
+    generation = metrics["generation"]
+    assert generation["drawn"] == generation["id"] + generation["aid"] + generation["ood"]
+    assert generation["accepted"] == generation["id"] + generation["aid"]
+    assert generation["nfe"] == 2
+    assert (tiny_run.path / "report.html").stat().st_size > 10_000
+
+
+def test_weights_carry_the_configuration(tiny_run):
+    for file in tiny_run.path.rglob("*.safetensors"):
+        if not file.name.startswith("shard"):
+            with safe_open(file, framework="pt") as opened:
+                assert opened.metadata()["config"] == tiny_run.config.hash, file
+
+
+def test_weights_open_again(tiny_run):
+    x = torch.zeros(2, 1, 8, 8)
+    assert load_classifier(tiny_run, "diffult", torch.device("cpu"))(x).shape == (2, 10)
+    unet = load_diffusion(tiny_run, torch.device("cpu"))
+    assert unet(x, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 10])).shape == x.shape
+
+
+def test_a_finished_run_is_skipped(tiny_run):
+    before = {file: file.stat().st_mtime_ns for file in tiny_run.path.rglob("*") if file.name != "report.html"}
+    run_pipeline(RunDir.open(tiny_run.path, "digits-lt", TINY))
+    changed = [f for f, t in before.items() if f.is_file() and f.stat().st_mtime_ns != t]
+    assert changed == []
+
+
+@pytest.mark.timeout(280)
+def test_killed_at_every_file_it_writes_it_ends_with_the_same_metrics(tiny_run, tmp_path):
+    run = tmp_path / "killed"
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(run), *TINY], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.split()[-1]) > 8  # deaths: it was really killed in every stage
+    assert comparable(run) == comparable(tiny_run.path)
+
+
+@pytest.fixture
+def copied_run(tiny_run, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_run.path, tmp_path / "copy"))
+
+
+def test_truncated_checkpoint_is_refused_before_any_work(copied_run):
+    for done in copied_run.rglob("done.json"):
+        done.unlink()
+    checkpoint = copied_run / "diffusion" / "state.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"diffusion/state.pt: damaged checkpoint .*delete it"):
+        run_pipeline(RunDir.open(copied_run))
+    assert not (copied_run / "extractor" / "done.json").exists()
+
+
+def test_truncated_weights_are_named(copied_run):
+    weights = copied_run / "diffusion" / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"ema.safetensors: damaged"):
+        load_diffusion(RunDir.open(copied_run), torch.device("cpu"))
+
+
+def test_a_refused_command_leaves_nothing_and_can_be_corrected(tmp_path):
+    settings = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.profile=natural"]
+    with pytest.raises(UserError, match="images"):
+        run_pipeline(RunDir.open(tmp_path / "run", "cifar10-lt-100", settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_does_not_decode_is_named_before_any_work(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    bad = tmp_path / "images" / "train" / "dog" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:-900])
+    settings = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.profile=natural", "unet.channels=8"]
+    with pytest.raises(UserError, match=r"cannot decode .*train/dog/2.png") as caught:
+        run_pipeline(RunDir.open(tmp_path / "run", "cifar10-lt-100", settings))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["diffusion/ema.safetensors", "betons/synthetic.beton", "classifier/ce.safetensors"])
+def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
+    """As the error for a damaged file advises: delete it and type the same command again."""
+    (copied_run / file).unlink()
+    (copied_run / "metrics.json").unlink()
+    run_pipeline(RunDir.open(copied_run))
+    assert (copied_run / file).exists()
+    assert comparable(copied_run) == comparable(tiny_run.path)
+
+
+def test_a_damaged_shard_found_late_is_told_and_drawn_again(copied_run, tiny_run):
+    shard = copied_run / "synthetic" / "shard-000-000000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:99])
+    (copied_run / "betons" / "synthetic.beton").unlink()
+    (copied_run / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"samples are damaged; run python -m diffult.generate"):
+        run_pipeline(RunDir.open(copied_run))
+    run_pipeline(RunDir.open(copied_run))
+    assert comparable(copied_run) == comparable(tiny_run.path)
+
+
+def test_killed_before_its_first_file_it_starts_again(tmp_path):
+    (tmp_path / ".config.toml.1.tmp").write_text("")
+    RunDir.open(tmp_path, "digits-lt").start()
+    assert RunDir.open(tmp_path).config.name == "digits-lt"
+
+
+def test_a_config_edited_by_hand_is_told(copied_run):
+    file = copied_run / "config.toml"
+    file.write_text(file.read_text().replace("label_dropout = 0.1", "label_dropout = 0.2"))
+    with pytest.raises(UserError, match=r"written under another configuration"):
+        run_pipeline(RunDir.open(copied_run))
+
+
+def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
+    run = RunDir.open(tmp_path / "new", "digits-lt", TINY)
+    run.start()
+    for module, missing in (
+        ("train_diffusion", "extractor"),
+        ("balance", "synthetic"),
+        ("evaluate", "classifier"),
+    ):
+        out = subprocess.run(
+            [sys.executable, "-m", f"diffult.{module}", "--run", str(run.path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert out.returncode == 2
+        last = out.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and f"stage {missing!r} is not finished" in last, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("preset", "methods", "evaluations"),
+    [("cifar10-lt-100", 6, 6), ("cifar10-lt-100-fast", 5, 3)],  # guidance doubles the three steps
+)
+def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, preset, methods, evaluations):
+    """With their losses, samplers and methods, at a small width and a few steps, on real images."""
+    folder = tmp_path / "cifar"
+    with tarfile.open(shared_data / "cifar10-jpeg.tar.gz") as tar:
+        for member in tar:
+            number = int(Path(member.name).stem) if member.name.endswith(".jpg") else 0
+            split = member.name.removeprefix("./").split("/")[0]
+            if member.isfile() and 1 <= number % 5000 <= (20 if split == "train" else 4):
+                tar.extract(member, folder, filter="data")
+    settings = [
+        "data.source=folder", f"data.path={folder}", "data.imbalance=5", "data.n_max=15", "data.val_per_class=2",
+        "extractor.steps=3", "extractor.batch_size=16", "unet.channels=8", "diffusion.steps=4",
+        "diffusion.batch_size=4", "diffusion.checkpoint_every=2", "generate.balance_to=5", "generate.steps=3",
+        "generate.batch_size=8", "classifier.steps=3", "classifier.batch_size=16",
+    ]  # fmt: skip
+    path = tmp_path / "run"
+    run_pipeline(RunDir.open(path, preset, settings), "diffusion")
+    (path / "diffusion" / "done.json").unlink()  # as if killed after its last checkpoint
+    run_pipeline(RunDir.open(path))
+    metrics = json.loads((path / "metrics.json").read_text())
+    assert len([m for m in metrics if isinstance(metrics[m], dict) and "top1" in metrics[m]]) == methods
+    assert metrics["generation"]["nfe"] == evaluations
