@@ -71,7 +71,7 @@ def seed_step(*key):
         os.kill(os.getpid(), signal.SIGKILL)
     known(*key)
 
-known, loop.seed_step = training.seed_step, seed_step
+known, loop.seed_step = loop.seed_step, seed_step
 cli.main(train_diffusion.command)
 """
 
