@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from diffult.artifacts import load_extractor
-from diffult.data import ImageSet, load_data
 from diffult.engine.device import pick_device
 from diffult.generate import build_generator
 from diffult.longtail.extractor import Extractor
+from diffult.pack import pack
 from diffult.runs.run_dir import RunDir
 from diffult.train_extractor import train_extractor
+from ffcv_writers import ImageSet
 from kernels.augment import normalise
 
 _BATCH = 256
@@ -28,7 +29,8 @@ def train_judge(preset: str, overrides: list[str], folder: Path) -> Extractor:
     """The preset's extractor network, trained on every image of the source's training split, or found in `folder`."""
     natural = ["data.profile=natural", "data.val_per_class=0", "seed=1000"]
     run = RunDir.open(folder, preset, [*overrides, *natural])
-    train_extractor(run, load_data(run.config.data))
+    pack(run)
+    train_extractor(run)
     return load_extractor(run, pick_device())
 
 
@@ -68,9 +70,9 @@ def quality(run: RunDir, judge: Extractor, real: ImageSet, per_class: int) -> di
     """
     settings = run.config.generate
     generator = build_generator(run, settings, run.config.seed)
-    seen = _features(judge, torch.from_numpy(real.load()))
+    seen = _features(judge, torch.from_numpy(real.take(np.arange(len(real)))))
     distances, shares = [], []
-    for c in range(len(real.classes)):
+    for c in range(int(real.labels.max()) + 1):
         indices = torch.arange(per_class).split(settings.batch_size)
         drawn = [generator.draw(torch.full_like(i, c).to(generator.device), i.to(generator.device)) for i in indices]
         features = _features(judge, torch.cat(drawn))

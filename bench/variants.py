@@ -2,15 +2,14 @@
 
     python -m bench.variants bench/plans/recipe-digits.toml
 
-The file names the preset, the seeds, and for each variant the settings that it changes. Variants that differ in
-generation alone share one diffusion model, those that differ in its training share one extractor. Every variant is a
-run of `diffult.run`, kept in runs/ and taken up where it was interrupted.
+The file names the preset, the seeds, and for each variant the settings that it changes. Stages that read the same
+settings are shared: variants that differ in generation alone share one diffusion model, those that differ in its training
+one extractor. Every variant is a run of `diffult.run`, kept in runs/ and resumed where it was interrupted.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from pathlib import Path
 from statistics import mean
@@ -22,31 +21,12 @@ import typer
 from bench.quality import quality, train_judge
 from bench.seeds import machine
 from diffult.cli import main
-from diffult.data import load_data
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
 from diffult.longtail.metrics import class_groups
 from diffult.run import run_pipeline
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
-
-
-def shared_stages(overrides: list[str]) -> list[str]:
-    """Which stages of the plain preset's run serve a variant as they are."""
-    sections = {setting.partition(".")[0] for setting in overrides}
-    if sections & {"seed", "data", "extractor", "precision"}:
-        return []
-    return ["extractor"] if sections & {"diffusion", "unet"} else ["extractor", "diffusion"]
-
-
-def adopt(run: RunDir, base: RunDir, stage: str) -> None:
-    """Copies a finished stage of another run. Its configuration's hash is set to the new run's: the caller knows that
-    what differs does not touch the stage."""
-    folder = run.folder(stage)  # type: ignore[arg-type]
-    if not (folder / "done.json").exists():
-        run.start()
-        shutil.copytree(base.folder(stage), folder, dirs_exist_ok=True)  # type: ignore[arg-type]
-        write_json(folder / "done.json", read_json(folder / "done.json") | {"config": run.config.hash})
 
 
 def measure(plan: dict[str, Any], seed: int, name: str, folder: Path) -> dict[str, Any]:
@@ -56,17 +36,16 @@ def measure(plan: dict[str, Any], seed: int, name: str, folder: Path) -> dict[st
     run = RunDir.open(folder / f"{name}-{seed}", preset, [*settings, *overrides])
     if (run.path / "measured.json").exists():
         return read_json(run.path / "measured.json")
-    data = load_data(run.config.data)
-    if data.val is None:
-        raise UserError(f"{preset}: there are no validation images to compare samples with; set data.val_per_class")
     base = RunDir.open(folder / f"base-{seed}", preset, settings)
     if run.path != base.path:
-        for stage in shared_stages(overrides):
-            adopt(run, base, stage)
+        run.share(base)
     run_pipeline(run)
+    packed = run.packed()
+    if packed.val is None:
+        raise UserError(f"{preset}: there are no validation images to compare samples with; set data.val_per_class")
     judge = train_judge(preset, [f"data.seed={seed}"], folder / f"judge-{seed}")
-    seen = quality(run, judge, data.val, plan["per_class"])
-    groups = class_groups(data.train.counts(), run.config.groups.many, run.config.groups.few)
+    seen = quality(run, judge, packed.val, plan["per_class"])
+    groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
     metrics = evaluate(run)
     result = {
         "frechet": {group: float(np.mean(np.array(seen["frechet"])[mask])) for group, mask in groups.items()},

@@ -7,8 +7,6 @@ nearest name, before any work starts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -83,8 +81,6 @@ class DiffusionConfig(StrictModel):
     cosine_decay: bool = False  # the rate falls to 0 along half a cosine; constant otherwise
     gradient_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)
-    # Times at which two more averages are written, 8 bytes a parameter; generate.ema_length makes any other of them.
-    ema_snapshots: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
     # A loss that is no number, or L_DDPM ten times that of the first step: stop, or go back to the last checkpoint
     # once, at half the rate.
@@ -107,9 +103,6 @@ class GenerateConfig(StrictModel):
     threshold: float = Field(0.0, ge=0, le=1)
     # The whole network runs at every n-th step, between them its first level alone (DeepCache, Ma et al. 2024).
     cache_interval: int = Field(1, ge=1)
-    # Of the average whose weights draw: the standard deviation of a power-function average's profile as a share of the
-    # training (Karras et al. 2024), 0.02 to 0.3; 0: the exponential average of diffusion.ema.
-    ema_length: float = Field(0.0, ge=0, le=0.3)
     batch_size: int = Field(64, ge=1)
     # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
     # the extractor, its logits adjusted for class frequency, takes for another class.
@@ -121,8 +114,6 @@ class GenerateConfig(StrictModel):
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"guidance_interval = [{low}, {high}] is not two rising numbers in 0..1")
-        if 0 < self.ema_length < 0.02:
-            raise ValueError(f"ema_length = {self.ema_length} is neither 0 nor in 0.02..0.3")
         return self
 
     def plan(self, schedule: Schedule) -> list[Step]:
@@ -189,6 +180,7 @@ class GroupsConfig(StrictModel):
 class Config(StrictModel):
     """All settings of a run."""
 
+    version: Literal[2] = 2  # of the run directory's layout
     name: str
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -213,8 +205,6 @@ class Config(StrictModel):
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
         if self.generate.guidance and not self.diffusion.label_dropout:
             raise ValueError("generate.guidance needs diffusion.label_dropout > 0: the model knows no 'no class' else")
-        if self.generate.ema_length and not self.diffusion.ema_snapshots:
-            raise ValueError("generate.ema_length needs diffusion.ema_snapshots, such as 20: there is one average else")
         if self.diffusion.augment_probability and not self.unet.augment_dim:
             raise ValueError(
                 "diffusion.augment_probability needs unet.augment_dim = 9, or the samples come out augmented"
@@ -224,13 +214,6 @@ class Config(StrictModel):
     def to_toml(self) -> str:
         """The resolved document, as it stands in a run directory."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-    @property
-    def hash(self) -> str:
-        """Twelve hex digits that tell two configurations apart. What has its default is left out: a setting that a
-        later version adds must not make strangers of the runs there are. So a default never changes; a preset does."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -312,18 +295,32 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     return _validate({"name": name} | document, f"preset {name}")
 
 
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """The configuration with `section.key=value` overrides laid over it.
+
+    Raises:
+        UserError: unknown key, or a value of the wrong type or range.
+    """
+    document = config.model_dump(mode="json", exclude_none=True)
+    for text in overrides:
+        document = _merge(document, _override(text))
+    return _validate(document, "--set")
+
+
 def read_config(path: Path) -> Config:
     """A resolved configuration from a run directory.
 
     Raises:
-        UserError: the file is missing, is no TOML, or does not validate.
+        UserError: the file is missing, not TOML, invalid, or of an earlier version.
     """
     try:
-        document = tomllib.loads(path.read_text())
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; give --preset NAME to start a run there") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML ({error}); mend it or start a new run directory") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}); correct it or start a new run directory") from None
+    if document.get("version") != Config.model_fields["version"].default:
+        raise UserError(f"{path}: a run of an earlier version, which cannot be continued; start a new one elsewhere")
     return _validate(document, str(path))
 
 

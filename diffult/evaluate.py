@@ -1,4 +1,4 @@
-"""Stage 6: every classifier on the whole test set, seen here for the first time. Writes metrics.json."""
+"""Stage evaluate: every classifier on the whole test set, seen here for the first time. Writes metrics.json."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from diffult.artifacts import load_classifier
-from diffult.cli import RunOption, main
+from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.longtail.classification import predict
-from diffult.longtail.methods import RECIPES
+from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
-from diffult.parts import open_part
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import Loader
+from ffcv_writers import ImageSet, Loader
 
 _BATCH = 256
 
@@ -24,37 +23,34 @@ _BATCH = 256
 def evaluate(run: RunDir) -> dict[str, Any]:
     """Top-1 and many / medium / few in percent on the test set, and on the validation set under "validation".
 
-    Skipped where metrics.json of this configuration is there.
+    Skipped where metrics.json is there and of the present settings.
 
     Raises:
         UserError: a stage before is not finished.
     """
     file = run.path / "metrics.json"
-    if file.exists() and (metrics := read_json(file)).get("config") == run.config.hash:
+    if file.exists() and (metrics := read_json(file)).get("hash") == run.hash("evaluate"):
         return metrics
-    run.require("classifier", "train_classifier")
-    run.require("synthetic", "generate")
-    generated = (run.done("synthetic") or {})["generation"]
-    counts = np.bincount(open_part(run, "real").labels)
-    groups = class_groups(counts, run.config.groups.many, run.config.groups.few)
-    metrics = {"name": run.config.name, "config": run.config.hash, "seed": run.config.seed}
+    run.require("classifier")
+    packed = run.packed()
+    groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
+    metrics = {"name": run.config.name, "hash": run.hash("evaluate"), "seed": run.config.seed}
     metrics |= {"device": str(pick_device()), "torch": torch.__version__}
-    metrics |= _accuracies(run, "test", groups)
-    if (run.done("betons") or {}).get("val"):
-        metrics["validation"] = _accuracies(run, "val", groups)
-    metrics["generation"] = generated
+    metrics |= _accuracies(run, packed.test, groups)
+    if packed.val is not None:
+        metrics["validation"] = _accuracies(run, packed.val, groups)
+    metrics["generation"] = run.require("generate")["generation"]
     metrics["seconds"] = {
-        stage: (run.done(stage) or {}).get("seconds", 0.0)
-        for stage in ("extractor", "diffusion", "synthetic", "betons", "classifier")
+        stage: run.require(stage)["seconds"] for stage in ("pack", "extractor", "diffusion", "generate", "classifier")
     }
     write_json(file, metrics)
     return metrics
 
 
-def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
-    loader = Loader(open_part(run, part), _BATCH, device=device)
+    loader = Loader(images, _BATCH, device=device)
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run, method, device)
@@ -66,17 +62,17 @@ def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[s
 def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
     lines = [f"{'':28}" + "".join(f"{column:>9}" for column in COLUMNS)]
-    for method, recipe in RECIPES.items():
-        if method in metrics:
-            row = metrics[method]
+    for name, method in METHODS.items():
+        if name in metrics:
+            row = metrics[name]
             cells = ("-" if row[column] is None else f"{row[column]:.1f}" for column in COLUMNS)
-            lines.append(f"{recipe.title:28}" + "".join(f"{cell:>9}" for cell in cells))
+            lines.append(f"{method.title:28}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 
-def command(run: RunOption) -> None:
+def command(run: RunOption, set_: SetOption = None) -> None:
     """Measure every classifier on the balanced test set: top-1 and many / medium / few."""
-    metrics = evaluate(RunDir.open(run))
+    metrics = evaluate(RunDir.open(run, overrides=set_))
     print(table(metrics))
 
 

@@ -24,11 +24,11 @@ _REAL, _SYNTHETIC = "#0072b2", "#e69f00"  # blue and orange of Okabe & Ito, told
 
 
 class Samples(Protocol):
-    """Labelled images: `labels` is int64 [N], `read(i)` gives uint8 (H, W, C)."""
+    """Labelled images: `labels` is int64 [N], `image(i)` gives uint8 (H, W, C)."""
 
     labels: np.ndarray
 
-    def read(self, i: int) -> np.ndarray: ...
+    def image(self, sample: int, /) -> np.ndarray: ...
 
 
 def evenly(items: np.ndarray, limit: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def evenly(items: np.ndarray, limit: int) -> np.ndarray:
 
 def first_images(samples: Samples, label: int, count: int) -> list[np.ndarray]:
     """The first `count` images of a class in the order of the set: no picking."""
-    return [samples.read(int(i)) for i in np.flatnonzero(samples.labels == label)[:count]]
+    return [samples.image(int(i)) for i in np.flatnonzero(samples.labels == label)[:count]]
 
 
 def image_strip(images: Sequence[np.ndarray]) -> Image.Image:

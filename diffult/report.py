@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined, Template
 
-from diffult.cli import RunOption, duration, main
+from diffult.cli import RunOption, SetOption, duration, main
 from diffult.config import Config
-from diffult.data import ImageSet, load_data
+from diffult.data.packing import Packed
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.generation.synthetic import quotas_to, run_samples
-from diffult.longtail.methods import RECIPES, Method
+from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, class_groups
+from diffult.longtail.quota import quotas_to
 from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
 from diffult.runs.files import read_json, write_text
 from diffult.runs.run_dir import RunDir
@@ -35,7 +35,7 @@ _LONG_TABLE = 40  # rows beyond which a table is folded
 
 
 def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method that was trained, in the order of RECIPES.
+    """A row for each method that was trained, in the order of METHODS.
 
     Args:
         accuracies: method -> {"top1", "many", "medium", "few"} in percent, None where there is no test image.
@@ -45,13 +45,13 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
         its column, and its difference to cross-entropy in points, None for cross-entropy itself. All follow
         from the accuracies rounded to the one decimal shown, so that what is read adds up.
     """
-    shown: dict[Method, dict[str, float | None]] = {
+    shown: dict[str, dict[str, float | None]] = {
         method: {column: _rounded(accuracies[method][column]) for column in COLUMNS}
-        for method in RECIPES
+        for method in METHODS
         if method in accuracies
     }
 
-    def cell(method: Method, column: str) -> dict[str, Any]:
+    def cell(method: str, column: str) -> dict[str, Any]:
         value, base = shown[method][column], shown["ce"][column]
         best = max(row[column] or 0.0 for row in shown.values())
         return {
@@ -60,7 +60,7 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
             "delta": None if method == "ce" or value is None or base is None else value - base,
         }
 
-    return [{"title": RECIPES[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
+    return [{"title": METHODS[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -96,10 +96,10 @@ def _shares(tally: Mapping[str, int]) -> dict[str, float]:
     return {verdict: 100.0 * tally[verdict] / max(tally["drawn"], 1) for verdict in ("id", "aid", "ood")}
 
 
-def gallery(real: ImageSet, samples: Samples, quotas: np.ndarray) -> list[dict[str, Any]]:
+def gallery(packed: Packed, samples: Samples, quotas: np.ndarray) -> list[dict[str, Any]]:
     """The first real images and the first samples of each class, the class with most real images first; of
     more than 40 classes an even choice."""
-    counts = real.counts()
+    counts, real = packed.counts, packed.train
     drawn = np.bincount(samples.labels, minlength=len(counts))
 
     def strip(images: Samples, label: int) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ def gallery(real: ImageSet, samples: Samples, quotas: np.ndarray) -> list[dict[s
 
     return [
         {
-            "name": real.classes[c],
+            "name": packed.classes[c],
             "real": strip(real, c),
             "real_count": counts[c],
             "generated": strip(samples, c),
@@ -138,20 +138,20 @@ def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def render(config: Config, metrics: Mapping[str, Any], real: ImageSet, samples: Samples, machine: str) -> str:
+def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: Samples, machine: str) -> str:
     """The report as HTML.
 
     Args:
         metrics: the content of metrics.json.
-        real: the long-tailed training set.
+        packed: the long-tailed set.
         samples: the accepted samples.
         machine: what the report names as the machine, one line.
     """
-    counts = real.counts()
+    counts = packed.counts
     quotas = quotas_to(config.generate.balance_to, counts)
     groups = class_groups(counts, config.groups.many, config.groups.few)
     synthetic = np.bincount(samples.labels, minlength=len(counts))
-    histogram = class_histogram(counts, synthetic, groups, real.classes)
+    histogram = class_histogram(counts, synthetic, groups, packed.classes)
     generation = metrics["generation"]
     return _template().render(
         config=config,
@@ -163,10 +163,10 @@ def render(config: Config, metrics: Mapping[str, Any], real: ImageSet, samples: 
         accuracy=accuracy_rows(metrics),
         validation=accuracy_rows(metrics["validation"]) if "validation" in metrics else [],
         histogram=_data_uri(histogram, "image/svg+xml"),
-        gallery=gallery(real, samples, quotas),
+        gallery=gallery(packed, samples, quotas),
         generation=generation,
         shares=_shares(generation),
-        by_class=generation_rows(generation["by_class"], real.classes, counts, quotas),
+        by_class=generation_rows(generation["by_class"], packed.classes, counts, quotas),
         long_table=_LONG_TABLE,
         timings=timing_rows(metrics["seconds"]),
     )
@@ -183,15 +183,14 @@ def write_report(run: RunDir) -> Path:
     """Writes report.html into the run directory and returns its path.
 
     Raises:
-        UserError: the run is not evaluated yet, or was under another configuration.
+        UserError: the run is not evaluated with the present settings.
     """
     file = run.path / "metrics.json"
     metrics = read_json(file) if file.exists() else {}
-    if metrics.get("config") != run.config.hash:
-        raise UserError(f"{file}: no metrics of this run; run python -m diffult.evaluate --run {run.path}")
-    real = load_data(run.config.data).train
+    if metrics.get("hash") != run.hash("evaluate"):
+        raise UserError(f"{file}: no metrics of the present settings; run python -m diffult.evaluate --run {run.path}")
     path = run.path / "report.html"
-    write_text(path, render(run.config, metrics, real, run_samples(run, real.counts()), _machine()))
+    write_text(path, render(run.config, metrics, run.packed(), synthetic_set(run), _machine()))
     return path
 
 
@@ -202,9 +201,9 @@ def _machine() -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def command(run: RunOption) -> None:
+def command(run: RunOption, set_: SetOption = None) -> None:
     """Write the report of an evaluated run: one HTML file with table, histogram, samples and timings."""
-    print(write_report(RunDir.open(run)))
+    print(write_report(RunDir.open(run, overrides=set_)))
 
 
 if __name__ == "__main__":

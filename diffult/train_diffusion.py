@@ -1,15 +1,14 @@
-"""Stage 2: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
+"""Stage diffusion: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
-Writes diffusion/ema.safetensors, the averaged weights with which samples are drawn, metrics.jsonl, a grid of samples at
-every checkpoint, and snapshots that other averages are made of where `ema_snapshots` asks for them. Alone or with
-torchrun: the batch is shared by the processes, and the model is the same but for rounding.
+Writes diffusion/ema.safetensors, the averaged weights that samples are drawn with, metrics.jsonl, and a grid of samples
+at every checkpoint. Alone or with torchrun: the batch is shared by the processes, and the model is the same but for
+rounding.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -17,119 +16,94 @@ import typer
 
 from diffult.artifacts import load_extractor
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
-from diffult.data import Data, load_data
-from diffult.diffusion.posthoc_ema import KEPT, PowerAverages, snapshot_steps
+from diffult.data.packing import Packed
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.engine.device import peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
-from diffult.engine.loop import Callback, LoopConfig, Losses, LRBackoff, train_loop
+from diffult.engine.loop import Callback, LoopConfig, LRBackoff, train_loop
 from diffult.engine.tensorboard import TensorBoardCallback
 from diffult.generation.preview import Preview
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ClassBalanced, Natural, Order
 
 _STAGE = 2  # its number among the seeds
 log = logging.getLogger(__name__)
 
 
-def train_diffusion(
-    run: RunDir, data: Data, extractor: Extractor, world: World = ALONE, tensorboard: bool = False
-) -> None:
-    """Trains the diffusion model on the long-tailed set.
+def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False) -> None:
+    """Trains the diffusion model on the packed training images.
 
     Args:
-        extractor: phi0, which L_AID needs.
         world: the processes that share the batch; every one of them calls this.
         tensorboard: also write diffusion/tensorboard, event files of what metrics.jsonl holds.
 
     Raises:
-        UserError: `tensorboard` without that package, or what `train_loop` raises.
+        UserError: a stage before is not finished, `tensorboard` without that package, or what `train_loop` raises.
     """
-    with run.stage("diffusion", world) as note:
-        if note is not None:
-            events = (
-                TensorBoardCallback(run.folder("diffusion") / "tensorboard") if tensorboard and world.is_main else None
-            )
-            _train(run, data, extractor, world, note, [events] if events else [])
+    packed = run.packed()
+    extractor = _extractor(run)
+    with run.stage("diffusion", world) as record:
+        if record is not None:
+            folder = run.folder("diffusion") / "tensorboard"
+            callbacks: list[Callback] = [TensorBoardCallback(folder)] if tensorboard and world.is_main else []
+            _train(run, packed, extractor, world, record, callbacks)
+
+
+def _extractor(run: RunDir) -> Extractor | None:
+    """phi0, where L_AID needs it."""
+    return load_extractor(run, pick_device()) if run.config.diffusion.aid else None
 
 
 def _train(
-    run: RunDir, data: Data, extractor: Extractor, world: World, note: dict[str, Any], callbacks: list[Callback]
+    run: RunDir,
+    packed: Packed,
+    extractor: Extractor | None,
+    world: World,
+    record: dict[str, Any],
+    callbacks: list[Callback],
 ) -> None:
-    config, folder = run.config.diffusion, run.folder("diffusion")
+    config, folder, digest = run.config.diffusion, run.folder("diffusion"), run.hash("diffusion")
     lr_backoff = LRBackoff()
-    trainer = build_trainer(run, data, extractor, world, lr_backoff)
-    _tell_cost(trainer, config.batch_size)
-
-    def batches(start: int) -> Iterator[torch.Tensor]:
-        size = config.batch_size
-        for draws in _order(run, data).steps(run.config.seed, size, start, config.steps):
-            yield from torch.from_numpy(draws.samples).split(size)
-
-    job = LoopConfig(
+    trainer = build_trainer(run.config, packed, extractor, world, lr_backoff)
+    _log_flops(trainer, config.batch_size)
+    loop = LoopConfig(
         "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
-        run.config.hash, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
+        digest, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
         folder / "metrics.jsonl", world.is_main, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
-    info = {
-        "config": run.config.hash,
-        "num_classes": str(len(data.train.classes)),
-        "unet": run.config.unet.model_dump_json(),
-    }
-    parts: dict[str, Any] = {"optimizer": trainer.optimizer}
-    times = snapshot_steps(config.steps, config.ema_snapshots)
-    if times:
-        parts["averages"] = PowerAverages(trainer.optimizer)
-
-    def step(i: int, rows: torch.Tensor) -> Losses:
-        losses = trainer.step(i, rows)
-        if times:
-            parts["averages"].update(i + 1)
-            if i + 1 in times and world.is_main:
-                parts["averages"].write(folder / "snapshots", i + 1, info)
-        return losses
-
-    go_back = config.on_divergence == "go_back"
-    preview = Preview(run, trainer, extractor, data.train.classes) if world.is_main else None
+    preview = Preview(run, trainer, packed.classes) if world.is_main else None
     callbacks = [*callbacks, preview] if preview else callbacks
-    train_loop(job, batches, step, parts, lr_backoff if go_back else None, callbacks)
+    go_back = lr_backoff if config.on_divergence == "go_back" else None
+    train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks)
     if preview:
         preview.write()
+        info = {"hash": digest, "num_classes": str(len(packed.classes)), "unet": run.config.unet.model_dump_json()}
         save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
-    note["images"] = config.steps * config.batch_size
-    note["learning_rate_factor"] = lr_backoff.factor
+    record["images"] = config.steps * config.batch_size
+    record["learning_rate_factor"] = lr_backoff.factor
 
 
-def _order(run: RunDir, data: Data) -> Order:
-    balanced = run.config.diffusion.batches == "class_balanced"
-    return ClassBalanced(data.train.labels) if balanced else Natural(len(data.train))
-
-
-def _tell_cost(trainer: Trainer, batch_size: int) -> None:
+def _log_flops(trainer: Trainer, batch_size: int) -> None:
     total = sum(trainer.flops.values())
     shares = ", ".join(f"{name} {work / total:.0%}" for name, work in trainer.flops.items())
     log.info("diffusion: %.3g GFLOP a step of %d images (%s)", total / 1e9, batch_size, shares)
 
 
-def tell_cost(run: RunDir, data: Data, extractor: Extractor, world: World) -> None:
-    """What training would take on this machine, from a few seconds of steps that are thrown away."""
+def print_cost(run: RunDir, world: World) -> None:
+    """Prints what training would take on this machine, from a few seconds of steps that are thrown away."""
     config = run.config.diffusion
-    trainer = build_trainer(run, data, extractor, world, LRBackoff())
-    _tell_cost(trainer, config.batch_size)
-    rows = next(_order(run, data).steps(0, config.batch_size, 0, 1)).samples
-    steps, times = 0, []
-    begun = time.perf_counter()
-    while steps < 5 or (time.perf_counter() - begun < 5 and steps < 100):
+    trainer = build_trainer(run.config, run.packed(), _extractor(run), world, LRBackoff())
+    _log_flops(trainer, config.batch_size)
+    times: list[float] = []
+    begun, batch = time.perf_counter(), next(trainer.batches(0))
+    while len(times) < 5 or (time.perf_counter() - begun < 5 and len(times) < 100):
         start = time.perf_counter()
-        trainer.step(steps, torch.from_numpy(rows))["loss"].item()
+        trainer.step(len(times), batch)["loss"].item()
         times.append(time.perf_counter() - start)
-        steps += 1
     seconds = sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
-    state = (5 + len(KEPT) * bool(config.ema_snapshots)) * 4 * parameters(trainer.model)
-    memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and averages"
+    memory = f"{5 * 4 * parameters(trainer.model) / 2**30:.2f} GiB of weights, gradients, moments and averages"
     if trainer.device.type == "cuda":
         memory += f"; {torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f} GiB at the peak"
     if world.is_main:
@@ -143,23 +117,21 @@ def command(
     run: RunOption,
     preset: PresetOption = None,
     set_: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell steps, time and memory, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print steps, time and memory, and stop.")] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write event files, to RUN/diffusion/tensorboard.")
     ] = False,
 ) -> None:
-    """Train the class-conditional diffusion model on the long-tailed set. Needs the extractor stage.
+    """Train the class-conditional diffusion model on the long-tailed set. Needs the stages pack and extractor.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_diffusion --run RUN
     """
     world = init_distributed()
     run_dir = RunDir.open(run, preset, set_)
-    data = load_data(run_dir.config.data)
-    extractor = load_extractor(run_dir, pick_device())
     if dry_run:
-        tell_cost(run_dir, data, extractor, world)
+        print_cost(run_dir, world)
     else:
-        train_diffusion(run_dir, data, extractor, world, tensorboard)
+        train_diffusion(run_dir, world, tensorboard)
 
 
 if __name__ == "__main__":

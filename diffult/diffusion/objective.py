@@ -37,7 +37,7 @@ class DiffusionLoss:
         config: DiffusionConfig,
         schedule: Schedule,
         class_share: torch.Tensor,
-        extractor: Extractor,
+        extractor: Extractor | None,
         seed: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -45,7 +45,7 @@ class DiffusionLoss:
         Args:
             model: (x_t, t, labels, augmentation label) -> prediction; the label num_classes stands for "no class".
             class_share: float [num_classes], the share of each class in the training batches; L_CBDM draws y' from it.
-            extractor: phi0 with the radii d_f, for L_AID.
+            extractor: phi0 with the radii d_f, for L_AID; None without.
             seed: of all random numbers.
             dtype: of x_t, what the network computes in.
         """
@@ -118,6 +118,7 @@ class DiffusionLoss:
 
     def _aid(self, x0: torch.Tensor, error: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`error` is eps - eps_theta."""
+        assert self.extractor is not None, "diffusion.aid needs the extractor"
         with autocast(self.dtype, x0.device):
             with torch.no_grad():
                 real = self.extractor.features(x0)

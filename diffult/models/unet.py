@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffult.config import Config
 from diffult.errors import UserError
 from diffult.models.config import UNetConfig
 from diffult.models.dropout import Dropout
@@ -156,6 +157,11 @@ class UNet(nn.Module):
         for layer in self.up[-self.config.num_res_blocks - 1 :]:
             h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
         return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.config.patch)
+
+
+def build_unet(config: Config, num_classes: int) -> UNet:
+    """The freshly initialised UNet of a configuration."""
+    return UNet(config.unet, config.data.image_size, config.data.channels, num_classes)
 
 
 class ResBlock(nn.Module):

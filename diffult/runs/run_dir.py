@@ -1,34 +1,38 @@
-"""A run directory: one configuration, a folder for each stage, and what is finished.
+"""A run directory: its configuration, a folder a stage, and which stages are finished.
 
-    config.toml   extractor/   diffusion/   synthetic/   betons/   classifier/   metrics.json   report.html
+    config.toml   pack/   extractor/   diffusion/   generate/   classifier/   metrics.json   report.html
 
-A stage is finished when its folder holds done.json, which is written last. A finished stage is skipped, an interrupted
-one goes on from its own files.
+A stage is finished when its folder holds done.json, written last, with the hash of what the stage read. A finished stage
+is skipped, an interrupted one resumes from its own files, one that read other settings is redone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from diffult.config import Config, differences, load_preset, read_config
+from diffult.config import Config, differences, load_preset, override, read_config
+from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json, write_text
+from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
 _NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: these may be deleted, as may a stage's folders
-
-Stage = Literal["extractor", "diffusion", "synthetic", "betons", "classifier", "report"]
+_TRAINED = ("extractor", "diffusion", "classifier")
 
 
 class RunDir:
-    """An open run directory. `config` is the resolved configuration it was started with."""
+    """An open run directory. `config` is its resolved configuration, with the overrides it was opened with."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
@@ -36,86 +40,128 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, preset: str | None = None, overrides: list[str] | None = None) -> RunDir:
-        """Opens the run at `path`, or makes one from a preset; nothing is written before a stage starts.
+        """Opens the run at `path`, or a new one from a preset. Nothing is written before a stage starts.
+
+        Args:
+            overrides: `section.key=value`, laid over the preset or, where the run exists, over its config.toml: then it
+                is logged which stages are redone, and which are kept.
 
         Raises:
-            UserError: no run there and no preset given; or the run there has another configuration.
+            UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings.
         """
         file = path / "config.toml"
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; --run names a directory")
-        if preset is None:
-            if overrides:
-                raise UserError("--set needs --preset: the settings of a started run are fixed in its config.toml")
-            return cls(path, read_config(file))
-        config = load_preset(preset, overrides or [])
-        if file.exists():
-            if changed := differences(read_config(file), config):
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                raise UserError(
-                    f"{path}: holds a run of another configuration ({changed[0]}{more}); give another directory"
-                )
-        elif path.is_dir() and any(file.suffix != ".tmp" for file in path.iterdir()):  # .tmp: what a kill left
-            raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
-        return cls(path, config)
+        if not file.exists():
+            if preset is None:
+                raise UserError(f"{file}: not found; give --preset NAME to start a run there")
+            if path.is_dir() and any(entry.suffix != ".tmp" for entry in path.iterdir()):  # .tmp: what a kill left
+                raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
+            return cls(path, load_preset(preset, overrides or []))
+        before = read_config(file)
+        if preset not in (None, before.name):
+            raise UserError(f"{path}: holds a run of preset {before.name!r}, not {preset!r}; give another directory")
+        run = cls(path, override(before, overrides or []))
+        run._announce(before)
+        return run
+
+    def _announce(self, before: Config) -> None:
+        """Logs what changed settings mean for the stages there are."""
+        for change in differences(before, self.config):
+            log.info("%s: %s", self.path, change)
+        changed = affected(before, self.config)
+        if redone := [stage for stage in changed if self._trace(stage).exists()]:
+            kept = [stage for stage in STAGES if stage not in changed and self._trace(stage).exists()]
+            log.info("will be redone: %s; kept: %s", ", ".join(redone), ", ".join(kept) or "nothing")
+
+    def _trace(self, stage: Stage) -> Path:
+        """The file that a finished stage leaves."""
+        files = {"evaluate": "metrics.json", "report": "report.html"}
+        return self.path / files.get(stage, f"{stage}/done.json")
 
     def start(self) -> None:
-        """Writes config.toml where it is not there. Called as the first stage starts, when all that can be refused has
-        been: a command refused for a bad path can be typed again, corrected."""
-        if not (self.path / "config.toml").exists():
-            write_text(self.path / "config.toml", self.config.to_toml())
+        """Writes config.toml where it is missing or settings have changed. Called as a stage starts, when all that can
+        be refused has been: a command refused for a bad path can be typed again, corrected."""
+        file, text = self.path / "config.toml", self.config.to_toml()
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
 
     def folder(self, stage: Stage) -> Path:
         return self.path / stage
 
-    def done(self, stage: Stage) -> dict[str, Any] | None:
-        """What the finished stage noted, or None. A stage one of whose files has gone is not finished: it runs again.
+    def hash(self, stage: Stage) -> str:
+        """Of the settings that the stage and those upstream of it read, and of the packed images."""
+        return self.digest(reads(self.config, stage), packed=stage != "pack")
 
-        Raises:
-            UserError: it was finished under another configuration.
-        """
+    def digest(self, settings: Any, packed: bool = True) -> str:
+        """Of these settings and, with `packed`, of the packed images."""
+        return digest(settings, (self.done("pack") or {}).get("fingerprint") if packed else None)
+
+    def done(self, stage: Stage) -> dict[str, Any] | None:
+        """What the finished stage recorded; None where it is not finished: never run, interrupted, run with other
+        settings or images, or one of its files is gone."""
         file = self.folder(stage) / "done.json"
         if not file.exists():
             return None
-        note = read_json(file)
-        if note.get("config") != self.config.hash:
-            raise UserError(
-                f"{file}: written under another configuration ({note.get('config')}, now {self.config.hash}) or by "
-                "another version; restore config.toml or start a new run directory"
-            )
-        if gone := [name for name in note["files"] if not (self.folder(stage) / name).exists()]:
+        record = read_json(file)
+        if record.get("hash") != self.hash(stage):
+            return None
+        if gone := [name for name in record["files"] if not (self.folder(stage) / name).exists()]:
             log.warning("%s: %s is gone, the stage is not finished", self.folder(stage), gone[0])
             return None
-        return note
+        return record
 
-    def require(self, stage: Stage, verb: str) -> None:
-        """Raises UserError unless the stage is finished; `verb` is the command that does it."""
-        if self.done(stage) is None:
+    def require(self, stage: Stage) -> dict[str, Any]:
+        """What the finished stage recorded.
+
+        Raises:
+            UserError: it is not finished.
+        """
+        record = self.done(stage)
+        if record is None:
+            verb = f"train_{stage}" if stage in _TRAINED else stage
             raise UserError(
-                f"{self.path}: stage {stage!r} is not finished; run python -m diffult.{verb} --run {self.path}"
+                f"{self.path}: stage {stage!r} is not finished with the present settings; run "
+                f"python -m diffult.{verb} --run {self.path}"
             )
+        return record
+
+    def packed(self) -> Packed:
+        """The packed images.
+
+        Raises:
+            UserError: they are not packed yet, or a file is damaged.
+        """
+        self.require("pack")
+        return read_packed(self.folder("pack"))
 
     @contextmanager
-    def stage(self, stage: Stage, world: World = ALONE) -> Iterator[dict[str, Any] | None]:
-        """Marks the stage finished when the block ends well. Yields a dict for its notes, or None where it is finished.
+    def stage(
+        self, stage: Stage, world: World = ALONE, keep: Callable[[Path], bool] = lambda _: False
+    ) -> Iterator[dict[str, Any] | None]:
+        """Marks the stage finished when the block ends well. Yields a dict for its record, or None where it is finished.
 
         "seconds" counts the last attempt: where a stage was interrupted, what came before is not in it. Of several
-        processes in one stage the first writes, and none leaves before it is finished.
+        processes in one stage the first writes, and none leaves before it is finished. What an attempt with other
+        settings left behind is deleted, but for the files that `keep` names.
         """
-        if self.done(stage) is not None:
-            log.info("%s: finished before, skipped", stage)
+        if world.gather(self.done(stage) is not None)[0]:
+            log.info("%s: already finished, skipped", stage)
             yield None
             return
         if world.is_main:
             self.start()
-            with self._alone():
+            with self.locked():
+                self._clear_outdated(stage, keep)
+                world.barrier()  # the others look for checkpoints only now
                 yield from self._work(stage)
         else:
+            world.barrier()
             yield {}
         world.barrier()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Holds the run directory for this process; the system lets go of it however the process ends.
 
         Raises:
@@ -130,16 +176,48 @@ class RunDir:
                 ) from None
             yield
 
+    def _clear_outdated(self, stage: Stage, keep: Callable[[Path], bool]) -> None:
+        folder, started = self.folder(stage), self.folder(stage) / "started.json"
+        now = {"hash": self.hash(stage)}
+        if folder.exists() and (read_json(started) if started.exists() else now) != now:
+            for file in [path for path in folder.rglob("*") if path.is_file() and path != started]:
+                if not keep(file):
+                    file.unlink()
+        write_json(started, now)
+
     def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        self.folder(stage).mkdir(parents=True, exist_ok=True)
         for orphan in self.folder(stage).rglob(".*.tmp"):  # what a killed attempt was writing
             orphan.unlink()
         log.info("%s: started", stage)
         begun = time.perf_counter()
-        note: dict[str, Any] = {"config": self.config.hash}
-        yield note
-        note["seconds"] = round(time.perf_counter() - begun, 2)
+        record: dict[str, Any] = {"hash": self.hash(stage)}
+        yield record
+        record["seconds"] = round(time.perf_counter() - begun, 2)
         files = {f.name for f in self.folder(stage).iterdir() if f.is_file() and f.suffix not in _NOT_NEEDED}
-        note["files"] = sorted(name for name in files if not name.endswith("state.pt"))
-        write_json(self.folder(stage) / "done.json", note)
-        log.info("%s: finished in %.0f s", stage, note["seconds"])
+        record["files"] = sorted(name for name in files - {"started.json"} if not name.endswith("state.pt"))
+        write_json(self.folder(stage) / "done.json", record)
+        log.info("%s: finished in %.0f s", stage, record["seconds"])
+
+    def share(self, other: RunDir) -> None:
+        """Takes over the finished stages of another run that read the same settings and images, as hard links where
+        the file system allows: a stage's files are never changed in place.
+
+        Raises:
+            UserError: the other run has packed other images.
+        """
+        if self.done("pack") is None and self.config.data != other.config.data:
+            change = differences(self.config, other.config)[0]
+            raise UserError(f"--from {other.path}: its images may not be those of this run ({change})")
+        for stage in STAGES[: STAGES.index("classifier")]:
+            if self.done(stage) is None and other.done(stage) is not None and other.hash(stage) == self.hash(stage):
+                self.start()
+                shutil.rmtree(self.folder(stage), ignore_errors=True)
+                shutil.copytree(other.folder(stage), self.folder(stage), copy_function=_link)
+                log.info("%s: taken from %s", stage, other.path)
+
+
+def _link(source: str, target: str) -> None:
+    with contextlib.suppress(OSError):  # another file system
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)
