@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import typer
 
-from diffult.artifacts import build_unet
+from diffult.models.unet import build_unet
 from diffult.cli import duration, main
 from diffult.config import Config, TrainingConfig, load_preset
 from diffult.data.profiles import class_counts
@@ -94,12 +94,12 @@ def synthetic_images(config: Config, classes: int) -> int:
 def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
     extractor, classifier = config.extractor, config.classifier
-    recomputed = 4 / 3 if config.unet.recompute else 1.0
+    recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
     drawn = sum(1 + (config.generate.guidance > 0) for _ in range(config.generate.steps))
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * _classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "synthetic": candidates * drawn * evaluation_flops(config, classes),
+        "generate": candidates * drawn * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * _classifier_flops(config, classifier, classes),
     }
     flops["classifier"] *= len(classifier.methods)
@@ -118,7 +118,7 @@ def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_r
     return {
         "extractor": flops["extractor"] / rates.classify,
         "diffusion": flops["diffusion"] / rates.train / busy + config.diffusion.steps * exchange,
-        "synthetic": flops["synthetic"] / rates.sample / cards,
+        "generate": flops["generate"] / rates.sample / cards,
         "classifier": flops["classifier"] / rates.classify / side_by_side,
     }
 

@@ -25,6 +25,7 @@ from diffult.engine.tensorboard import TensorBoardCallback
 from diffult.generation.preview import Preview
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
+from diffult.models.unet import build_unet
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
 
@@ -91,21 +92,27 @@ def _log_flops(trainer: Trainer, batch_size: int) -> None:
     log.info("diffusion: %.3g GFLOP a step of %d images (%s)", total / 1e9, batch_size, shares)
 
 
-def print_cost(run: RunDir, world: World) -> None:
-    """Prints what training would take on this machine, from a few seconds of steps that are thrown away."""
-    config = run.config.diffusion
+def seconds_per_step(run: RunDir, world: World = ALONE) -> float:
+    """Median time of a training step on this machine, from a few seconds of steps that are thrown away."""
     trainer = build_trainer(run.config, run.packed(), _extractor(run), world, LRBackoff())
-    _log_flops(trainer, config.batch_size)
+    _log_flops(trainer, run.config.diffusion.batch_size)
     times: list[float] = []
     begun, batch = time.perf_counter(), next(trainer.batches(0))
     while len(times) < 5 or (time.perf_counter() - begun < 5 and len(times) < 100):
         start = time.perf_counter()
         trainer.step(len(times), batch)["loss"].item()
         times.append(time.perf_counter() - start)
-    seconds = sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
-    memory = f"{5 * 4 * parameters(trainer.model) / 2**30:.2f} GiB of weights, gradients, moments and averages"
-    if trainer.device.type == "cuda":
-        memory += f"; {torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f} GiB at the peak"
+    return sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
+
+
+def print_cost(run: RunDir, world: World) -> None:
+    """Prints what training would take on this machine."""
+    config, seconds, device = run.config.diffusion, seconds_per_step(run, world), pick_device()
+    with torch.device("meta"):
+        state = 5 * 4 * parameters(build_unet(run.config, len(run.packed().classes)))
+    memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and averages"
+    if device.type == "cuda":
+        memory += f"; {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB at the peak"
     if world.is_main:
         print(
             f"{config.steps} steps of {config.batch_size} images, {seconds:.3f} s each: about "
