@@ -138,7 +138,6 @@ class GenerateConfig(StrictModel):
 class ClassifierConfig(TrainingConfig):
     """The final classifier, and the ways to train it that are compared."""
 
-    stored_size: int | None = Field(None, ge=1)  # side of the stored images; None: data.image_size
     omega: float = Field(0.5, ge=0)  # weight of a synthetic sample in the loss
     # Share of each batch that is synthetic, in methods that do not re-sample; None: all images once an epoch.
     synthetic_share: float | None = Field(None, gt=0, lt=1)
@@ -198,9 +197,7 @@ class Config(StrictModel):
             raise ValueError(f"generate.steps = {self.generate.steps} exceeds diffusion.timesteps")
         if self.extractor.image_size > self.data.image_size:
             raise ValueError(f"extractor.image_size = {self.extractor.image_size} exceeds data.image_size")
-        stored = self.classifier.stored_size or self.data.image_size
-        if stored != self.data.image_size and self.data.source not in ("folder", "list"):
-            raise ValueError(f"classifier.stored_size: {self.data.source} images have one size, {self.data.image_size}")
+        stored = self.data.image_size if self.data.storage == "raw" else self.data.max_short_side
         if self.classifier.image_size > stored:
             raise ValueError(f"classifier.image_size = {self.classifier.image_size} exceeds the stored {stored}")
         if self.generate.guidance and not self.diffusion.label_dropout:

@@ -62,7 +62,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture
 def fresh(tiny_run, tmp_path) -> RunDir:
     """The tiny run before its diffusion stage."""
-    shutil.copytree(tiny_run.path / "extractor", tmp_path / "run" / "extractor")
+    for stage in ("pack", "extractor"):
+        shutil.copytree(tiny_run.path / stage, tmp_path / "run" / stage)
     shutil.copy(tiny_run.path / "config.toml", tmp_path / "run")
     return RunDir.open(tmp_path / "run")
 

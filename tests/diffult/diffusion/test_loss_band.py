@@ -6,32 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from diffult.artifacts import load_extractor
-from diffult.data import load_data
 from diffult.diffusion.trainer import build_trainer
-from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE
 from diffult.engine.loop import LRBackoff
 from diffult.runs.run_dir import RunDir
-from diffult.train_extractor import train_extractor
-from ffcv_writers import Natural
+from diffult.pack import pack
 
 _STEPS = 300
 
 
 def losses(folder: Path, precision: str) -> np.ndarray:
     """Of 300 steps on digits-lt at an eighth of the width, float64 [300]."""
-    settings = ["extractor.steps=2", "unet.channels=8", "diffusion.batch_size=32", f"precision={precision}"]
+    settings = ["unet.channels=8", "diffusion.batch_size=32", f"precision={precision}"]
     run = RunDir.open(folder, "digits-lt", [*settings, f"diffusion.steps={_STEPS}", "diffusion.cbdm=true"])
-    data = load_data(run.config.data)
-    train_extractor(run, data)
-    trainer = build_trainer(run, data, load_extractor(run, pick_device()), ALONE, LRBackoff())
+    pack(run)
+    trainer = build_trainer(run.config, run.packed(), None, ALONE, LRBackoff())
     torch.manual_seed(0)  # of dropout, which is the only random number that is not keyed
-    values = []
-    chunks = Natural(len(data.train)).steps(0, 32, 0, _STEPS)
-    rows = (row for draws in chunks for row in torch.from_numpy(draws.samples).split(32))
-    for i, row in enumerate(rows):
-        values.append(trainer.step(i, row)["loss"].item())
+    values = [trainer.step(i, batch)["loss"].item() for i, batch in enumerate(trainer.batches(0))]
     return np.array(values)
 
 

@@ -4,11 +4,8 @@ import json
 from functools import partial
 
 import pytest
-import torch
 from conftest import TINY
 
-from diffult.artifacts import load_extractor
-from diffult.data import load_data
 from diffult.engine.loop import LRBackoff
 from diffult.errors import UserError
 from diffult.runs.files import load_state, load_tensors
@@ -19,11 +16,11 @@ from diffult.train_diffusion import train_diffusion
 @pytest.fixture
 def train(tiny_run, tmp_path):
     """Trains the tiny run's diffusion model anew, with settings of its own, and returns the run."""
-    extractor, data = load_extractor(tiny_run, torch.device("cpu")), load_data(tiny_run.config.data)
 
     def train(name: str, *settings: str) -> RunDir:
         run = RunDir.open(tmp_path / name, "digits-lt", [*TINY, *settings])
-        train_diffusion(run, data, extractor)
+        run.share(tiny_run)
+        train_diffusion(run)
         return run
 
     return train
