@@ -5,54 +5,38 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
 from tqdm import tqdm
-from typer.exceptions import TyperException
 
+from .decoding import limit_longer_side
+from .encoding import Storage
+from .errors import SourceError
 from .inspection import describe, verify
 from .loader import available_cores
-from .sources import Format, open_source
-from .writing import Samples, join, write
+from .readers import READERS, Split, guess_format, open_source
+from .writing import join, write
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 Files = Annotated[list[Path], typer.Argument(help="Files of the set, in order.", show_default=False)]
-Out = Annotated[Path, typer.Argument(help="File to write: .beton, or .npz for an array in memory.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="File to write, NAME.beton.", show_default=False)]
 Shards = Annotated[int, typer.Option(min=1, help="Files to write: NAME-00000-of-0000K.beton, ...")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads; default: the processors.", show_default=False)]
-
-
-class _Watched:
-    """Samples that move a progress bar."""
-
-    def __init__(self, samples: Samples, bar: Any) -> None:
-        self._samples, self._bar = samples, bar
-        if hasattr(samples, "name"):
-            self.name = samples.name
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, number: int, /) -> np.ndarray | bytes:
-        if number:  # the first is looked at once more
-            self._bar.update()
-        return self._samples[number]
 
 
 @app.command("write")
 def write_command(
     source: Annotated[Path, typer.Argument(help="Folder, list or archive of images.", show_default=False)],
     out: Out,
-    format: Annotated[
-        str | None, typer.Option(help="folder, list, idx, cifar, npz, tar or shards; default: as it looks.")
-    ] = None,
+    format: Annotated[str | None, typer.Option(help=f"{', '.join(READERS)}; default: as it looks.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test, where the source has several.")] = "train",
     root: Annotated[Path | None, typer.Option(help="Where a list's paths start; default: its folder.")] = None,
     class_index: Annotated[Path | None, typer.Option(help="Labels of class folders: JSON, or a name a line.")] = None,
-    storage: Annotated[str, typer.Option(help="raw, jpg, or smart: raw up to 64 KiB an image.")] = "raw",
+    storage: Annotated[Storage, typer.Option(help="smart: raw up to 64 KiB an image, larger ones jpg.")] = "raw",
     max_side: Annotated[int | None, typer.Option(min=1, help="Scale larger images down to this.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEGs that are encoded anew.")] = 95,
     workers: Workers = None,
@@ -64,35 +48,41 @@ def write_command(
     JPEG files that need not be scaled are stored with --storage jpg without loss. Generated images go to a file of
     their own (--synthetic): a set is a list of files, nothing real is written again.
     """
-    opened = open_source(source, format=_format(format), split=split, root=root, class_index=class_index)
-    count, start = len(opened.samples), time.perf_counter()
+    images = _open_split(source, format, split, root, class_index)
+    count, start = len(images.samples), time.perf_counter()
     with tqdm(total=count, unit="img", disable=None) as bar:
         files = write(
             out,
-            _Watched(opened.samples, bar),
-            labels=opened.labels,
+            images.samples,
+            labels=images.labels,
             synthetic=np.full(count, synthetic),
-            index=opened.index,
-            storage=storage,  # type: ignore[arg-type]  # write checks it
+            index=np.arange(count),
+            storage=storage,
             quality=quality,
-            **({} if max_side is None else {"max_side": max_side}),
+            transform=None if max_side is None else partial(limit_longer_side, size=max_side),
             workers=workers or available_cores(),
             shards=shards,
+            progress=bar.update,
         )
-        bar.update()
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in files)
     names = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
     print(f"wrote {names}: {count} images, {size / 1e6:.1f} MB, {seconds:.1f} s, {count / seconds:.0f} images/s")
 
 
-def _format(name: str | None) -> Format | None:
-    return name  # type: ignore[return-value]  # open_source checks it
+def _open_split(path: Path, format: str | None, split: str, root: Path | None, class_index: Path | None) -> Split:
+    chosen = format or ("digits" if str(path) == "digits" else guess_format(path))
+    if chosen == "list":
+        return open_source(chosen, root or path.parent, train_list=path).splits["train"]
+    splits = open_source(chosen, path, class_index=class_index).splits
+    if split not in splits:
+        raise SourceError(f"{path} has the split(s) {', '.join(splits)}, not {split!r}")
+    return splits[split]
 
 
 @app.command("info")
 def info_command(files: Files) -> None:
-    """Tell what a set holds."""
+    """Print what a set holds."""
     for name, value in describe(files).items():
         print(f"{name:>15}  {value}")
 
@@ -127,13 +117,15 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except ValueError as error:
         message = str(error)
-    except TyperException as error:
-        message = f"{error.format_message()} (--help lists the options)"
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left behind", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # that of typer's usage errors, or of click's in older versions
+            raise
+        message = f"{error.format_message()} (--help lists the options)"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -7,7 +7,7 @@ number of threads or processes, and after any restart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -15,10 +15,13 @@ _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it takes the middle
 
 
 class Crop(Protocol):
-    """Attributes: size: height and width of the result in pixels."""
+    """Attributes: size: height and width of the result in pixels. random: whether the position has a say."""
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def random(self) -> bool: ...
 
     def boxes(self, sizes: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """int64 (n, 4) top, left, height, width, for images of int64 (n, 2) height and width, drawn at int64 (n,)
@@ -28,10 +31,11 @@ class Crop(Protocol):
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The middle square whose side is `share` of the shorter side: with 224 / 256, the usual one of evaluation."""
+    """The middle square whose side is `share` of the shorter side; 224 / 256 is the usual one of evaluation."""
 
     size: int
-    share: float = 224 / 256
+    share: float = 1.0
+    random: ClassVar[bool] = False
 
     def boxes(self, sizes: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `Crop`."""
@@ -54,6 +58,7 @@ class RandomResizedCrop:
     seed: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    random: ClassVar[bool] = True
 
     def boxes(self, sizes: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `Crop`."""

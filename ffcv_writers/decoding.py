@@ -1,4 +1,4 @@
-"""Image files to pixels with Pillow, whatever their kind, and parts of images to one size."""
+"""Image files to pixels with Pillow, whatever their kind, and images to other sizes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,40 @@ def decode_rgb(content: bytes) -> np.ndarray:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
-    """The image with its longer side at most `max_side`, uint8 (H, W, C), antialiased (bicubic)."""
-    height, width = image.shape[:2]
-    if max(height, width) <= max_side:
+def limit_longer_side(image: np.ndarray, size: int) -> np.ndarray:
+    """The image itself, or, if its longer side has more than `size` pixels, scaled to that (bicubic, antialiased)."""
+    longer = max(image.shape[:2])
+    if longer <= size:
         return image
-    height, width = (max(1, round(side * max_side / max(height, width))) for side in (height, width))
-    scaled = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-    return np.asarray(scaled.resize((width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
+    height, width = (max(1, round(side * size / longer)) for side in image.shape[:2])
+    return _scaled(image, height, width)
+
+
+def limit_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
+    """The image itself, or, if its shorter side has more than `size` pixels, scaled to that (bicubic, antialiased)."""
+    return image if min(image.shape[:2]) <= size else _to_shorter_side(image, size)
+
+
+def centre_square(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, C) scaled until its shorter side is `size` (bicubic, antialiased), then the middle, (size, size, C).
+
+    Bit for bit torchvision's `resize` and `center_crop` of a Pillow image.
+    """
+    if min(image.shape[:2]) != size:
+        image = _to_shorter_side(image, size)
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def _to_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    return _scaled(image, height * size // shorter, width * size // shorter)
+
+
+def _scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
 
 
 def resized_crop(image: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:

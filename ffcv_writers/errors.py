@@ -1,4 +1,4 @@
-"""What users of this package are meant to read: one line that says what is wrong and where."""
+"""Errors that users of this package read: one line that says what is wrong and where."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class SourceError(ValueError):
 
 class SampleError(ValueError):
     """A sample cannot be read or decoded; the message names its file and its number."""
+
+
+class CMYKError(ValueError):
+    """A JPEG of printing colours, CMYK or YCCK, which TurboJPEG does not turn into RGB."""

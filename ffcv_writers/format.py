@@ -1,22 +1,22 @@
-"""The .beton format of ffcv 1.0.2: header, field descriptors, a row of metadata a sample, pages, allocation table.
+"""The .beton format of ffcv 1.0.2: header, field descriptors, a row of metadata per sample, pages, allocation table.
 
-Only the format and the JPEG library that ffcv links serve here; ffcv's Python is not imported. Its import compiles for
-seconds. Its writer waits for ever when one of its processes raises or dies, and its shared memory outlives a kill. Its
-loader waits for ever when its pipeline raises, ignores JPEGs that do not decode, takes no seed for its crops and leaves
-a thread behind for each loop that is left early. The files are the same: tests have ffcv read what is written here and
-the other way round.
+ffcv itself is not imported: its writer hangs when one of its processes raises or dies and its shared memory outlives a
+kill; its loader hangs when its pipeline raises, ignores JPEGs that do not decode, takes no seed for its crops and leaks
+a thread for each loop that is left early. The files are the same: tests have ffcv read what is written here and the
+other way round.
 
-Fields: image (arrays of one shape: NDArrayField, for any number of channels; else RGBImageField, each image raw or
-JPEG, of any size), label, synthetic, index.
+Fields: image (RGB: RGBImageField, each image raw or JPEG and of any size; grey: NDArrayField, raw and of one shape),
+label, synthetic, index.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 
-from .image_set import Shape
+Shape = tuple[int, int, int]
 
 VERSION = 2
 FIELDS = ("image", "label", "synthetic", "index")
@@ -34,14 +34,30 @@ _ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 _UINT8 = json.dumps(np.dtype(np.uint8).descr).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image as it lies in a file.
+
+    Attributes:
+        data: uint8 (n,), a JPEG file's content or raw pixels.
+        shape: height, width, channels.
+        defect: what is wrong with the JPEG it was decoded from, although its pixels are there.
+    """
+
+    data: np.ndarray
+    shape: Shape
+    jpg: bool
+    defect: str = ""
+
+
 def metadata_type(image_field: int) -> np.dtype:
-    """Of the row of a sample: image, label, synthetic, index."""
+    """The row of a sample: image, label, synthetic, index."""
     image = _RGB_IMAGE if image_field == RGB_FIELD else np.dtype("<u8")
     return np.dtype([("image", image), *((name, "<i8") for name in FIELDS[1:])], align=True)
 
 
 def descriptors(shape: Shape | None) -> np.ndarray:
-    """The field descriptors of a file of arrays of this shape, or, without, of RGB images."""
+    """The field descriptors of a file of arrays of this shape; None: of RGB images."""
     fields = np.zeros(len(FIELDS), DESCRIPTOR)
     for field, name in zip(fields, FIELDS, strict=True):
         field["type_id"] = INT_FIELD

@@ -1,8 +1,11 @@
-"""One or several files of images as one set: what is known of each sample, and the way to its pixels."""
+"""One or several .beton files as one set: what is known of each sample, and the way to its pixels.
+
+A file is mapped, not read: raw images are copied out of the page cache, JPEGs decoded. Pointers in a file's tables are
+checked when it is opened, so that no read can leave the file. Raw files need numpy alone.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,30 +14,48 @@ import numpy as np
 
 from .decoding import resized_crop
 from .errors import SampleError
+from .format import (
+    ALLOCATION,
+    ARRAY_FIELD,
+    DESCRIPTOR,
+    FIELDS,
+    HEADER,
+    JPG,
+    RAW,
+    RGB_FIELD,
+    VERSION,
+    Shape,
+    Stored,
+    array_shape,
+    metadata_type,
+)
+from .jpeg import decode_jpeg
+from .jpeg import part as jpeg_part
 
-Shape = tuple[int, int, int]
 
+def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
+    """The files that `write` wrote, joined end to end.
 
-@dataclass(frozen=True)
-class Part:
-    """One file: what is known of its n samples.
+    Args:
+        mixed_sizes: images may differ in size, for a loader that crops.
 
-    Attributes:
-        sizes: (n, 2) int64 heights and widths.
-        channels: 1 or 3.
-        labels, index: (n,) int64. synthetic: (n,) bool.
+    Raises:
+        ValueError: no files, a file that is missing or damaged, images that differ in size or channels.
     """
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: run the stage that writes it")
+    image_set = ImageSet(paths)
+    if not mixed_sizes:
+        _ = image_set.image_shape
+    return image_set
 
-    path: Path
-    sizes: np.ndarray
-    channels: int
-    labels: np.ndarray
-    synthetic: np.ndarray
-    index: np.ndarray
 
-
-class ImageSet(ABC):
+class ImageSet:
     """Files joined end to end: sample numbers run through the first file, then through the second, and so on.
+
+    Only the files' tables are in memory, some 60 bytes an image, not the pixels.
 
     Attributes:
         paths: the files.
@@ -44,30 +65,50 @@ class ImageSet(ABC):
         labels: (N,) int64 classes.
         synthetic: (N,) bool, true for generated samples.
         index: (N,) int64, the sample's name as it was given to `write`.
-        decoded: whether the pixels lie there as they are, so that reading is copying.
+        encoded: (N,) bool, which images are JPEGs.
+
+    Args:
+        paths: at least one file that `write` wrote.
+
+    Raises:
+        ValueError: a file that is damaged or has other channels than the first.
     """
 
-    decoded = True
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        if not parts:
+    def __init__(self, paths: Sequence[Path]) -> None:
+        if not paths:
             raise ValueError("an image set needs at least one file")
-        for part in parts[1:]:
-            if part.channels != parts[0].channels:
+        self._files = [open_file(path) for path in paths]
+        first = self._files[0]
+        for file in self._files:
+            if file.channels != first.channels:
                 raise ValueError(
-                    f"{part.path} holds images of {part.channels} channel(s), {parts[0].path} of "
-                    f"{parts[0].channels}: write both with one kind"
+                    f"{file.path} holds images of {file.channels} channel(s), {first.path} of "
+                    f"{first.channels}: write both with one kind"
                 )
-        self.paths = tuple(part.path for part in parts)
-        self.starts = np.cumsum([0, *(len(part.labels) for part in parts)])
-        self.sizes = np.concatenate([part.sizes for part in parts])
-        self.channels = parts[0].channels
-        self.labels = np.concatenate([part.labels for part in parts])
-        self.synthetic = np.concatenate([part.synthetic for part in parts])
-        self.index = np.concatenate([part.index for part in parts])
+        self.paths = tuple(file.path for file in self._files)
+        self.channels = first.channels
+        self.starts = np.cumsum([0, *(len(file.labels) for file in self._files)])
+        self.sizes, self.labels, self.synthetic, self.index, self.encoded, self._pointers, self._lengths = (
+            np.concatenate([getattr(file, name) for file in self._files])
+            for name in ("sizes", "labels", "synthetic", "index", "encoded", "pointers", "lengths")
+        )
+        self._windows = None  # for raw images of one size: all runs of so many bytes, one a file
+        if self.one_size and not self.encoded.any():
+            length = int(self._lengths[0])
+            self._windows = [np.lib.stride_tricks.sliding_window_view(file.content, length) for file in self._files]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all images have one height and width."""
+        return bool((self.sizes == self.sizes[0]).all())
+
+    @property
+    def mapped(self) -> bool:
+        """Whether images are raw and of one size, so that reading is copying out of the page cache."""
+        return self._windows is not None
 
     @property
     def image_shape(self) -> Shape:
@@ -76,48 +117,78 @@ class ImageSet(ABC):
         Raises:
             ValueError: images differ in size.
         """
-        odd = np.flatnonzero((self.sizes != self.sizes[0]).any(1))
-        if odd.size:
-            (h, w), (other_h, other_w) = self.sizes[[0, odd[0]]].tolist()
+        if not self.one_size:
+            odd = int((self.sizes != self.sizes[0]).any(1).argmax())
+            (h, w), (other_h, other_w) = self.sizes[[0, odd]].tolist()
             raise ValueError(
-                f"{self.name(odd[0])} is {other_h} x {other_w} pixels, {self.name(0)} {h} x {w}: "
+                f"{self.name(odd)} is {other_h} x {other_w} pixels, {self.name(0)} {h} x {w}: "
                 "write them with one size, or open them with mixed_sizes and let the loader crop"
             )
         height, width = self.sizes[0].tolist()
         return height, width, self.channels
 
     def name(self, sample: int) -> str:
-        """How messages call a sample: its file, its number there, and its index."""
-        file = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        """How messages name a sample: its file, its number there, and its index."""
+        file = self._file_of(sample)
         return f"{self.paths[file]}: sample {sample - self.starts[file]} (index {self.index[sample]})"
 
-    @abstractmethod
-    def image(self, sample: int, *, passing: bool = False) -> np.ndarray:
+    def _file_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def stored(self, sample: int) -> Stored:
+        """One image as it lies in its file."""
+        content = self._files[self._file_of(sample)].content
+        begin, length = int(self._pointers[sample]), int(self._lengths[sample])
+        height, width = self.sizes[sample].tolist()
+        return Stored(content[begin : begin + length], (height, width, self.channels), bool(self.encoded[sample]))
+
+    def image(self, sample: int, *, reuse_buffer: bool = False) -> np.ndarray:
         """One image, uint8 (H, W, C), decoded; not to be written to. Any number of threads may ask at once.
 
         Args:
-            passing: the pixels need last no longer than until this thread asks for the next image so.
+            reuse_buffer: the pixels are valid until this thread asks for the next image so.
 
         Raises:
             SampleError: it does not decode.
         """
+        stored = self.stored(sample)
+        if not stored.jpg:
+            return stored.data.reshape(stored.shape)
+        pixels = self._decoded(sample, stored.data, reuse_buffer)
+        if pixels.shape != stored.shape:
+            raise SampleError(f"{self.name(sample)} is {pixels.shape}, its file's table says {stored.shape}")
+        return pixels
 
-    def part(self, sample: int, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What a box shows of an image, and as much around it as comes along; passing, see `image`.
+    def _part(self, sample: int, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a box shows of an image with as much around it as comes along, uint8 (H, W, C), and the box in it."""
+        stored = self.stored(sample)
+        cut = jpeg_part(stored.data, stored.shape[:2], box) if stored.jpg else None
+        if cut is None:
+            return self.image(sample, reuse_buffer=True), box
+        file, place = cut
+        return self._decoded(sample, file, reuse_buffer=True), place
 
-        Args:
-            box: int64 top, left, height, width, within the image.
-
-        Returns:
-            uint8 (H, W, C), and the box in it.
-        """
-        return self.image(sample, passing=True), box
+    def _decoded(self, sample: int, content: np.ndarray, reuse_buffer: bool) -> np.ndarray:
+        try:
+            return decode_jpeg(content, reuse_buffer=reuse_buffer)
+        except ValueError as error:
+            raise SampleError(f"{self.name(sample)} does not decode: {error}") from error
 
     def take(self, samples: np.ndarray) -> np.ndarray:
-        """The images of a set of one size, uint8 (n, H, W, C), fresh memory."""
-        out = np.empty((len(samples), *self.image_shape), np.uint8)
-        self.read(samples, out)
-        return out
+        """The images of a set of one size, uint8 (n, H, W, C), in memory of their own."""
+        if self._windows is None:
+            out = np.empty((len(samples), *self.image_shape), np.uint8)
+            self.read(samples, out)
+            return out
+        pointers = self._pointers[samples]
+        if len(self._windows) == 1:
+            pixels = self._windows[0][pointers]
+        else:
+            pixels = np.empty((len(samples), int(self._lengths[0])), np.uint8)
+            file = np.searchsorted(self.starts, samples, side="right") - 1
+            for k in np.unique(file):
+                pixels[file == k] = self._windows[k][pointers[file == k]]
+        return pixels.reshape(-1, *self.sizes[0], self.channels)
 
     def read(self, samples: np.ndarray, out: np.ndarray, boxes: np.ndarray | None = None) -> None:
         """Puts images into `out`. Any number of threads may ask at once.
@@ -131,20 +202,92 @@ class ImageSet(ABC):
         Raises:
             SampleError: an image does not decode.
         """
+        if boxes is None and self._windows is not None:
+            out[:] = self.take(samples)
+            return
         for k, sample in enumerate(samples.tolist()):
             try:
                 if boxes is None:
-                    out[k] = self.image(sample, passing=True)
+                    out[k] = self.image(sample, reuse_buffer=True)
                 else:
-                    out[k] = resized_crop(*self.part(sample, boxes[k]), out.shape[1:3])
+                    out[k] = resized_crop(*self._part(sample, boxes[k]), out.shape[1:3])
             except SampleError:
                 raise
             except Exception as error:
                 raise SampleError(f"{self.name(sample)} cannot be read: {error!r}") from error
 
 
-def damaged(path: Path, reason: object) -> ValueError:
-    """The error for a file that cannot be used as it is."""
-    return ValueError(
-        f"{path} is damaged or not an image set of ours ({reason}): delete it and run the stage that writes it again"
+@dataclass(frozen=True)
+class _File:
+    """One file's tables, (n,) each as in `ImageSet`, and all its bytes, uint8."""
+
+    path: Path
+    content: np.ndarray
+    channels: int
+    sizes: np.ndarray
+    labels: np.ndarray
+    synthetic: np.ndarray
+    index: np.ndarray
+    encoded: np.ndarray
+    pointers: np.ndarray
+    lengths: np.ndarray
+
+
+def open_file(path: Path) -> _File:
+    """Maps a file and checks everything in its tables that reading relies on.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return _checked(path, np.memmap(path, np.uint8, mode="r").view(np.ndarray))
+    except Exception as error:  # a broken table makes numpy raise almost anything
+        raise ValueError(
+            f"{path} is damaged or not an image set of ours ({error or repr(error)}): "
+            "delete it and run the stage that writes it again"
+        ) from error
+
+
+def _checked(path: Path, content: np.ndarray) -> _File:
+    header = np.frombuffer(content, HEADER, 1)[0]
+    if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
+        raise ValueError(f"format {header['version']} with {header['num_fields']} fields")
+    fields = np.frombuffer(content, DESCRIPTOR, len(FIELDS), HEADER.itemsize)
+    shape = array_shape(fields)
+    count, end = int(header["num_samples"]), int(header["alloc_table"])
+    if count == 0 or end + count * ALLOCATION.itemsize != len(content):
+        raise ValueError("cut short")
+    kind = metadata_type(RGB_FIELD if shape is None else ARRAY_FIELD)
+    metadata = np.frombuffer(content, kind, count, HEADER.itemsize + fields.nbytes)
+    table = np.frombuffer(content, ALLOCATION, count, end)
+    room = end - np.minimum(table["ptr"], end)  # unsigned: a sum could wrap
+    if (table["ptr"] > end).any() or (table["size"] > room).any():
+        raise ValueError("cut short or overwritten")
+    image = metadata["image"]
+    if shape is None:
+        pointers, encoded, channels = image["data_ptr"], image["mode"] == JPG, 3
+        sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
+        if not (encoded | (image["mode"] == RAW)).all():
+            raise ValueError("images are stored in an unknown way")
+    else:
+        pointers, encoded, channels = image, np.zeros(count, bool), shape[2]
+        sizes = np.broadcast_to(np.array(shape[:2]), (count, 2))
+    lengths, row, place = np.empty(count, np.int64), np.argsort(pointers), np.argsort(table["ptr"])
+    if not np.array_equal(pointers[row], table["ptr"][place]):
+        raise ValueError("its tables disagree")
+    lengths[row] = table["size"][place]
+    if (sizes < 1).any() or (~encoded & (lengths != sizes.prod(1) * channels)).any():
+        raise ValueError("images are not as long as their size asks for")
+    labels, synthetic, index = (metadata[name].copy() for name in FIELDS[1:])
+    return _File(
+        path,
+        content,
+        channels,
+        sizes,
+        labels,
+        synthetic.astype(bool),
+        index,
+        encoded,
+        pointers.astype(np.int64),
+        lengths,
     )

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .image_set import ImageSet
-from .loader import open_set
+from .image_set import open_set
 
 
 def describe(paths: Sequence[Path]) -> dict[str, Any]:
@@ -34,13 +33,8 @@ def describe(paths: Sequence[Path]) -> dict[str, Any]:
         "height": f"{smallest[0]} to {largest[0]}",
         "width": f"{smallest[1]} to {largest[1]}",
         "channels": image_set.channels,
-        "storage": _storage(image_set),
+        "storage": f"{int((~image_set.encoded).sum())} raw, {int(image_set.encoded.sum())} jpg",
     }
-
-
-def _storage(image_set: ImageSet) -> str:
-    encoded = getattr(image_set, "encoded", np.zeros(len(image_set), bool))
-    return f"{int((~encoded).sum())} raw, {int(encoded.sum())} jpg"
 
 
 def verify(paths: Sequence[Path], *, classes: int | None = None, workers: int = 1) -> list[str]:

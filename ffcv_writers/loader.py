@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .available import have_ffcv
 from .crops import Crop
 from .image_set import ImageSet
-from .memory import MemorySet
 
 _log = logging.getLogger(__name__)
 
@@ -46,41 +44,15 @@ class Batch:
     position: torch.Tensor
 
 
-def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
-    """The files that `write` wrote, of one format, joined end to end.
-
-    Args:
-        mixed_sizes: images may differ in size, for a loader that crops.
-
-    Raises:
-        ValueError: no files, files of both formats, a file that is missing or damaged, images that differ in size
-            or channels, or .beton files without ffcv.
-    """
-    paths = [Path(path) for path in paths]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: run the stage that writes it")
-    endings = {path.suffix for path in paths}
-    if endings == {".npz"}:
-        return MemorySet(paths)
-    if endings != {".beton"}:
-        raise ValueError(f"need .beton files or else .npz files, got {[str(path) for path in paths]}")
-    if not have_ffcv():
-        raise ValueError(f"{paths[0]} needs ffcv, which is not there: install it or write the set as .npz")
-    from .beton import BetonSet
-
-    image_set = BetonSet(paths)
-    if not mixed_sizes:
-        _ = image_set.image_shape
-    return image_set
-
-
 class Loader:
     """Reads batches of a set.
 
-    A set of one size that fits into a quarter of the device's free memory is decoded once and stays there; a batch is
-    then a gather. Any other is decoded ahead by threads, and sent as bytes from pinned memory on a stream of its own:
-    a GPU that is still at the step before copies meanwhile. The choice is logged.
+    Every batch is on `device` when it comes. Where the pixels wait until then is chosen once and logged:
+
+    - on a CPU, raw images of one size, uncropped: in the page cache; a batch is a gather, no memory grows with the set
+    - else, without a random crop and within a quarter of the device's free memory: on the device, decoded once
+      (`resident`); a batch is a gather there
+    - else in the files: threads decode ahead, and a GPU copies from pinned memory on a stream of its own meanwhile
 
     Args:
         image_set: the set, joined files included.
@@ -88,10 +60,11 @@ class Loader:
         num_workers: threads that decode; None takes this process's share of the processors.
         device: where the batches go.
         crop: the part of each image to show, resized; None takes images as they are, which must be of one size.
-        resident: whether the set stays on the device; None chooses.
+        resident: whether the set stays on the device where it is not in the page cache; None chooses.
 
     Raises:
-        ValueError: batch_size or num_workers below 1; images of several sizes without a crop; `resident` with one.
+        ValueError: batch_size or num_workers below 1; images of several sizes without a crop; `resident` with a random
+            crop.
     """
 
     def __init__(
@@ -107,12 +80,12 @@ class Loader:
         self.num_workers = available_cores() if num_workers is None else num_workers
         if batch_size < 1 or self.num_workers < 1:
             raise ValueError(f"need batch_size and num_workers >= 1, got {batch_size} and {num_workers}")
-        if crop is not None and resident:
-            raise ValueError("a set that the loader crops cannot stay on the device")
+        if crop is not None and crop.random and resident:
+            raise ValueError("a set that is cropped at random cannot stay on the device")
         self.image_set = image_set
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.crop = crop
+        self.crop = crop = None if crop is not None and _shows_all(crop, image_set) else crop
         self._shape = image_set.image_shape if crop is None else (crop.size, crop.size, image_set.channels)
         self._columns = [
             torch.from_numpy(column).to(self.device)
@@ -120,6 +93,7 @@ class Loader:
         ]
         self._pixels: torch.Tensor | None = None  # of a resident set, once they are wanted
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._mapped = self.device.type == "cpu" and crop is None and image_set.mapped
         self.resident = self._choose(resident)
 
     def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
@@ -152,7 +126,7 @@ class Loader:
 
     def _batches(self, order: np.ndarray, positions: np.ndarray) -> Iterator[Batch]:
         samples, places = (torch.from_numpy(x).to(self.device) for x in (order, positions))
-        pixels = self._gathered(samples) if self.resident else self._decoded(order, positions)
+        pixels = self._gathered(samples) if self._mapped or self.resident else self._decoded(order, positions)
         with closing(pixels):
             for begin, images in zip(range(0, len(order), self.batch_size), pixels, strict=True):
                 sample = samples[begin : begin + self.batch_size].clone()
@@ -161,25 +135,25 @@ class Loader:
                 yield Batch(images, labels, synthetic, index, sample, position)
 
     def _gathered(self, samples: torch.Tensor) -> Generator[torch.Tensor, None, None]:
-        take = self._resident_take()
+        pixels = None if self._mapped else self._on_device()
         for begin in range(0, len(samples), self.batch_size):
-            yield take(samples[begin : begin + self.batch_size])
+            chosen = samples[begin : begin + self.batch_size]
+            if pixels is None:
+                yield torch.from_numpy(self.image_set.take(chosen.numpy()))
+            elif self.device.type == "cpu":  # by numpy: torch shares even small copies among threads and waits for them
+                yield torch.from_numpy(pixels.numpy()[chosen.numpy()])
+            else:
+                yield pixels[chosen]
 
-    def _resident_take(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What gives the images of sample numbers, once they are on the device."""
-        if self.device.type == "cpu" and self.image_set.decoded:  # they lie in memory as they are
-            return lambda chosen: torch.from_numpy(self.image_set.take(chosen.numpy()))
+    def _on_device(self) -> torch.Tensor:
+        """The whole set, decoded when it is first wanted."""
         if self._pixels is None:
             whole = np.arange(len(self.image_set))
             pixels = torch.empty((len(whole), *self._shape), dtype=torch.uint8, device=self.device)
             for at, images in enumerate(self._decoded(whole, whole)):
                 pixels[at * self.batch_size :][: len(images)] = images
             self._pixels = pixels
-        on_device = self._pixels
-        if self.device.type == "cpu":  # by numpy: torch shares even small copies among threads and waits for them
-            in_memory = on_device.numpy()
-            return lambda chosen: torch.from_numpy(in_memory[chosen.numpy()])
-        return lambda chosen: on_device[chosen]
+        return self._pixels
 
     def _decoded(self, order: np.ndarray, positions: np.ndarray) -> Generator[torch.Tensor, None, None]:
         """Threads decode each batch in equal shares, a few batches ahead."""
@@ -226,15 +200,26 @@ class Loader:
 
     def _choose(self, resident: bool | None) -> bool:
         size, room = len(self.image_set) * int(np.prod(self._shape)), int(_free_memory(self.device) * _SHARE)
-        if resident is None:
-            reason = "cropped" if self.crop else f"for {room / 1e6:.0f} MB of {self.device} memory"
-            resident = self.crop is None and size <= room
-        else:
+        if self._mapped:
+            resident, reason = False, "raw"
+        elif resident is not None:
             reason = "as asked for"
+        elif self.crop is not None and self.crop.random:
+            resident, reason = False, "cropped at random"
+        else:
+            resident, reason = size <= room, f"for {room / 1e6:.0f} MB of {self.device} memory"
         names = ", ".join(map(str, self.image_set.paths[:3])) + (", ..." if len(self.image_set.paths) > 3 else "")
         how = f"kept on {self.device}" if resident else f"decoded ahead by {self.num_workers} thread(s)"
+        how = "gathered from the page cache" if self._mapped else how
         _log.info("%s: %d images, %.1f MB, %s (%s)", names, len(self.image_set), size / 1e6, how, reason)
         return resident
+
+
+def _shows_all(crop: Crop, image_set: ImageSet) -> bool:
+    """Whether the crop is every image as it is."""
+    if crop.random or not image_set.one_size or image_set.image_shape[:2] != (crop.size, crop.size):
+        return False
+    return crop.boxes(image_set.sizes[:1], np.zeros(1, np.int64)).tolist() == [[0, 0, crop.size, crop.size]]
 
 
 def available_cores() -> int:
@@ -244,7 +229,7 @@ def available_cores() -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, 0 where it cannot be told."""
+    """Bytes that are free on the device, 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

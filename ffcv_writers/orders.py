@@ -187,16 +187,6 @@ class Ratio(Order):
         return _generator(seed, epoch, len(parts)).permuted(np.concatenate(parts, axis=1), axis=1).ravel()
 
 
-def shard(samples: np.ndarray, batch_size: int, rank: int, world: int) -> Draws:
-    """One process's part of a finite row of samples, each dealt out once: batch j goes to rank j modulo world.
-
-    The last batch may be short; ranks may get one batch more or less than others.
-    """
-    positions = np.arange(len(samples))
-    mine = positions[positions // batch_size % world == rank]
-    return Draws(np.asarray(samples)[mine], mine)
-
-
 def _generator(*name: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(name))
 

@@ -1,35 +1,52 @@
-"""Writing one image set in either format: samples are checked, and files appear whole or not at all."""
+"""Images to .beton files: samples are checked, and files appear whole or not at all.
+
+Threads read and encode, the calling thread writes: an error is an exception, and there is nothing to leave behind.
+Memory does not grow with the set but for its tables, some 0.1 KB an image.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 
-from . import memory
-from .available import have_ffcv
-from .decoding import decode_rgb, shrink
-from .image_set import Shape
+from .encoding import Storage, Transform, encode
+from .errors import SampleError
+from .format import (
+    ALLOCATION,
+    ARRAY_FIELD,
+    FIELDS,
+    HEADER,
+    JPG,
+    RAW,
+    RGB_FIELD,
+    VERSION,
+    Stored,
+    descriptors,
+    metadata_type,
+)
+from .image_set import ImageSet, open_file
 
 _log = logging.getLogger(__name__)
 
 _READ_TOGETHER = 32  # samples a task of a reading thread
-_NO_LIMIT = 2**16 - 1  # pixels a side, of the file format
+_PAGE, _LARGEST_PAGE = 1 << 23, 1 << 26  # bytes: ffcv's default, and where the size of images is not known before
+_LARGEST_SIDE = 2**16 - 1
 
 
 class Samples(Protocol):
     """What `write` takes images from; a uint8 (N, H, W, C) array is one. `workers` threads read at once.
 
     Each is a uint8 (H, W, C) array, or the content of an image file. The method `name(number)`, where there is one,
-    says how messages call a sample.
+    says how messages name a sample.
     """
 
     def __len__(self) -> int: ...
@@ -44,65 +61,49 @@ def write(
     labels: np.ndarray,
     synthetic: np.ndarray,
     index: np.ndarray,
-    storage: Literal["raw", "jpg", "smart"] = "raw",
+    storage: Storage = "raw",
     quality: int = 95,
-    max_side: int = _NO_LIMIT,
+    transform: Transform | None = None,
     workers: int = 1,
     shards: int = 1,
+    progress: Callable[[], object] | None = None,
 ) -> list[Path]:
-    """Writes one image set to `path`: with ffcv if it ends in .beton, as the in-memory twin if in .npz.
+    """Writes one image set to `path`. Every sample is read and decoded once.
 
     Files are written beside `path` as NAME.partial and renamed when all are there; parent directories are made.
 
     Args:
-        path: the file; see `suffix` for the ending that this machine serves.
-        samples: N images with 1 or 3 channels. Arrays must be of one shape; what is decoded here is RGB and, in a
-            .beton, may be of any size.
+        path: the file, NAME.beton.
+        samples: N images of 3 channels and any size, or of 1 channel and one size. Image files are decoded to RGB.
         labels: (N,) integers, the class.
         synthetic: (N,) integers or booleans, 0 for real and 1 for generated.
         index: (N,) integers, the sample's name, such as its number in the set it comes from.
         storage: "raw" keeps every bit; "jpg" (C = 3) is smaller: the content of a JPEG file is stored without loss,
             with restarts, so that crops decode in part; all else loses some; "smart" stores images of up to 64 KiB raw,
-            larger ones as JPEG. .npz: raw.
+            larger ones as JPEG.
         quality: of the JPEGs that are encoded here, 1 to 100.
-        max_side: larger images are scaled down until their longer side has so many pixels.
+        transform: uint8 (H, W, C) to what is stored of it; a JPEG file that it returns as it is loses nothing. See
+            `limit_longer_side`, `limit_shorter_side` and `centre_square` in `ffcv_writers.decoding`.
         workers: threads that read and encode ahead.
         shards: files to write, NAME-00000-of-00004.beton and so on, of almost equal length; in order they are the set.
+        progress: called for each sample.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: no samples; a sample that cannot be read or is of another shape or type, which is named;
-            columns or settings that do not fit; .beton without ffcv.
+        SampleError: a sample cannot be read or is of another shape or type; it is named.
+        ValueError: no samples; columns or settings that do not fit.
     """
     path = Path(path)
-    _check(path, len(samples), storage, quality, max_side, workers, shards)
+    _check(path, len(samples), storage, quality, workers, shards)
     named = {"label": labels, "synthetic": synthetic, "index": index}
     columns = {name: _column(path, name, values, len(samples)) for name, values in named.items()}
     if not np.isin(columns["synthetic"], (0, 1)).all():
         raise ValueError(f"{path}: synthetic must be 0 or 1")
-
-    in_memory = path.suffix == ".npz"
-    if in_memory:
-        reader = _Reader(path, samples, partial(shrink, max_side=max_side), decode=True)
-    else:
-        from .beton_writer import encode
-
-        encoder = partial(encode, storage=storage, quality=quality, max_side=max_side)
-        reader = _Reader(path, samples, encoder, decode=False)
-    first = reader.sample(0)
-    shape = None  # any
-    if not isinstance(first, bytes):
-        if storage != "raw" and first.shape[2] != 3:
-            raise ValueError(f"{path}: {storage} needs 3 channels, the images have {first.shape[2]}: store them raw")
-        if storage == "raw" or in_memory:
-            shape = shrink(first, max_side).shape
-
-    def images(numbers: range) -> Generator[Any, None, None]:
-        return _read_ahead(reader.encoded, numbers, workers)
-
-    return _pack(path, shards, columns, images, shape)
+    encoder = _Encoder(path, samples, storage, quality, transform)
+    with closing(_read_ahead(encoder, range(len(samples)), workers)) as images:
+        return _write_files(path, shards, columns, images, encoder.name, progress)
 
 
 def join(path: Path, paths: Sequence[Path], *, shards: int = 1) -> list[Path]:
@@ -117,76 +118,19 @@ def join(path: Path, paths: Sequence[Path], *, shards: int = 1) -> list[Path]:
     Raises:
         ValueError: a file that is damaged or no .beton, or that has other channels than the first.
     """
-    path = Path(path)
-    if {path.suffix, *(Path(other).suffix for other in paths)} != {".beton"}:
-        raise ValueError(f"{path}: only .beton files can be joined, to a .beton file")
-    if not have_ffcv():
-        raise ValueError(f"{path}: ffcv is not there: install it to join .beton files")
-    from .beton import BetonSet
-
-    joined = BetonSet([Path(other) for other in paths])
+    path, joined = Path(path), ImageSet([Path(other) for other in paths])
+    _check(path, len(joined), "raw", 95, 1, shards)
     columns = {"label": joined.labels, "synthetic": joined.synthetic.astype(np.int64), "index": joined.index}
-    one_size = joined.decoded and bool((joined.sizes == joined.sizes[0]).all())
-    if joined.channels == 1 and not one_size:
-        raise ValueError(f"{path}: grey images of several sizes cannot lie in one file")
-
-    def images(numbers: range) -> Generator[Any, None, None]:
-        yield from map(joined.stored, numbers)
-
-    return _pack(path, shards, columns, images, joined.image_shape if one_size else None)
+    return _write_files(path, shards, columns, map(joined.stored, range(len(joined))), joined.name)
 
 
-def shard_paths(path: Path, shards: int) -> list[Path]:
-    """The files of a set in so many shards."""
-    if shards == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number:05}-of-{shards:05}{path.suffix}") for number in range(shards)]
-
-
-def _pack(
-    path: Path,
-    shards: int,
-    columns: dict[str, np.ndarray],
-    images: Callable[[range], Generator[Any, None, None]],
-    shape: Shape | None,
-) -> list[Path]:
-    """Writes all shards beside their names, then renames them."""
-    count = len(columns["label"])
-    if path.suffix == ".npz":
-        write_file: Any = memory.write_npz
-    else:
-        from .beton_writer import write_beton as write_file
-    bounds = np.linspace(0, count, shards + 1).astype(int).tolist()
-    files = shard_paths(path, shards)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partials = [file.with_name(file.name + ".partial") for file in files]
-    try:
-        for partial_file, begin, end in zip(partials, bounds, bounds[1:], strict=False):
-            part = {name: values[begin:end] for name, values in columns.items()}
-            with closing(images(range(begin, end))) as some:
-                write_file(partial_file, some, part, shape)
-            with partial_file.open("rb") as written:
-                os.fsync(written.fileno())
-        for partial_file, file in zip(partials, files, strict=True):
-            os.replace(partial_file, file)
-    finally:
-        for partial_file in partials:
-            partial_file.unlink(missing_ok=True)
-    return files
-
-
-def _check(path: Path, count: int, storage: str, quality: int, max_side: int, workers: int, shards: int) -> None:
-    if path.suffix not in (".beton", ".npz"):
-        raise ValueError(f"{path}: an image set ends in .beton or .npz")
-    if path.suffix == ".beton" and not have_ffcv():
-        raise ValueError(f"{path}: ffcv is not there to write it: write a .npz or install ffcv")
+def _check(path: Path, count: int, storage: str, quality: int, workers: int, shards: int) -> None:
+    if path.suffix != ".beton":
+        raise ValueError(f"{path}: the name of an image set must end in .beton")
     if count == 0:
         raise ValueError(f"{path}: no samples to write")
-    if storage not in ("raw", "jpg", "smart") or not 1 <= quality <= 100 or not 1 <= max_side <= _NO_LIMIT:
-        raise ValueError(
-            f"need storage raw, jpg or smart, quality 1 to 100 and max_side 1 to {_NO_LIMIT}, "
-            f"got storage {storage!r}, quality {quality} and max_side {max_side}"
-        )
+    if storage not in get_args(Storage) or not 1 <= quality <= 100:
+        raise ValueError(f"need storage raw, jpg or smart and quality 1 to 100, got {storage!r} and {quality}")
     if workers < 1 or not 1 <= shards <= count:
         raise ValueError(f"need workers >= 1 and 1 to {count} shards, got {workers} and {shards}")
 
@@ -199,57 +143,48 @@ def _column(path: Path, name: str, values: Any, length: int) -> np.ndarray:
     return column.astype(np.int64)
 
 
-class _Reader:
-    """Samples, checked and encoded; what goes wrong with one is told with its name."""
+class _Encoder:
+    """Samples, checked and encoded by number; errors name the sample."""
 
-    def __init__(self, path: Path, samples: Samples, encoder: Callable[[Any], Any], decode: bool) -> None:
-        self._path, self._samples, self._encoder, self._decode = path, samples, encoder, decode
-        self._shape: Shape | None = None
-        first = self.sample(0)
-        if not isinstance(first, bytes):
-            self._shape = first.shape
+    def __init__(
+        self, path: Path, samples: Samples, storage: Storage, quality: int, transform: Transform | None
+    ) -> None:
+        self._path, self._samples, self._storage = path, samples, storage
+        self._quality, self._transform = quality, transform
 
-    def sample(self, number: int) -> np.ndarray | bytes:
-        """One sample as it is given, decoded if all are to be."""
+    def __call__(self, number: int) -> Stored:
         try:
             sample = self._samples[number]
-            if isinstance(sample, bytes):
-                return decode_rgb(sample) if self._decode else sample
-            image = np.asarray(sample)
+            if not isinstance(sample, bytes):
+                sample = self._checked(number, np.asarray(sample))
+            encoded = encode(sample, self._storage, self._quality, self._transform)
+        except SampleError:
+            raise
         except Exception as error:
-            raise self._unreadable(number, error) from error
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or image.size == 0:
-            got = f"{image.dtype} of shape {image.shape}"
-            raise ValueError(f"{self._name(number)} must be uint8 (height, width, 1 or 3), got {got}")
-        if self._shape is not None and image.shape != self._shape:
-            got = f"{image.shape}, sample 0 has {self._shape}"
-            raise ValueError(f"{self._name(number)} has shape {got}: make them one size")
-        return image
-
-    def encoded(self, number: int) -> Any:
-        sample = self.sample(number)
-        try:
-            encoded = self._encoder(sample)
-        except Exception as error:
-            raise self._unreadable(number, error) from error
-        if defect := getattr(encoded, "defect", ""):
-            _log.warning("%s has a defect: %s; what can be seen of it is stored", self._name(number), defect)
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise SampleError(f"{self.name(number)} could not be read: {reason}") from error
+        if encoded.defect:
+            _log.warning("%s has a defect: %s; what can be seen of it is stored", self.name(number), encoded.defect)
         return encoded
 
-    def _name(self, number: int) -> str:
+    def _checked(self, number: int, image: np.ndarray) -> np.ndarray:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or image.size == 0:
+            got = f"{image.dtype} of shape {image.shape}"
+            raise SampleError(f"{self.name(number)} must be uint8 (height, width, 1 or 3), got {got}")
+        if self._storage != "raw" and image.shape[2] != 3:
+            raise SampleError(f"{self._storage} needs 3 channels, {self.name(number)} has 1: store it raw")
+        return image
+
+    def name(self, number: int) -> str:
         name = getattr(self._samples, "name", None)
         return f"{self._path}: sample {number}" + (f" ({name(number)})" if name else "")
 
-    def _unreadable(self, number: int, error: Exception) -> ValueError:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        return ValueError(f"{self._name(number)} could not be read: {reason}")
 
-
-def _read_ahead(read: Callable[[int], Any], numbers: range, workers: int) -> Generator[Any, None, None]:
-    def task(begin: int) -> list[Any]:
+def _read_ahead(read: Callable[[int], Stored], numbers: range, workers: int) -> Generator[Stored, None, None]:
+    def task(begin: int) -> list[Stored]:
         return [read(number) for number in numbers[begin : begin + _READ_TOGETHER]]
 
-    pending: deque[Future[list[Any]]] = deque()
+    pending: deque[Future[list[Stored]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for begin in range(0, len(numbers), _READ_TOGETHER):
@@ -260,3 +195,88 @@ def _read_ahead(read: Callable[[int], Any], numbers: range, workers: int) -> Gen
                 yield from pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def shard_paths(path: Path, shards: int) -> list[Path]:
+    """The files of a set in so many shards."""
+    if shards == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05}-of-{shards:05}{path.suffix}") for number in range(shards)]
+
+
+def _write_files(
+    path: Path,
+    shards: int,
+    columns: dict[str, np.ndarray],
+    images: Iterator[Stored],
+    name: Callable[[int], str],
+    progress: Callable[[], object] | None = None,
+) -> list[Path]:
+    """Writes all shards under temporary names, then renames them."""
+    bounds = np.linspace(0, len(columns["label"]), shards + 1).astype(int).tolist()
+    files = shard_paths(path, shards)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partials = [file.with_name(file.name + ".partial") for file in files]
+    images = _one_kind(images, name, progress)
+    try:
+        for partial, (begin, end) in zip(partials, itertools.pairwise(bounds), strict=True):
+            part = {key: values[begin:end] for key, values in columns.items()}
+            _write_file(partial, itertools.islice(images, end - begin), part)
+        for partial, file in zip(partials, files, strict=True):
+            os.replace(partial, file)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    return files
+
+
+def _one_kind(
+    images: Iterable[Stored], name: Callable[[int], str], progress: Callable[[], object] | None
+) -> Iterator[Stored]:
+    """The images, checked: all of 3 channels and no larger than the format allows, or grey and of one size."""
+    first = None
+    for number, image in enumerate(images):
+        first = first or image.shape
+        if image.shape != first and 1 in (image.shape[2], first[2]):
+            raise SampleError(f"{name(number)} has shape {image.shape}, sample 0 has {first}: make them one size")
+        if max(image.shape) > _LARGEST_SIDE or len(image.data) > _LARGEST_PAGE:
+            raise SampleError(f"{name(number)} of shape {image.shape} is too large for the format: shrink it")
+        if progress is not None:
+            progress()
+        yield image
+
+
+def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> None:
+    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index.
+
+    Raises:
+        ValueError: a disk that took less than it was given.
+    """
+    first = next(images)
+    shape = None if first.shape[2] == 3 else first.shape
+    page = _LARGEST_PAGE if shape is None else max(_PAGE, 1 << (len(first.data) - 1).bit_length())
+    count, fields = len(columns["label"]), descriptors(shape)
+    metadata = np.zeros(count, metadata_type(RGB_FIELD if shape is None else ARRAY_FIELD))
+    table = np.zeros(count, ALLOCATION)
+    for name in FIELDS[1:]:
+        metadata[name] = columns[name]
+    with path.open("wb") as file:
+        place = file.seek(HEADER.itemsize + fields.nbytes + metadata.nbytes)
+        for number, image in enumerate(itertools.chain([first], images)):
+            size = len(image.data)
+            if place // page != (place + size - 1) // page:
+                place = file.seek((place // page + 1) * page)  # no image lies across pages
+            file.write(image.data.data)
+            height, width, _ = image.shape
+            table[number] = number, place, size
+            row = place if shape is not None else (JPG if image.jpg else RAW, width, height, place)
+            metadata["image"][number] = row
+            place += size
+        file.write(table.data)
+        file.seek(0)
+        header = np.array((VERSION, len(FIELDS), page, count, place), HEADER)
+        for part in (header, fields, metadata):
+            file.write(part.data)
+        file.flush()
+        os.fsync(file.fileno())
+    open_file(path)  # a disk that took less shows

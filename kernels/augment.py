@@ -7,8 +7,8 @@ pixel at row i, column j of the crop's middle [size, size] window M is
     M[i + d_4, j' + d_5] / 127.5 - 1    d = ceil(u (2 pad + 1)) - 1 - pad    j' = size - 1 - j if u_6 <= 1/2, else j
 
 and -1, black, where that lies outside. What must move is 1 byte in and 4 (float32) or 2 out for each number: the kernel
-moves these once, and makes its random numbers where it uses them. Resized crops and jitter are PyTorch operations, and
-with them so is all of it.
+moves these once, and makes its random numbers where it uses them. Jitter is made of PyTorch operations, and with it so
+is all of it.
 """
 
 from __future__ import annotations
@@ -49,50 +49,29 @@ def reference_augment(
     size: int,
     pad: int = 0,
     flip: bool = False,
-    resized_crop: bool = False,
     jitter: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`augment` in plain PyTorch. What moves pixels comes first, on bytes: a quarter of the memory of floats."""
     u = uniform(seed, positions >> 32, positions, 0, 10)
-    if resized_crop:
-        x, black = _resized_crop(normalise(images), u[:, :4], size).permute(0, 2, 3, 1), -1.0
-    else:
-        x, black = center_crop(images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1), 0.0
+    x = center_crop(images.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
     if pad:
-        x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1, pad, black)
+        x = _shift(x, torch.ceil(u[:, 4:6] * (2 * pad + 1)).long() - 1, pad)
     if flip:
         kept = len(x) * (u[:, 6] > 0.5)
         both = torch.cat([x.flip(2), x])  # whole images are taken from these: half the time of torch.where on bytes
         x = both.index_select(0, torch.arange(len(x), device=x.device) + kept)
-    x = x.contiguous()
-    x = normalise(x) if x.dtype == torch.uint8 else x.permute(0, 3, 1, 2)
+    x = normalise(x.contiguous())
     if jitter:
         x = _jitter(x, 1 + jitter * (2 * u[:, 7:10] - 1))
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _shift(x: Tensor, start: Tensor, pad: int, black: float) -> Tensor:
-    """Of each image [H, W, C], padded by `pad`, the window of its size that begins at `start`, int64 [B, 2]."""
+def _shift(x: Tensor, start: Tensor, pad: int) -> Tensor:
+    """Of each image [H, W, C], padded with `pad` black pixels, the window of its size from `start`, int64 [B, 2]."""
     _, height, width, _ = x.shape
-    windows = F.pad(x, (0, 0, pad, pad, pad, pad), value=black).unfold(1, height, 1).unfold(2, width, 1)
+    windows = F.pad(x, (0, 0, pad, pad, pad, pad)).unfold(1, height, 1).unfold(2, width, 1)
     return windows[torch.arange(len(x), device=x.device), start[:, 0], start[:, 1]].permute(0, 2, 3, 1)
-
-
-def _resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
-    """Bilinear crops; a crop wider or higher than the image is cut to it, as torchvision's fallback does."""
-    area = 0.08 + 0.92 * u[:, 0]
-    aspect = torch.exp(math.log(3 / 4) + u[:, 1] * (math.log(4 / 3) - math.log(3 / 4)))
-    width, height = (
-        (area * aspect).sqrt().clamp(max=1),
-        (area / aspect).sqrt().clamp(max=1),
-    )  # shares of the sides
-    left, top = (1 - width) * u[:, 2], (1 - height) * u[:, 3]
-    theta = torch.zeros(len(x), 2, 3, device=x.device)
-    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1
-    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
-    grid = F.affine_grid(theta, [len(x), x.shape[1], size, size], align_corners=False)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _jitter(x: Tensor, factors: Tensor) -> Tensor:
@@ -230,7 +209,6 @@ def augment(
     size: int,
     pad: int = 0,
     flip: bool = False,
-    resized_crop: bool = False,
     jitter: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -240,10 +218,9 @@ def augment(
         images: uint8 [B, H, W, C]; copied first where they are not contiguous.
         seed: of the whole training run, in [0, 2**64).
         positions: int64 [B], each sample's place in the training stream.
-        size: side of the result; without `resized_crop` the middle of larger images is taken.
+        size: side of the result; the middle of larger images is taken.
         pad: random crop after padding by so many black pixels.
         flip: mirror left-right with probability 1/2.
-        resized_crop: random 8 to 100 % of the area at aspect 3/4 to 4/3, scaled to `size` (Szegedy et al. 2015).
         jitter: brightness, contrast and saturation each by a factor in [1 - jitter, 1 + jitter].
         dtype: of the result, a floating type; the arithmetic is float32.
 
@@ -251,17 +228,15 @@ def augment(
         [B, C, size, size] of `dtype`, channels-last. Values lie in [-1, 1].
 
     Raises:
-        ValueError: images of another type or shape, or smaller than `size` with no `resized_crop`; positions of another
-            type or shape; a seed out of range.
+        ValueError: images of another type or shape, or smaller than `size`; positions of another type or shape; a
+            seed out of range.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"augment needs uint8 images [B, H, W, C], got {images.dtype} {list(images.shape)}")
     check_names(len(images), positions=positions)
     seed = signed(seed)
-    if not resized_crop and min(images.shape[1:3]) < size:
+    if min(images.shape[1:3]) < size:
         raise ValueError(f"augment cannot take {size} x {size} out of images {list(images.shape[1:3])}")
-    if not (resized_crop or jitter) and use_triton("augment", _key(images, size, dtype), images.device):
+    if not jitter and use_triton("augment", _key(images, size, dtype), images.device):
         return _augment(images, positions, seed, size, pad, flip, dtype)
-    return reference_augment(
-        images, seed, positions, size=size, pad=pad, flip=flip, resized_crop=resized_crop, jitter=jitter, dtype=dtype
-    )
+    return reference_augment(images, seed, positions, size=size, pad=pad, flip=flip, jitter=jitter, dtype=dtype)

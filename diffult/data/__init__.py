@@ -1,7 +1,7 @@
-"""Image data: sources, long-tail profiles and the splits of a run."""
+"""Image data: long-tail profiles, the splits of a run, and its packed images."""
 
 from diffult.data.config import DataConfig
-from diffult.data.image_set import ArrayImages, FileImages, ImageSet
-from diffult.data.splits import Data, load_data
+from diffult.data.packing import Packed, pack_images, read_packed, source_differences
+from diffult.data.splits import choose_splits
 
-__all__ = ["ArrayImages", "Data", "DataConfig", "FileImages", "ImageSet", "load_data"]
+__all__ = ["DataConfig", "Packed", "choose_splits", "pack_images", "read_packed", "source_differences"]

@@ -1,4 +1,4 @@
-"""Settings of the image data: where the images come from and how long the tail is."""
+"""Settings of the image data: where the images come from, how they are stored, and how long the tail is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from diffult.strict_model import StrictModel
+from ffcv_writers.readers import READERS
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 
@@ -15,13 +16,15 @@ class DataConfig(StrictModel):
     """The `data` section of a configuration.
 
     Attributes:
-        source: the format of the images. `digits` comes with scikit-learn; `idx` is the format of MNIST and
-            its kin; `folder` is SPLIT/CLASS/FILE; `list` is text files with lines `relative/path label`.
+        source: the format of the images, see `ffcv_writers.readers.open_source`.
         path: the folder (for CIFAR also the .tar.gz) of the images; `digits` needs none, `idx` without one
             reads Debian's Fashion-MNIST.
         train_list, val_list, test_list: the text files of `list`; `val_list` may be left out.
-        image_size: height and width in pixels. Files are resized to it, the other sources must have it.
-        channels: 1 (grey) or 3 (RGB); must be what the source gives.
+        storage: `raw`: image_size x image_size pixels, as the networks see them. `jpg`: up to max_short_side pixels
+            on the shorter side, of which the networks take crops.
+        max_short_side: in pixels, under `jpg`; larger images are scaled down, JPEG files up to it lose nothing.
+        image_size: height and width in pixels. Files are resized to it, arrays must have it.
+        channels: 1 (grey) or 3 (RGB); must be what the source gives. Image files give 3, `jpg` needs 3.
         profile: how the training classes are thinned out, see `diffult.data.profiles`.
         n_max: images of the largest class under `exponential` and `step`; None takes the source's largest.
         imbalance: the imbalance factor n_max / n_min under `exponential` and `step`.
@@ -30,11 +33,13 @@ class DataConfig(StrictModel):
         val_per_class: validation images per class, where the source has no validation split of its own.
     """
 
-    source: Literal["digits", "idx", "cifar10", "cifar100", "folder", "list"]
+    source: str
     path: str = ""
     train_list: str = ""
     val_list: str = ""
     test_list: str = ""
+    storage: Literal["raw", "jpg"] = "raw"
+    max_short_side: int = Field(default=400, ge=1)
     image_size: int = Field(default=32, ge=1)
     channels: Literal[1, 3] = 3
     profile: Literal["exponential", "step", "counts", "natural"] = "natural"
@@ -46,10 +51,14 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> Self:
-        if self.source in ("cifar10", "cifar100", "folder", "list") and not self.path:
+        if self.source not in READERS:
+            raise ValueError(f"unknown source {self.source!r}: choose one of {', '.join(READERS)}")
+        if self.source not in ("digits", "idx") and not self.path:
             raise ValueError(f"source '{self.source}' needs path, the place of its images")
         if self.source == "list" and not (self.train_list and self.test_list):
             raise ValueError("source 'list' needs train_list and test_list")
+        if self.storage == "jpg" and (self.channels == 1 or self.max_short_side < self.image_size):
+            raise ValueError("storage 'jpg' needs channels = 3 and max_short_side of image_size or more")
         if self.profile in ("exponential", "step") and self.imbalance is None:
             raise ValueError(f"profile '{self.profile}' needs imbalance, the ratio n_max / n_min")
         if self.profile == "counts" and not self.counts:

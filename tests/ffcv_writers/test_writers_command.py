@@ -1,4 +1,4 @@
-"""python -m ffcv_writers: every source, and what is told when one is bad."""
+"""python -m ffcv_writers: every source, and the error for a bad one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,17 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import ffcv_writers
 from ffcv_writers import SourceError, open_set
 from ffcv_writers.__main__ import app
-from ffcv_writers.sources import open_source, read_class_index
-
-pytestmark = pytest.mark.skipif(not ffcv_writers.have_ffcv(), reason="needs ffcv")
+from ffcv_writers.readers import READERS, Split, guess_format, open_source, survey_differences
+from ffcv_writers.readers.folder import read_class_index
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +31,6 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
 
 
 IMAGES, LABELS = pixels(12), np.arange(12) % 3
-KEPT = [0, 1, 3, 4, 6]  # of the shards below
 
 
 def png(image: np.ndarray) -> bytes:
@@ -81,7 +78,13 @@ def in_cifar(root: Path) -> Path:
 
 
 def in_npz(root: Path) -> Path:
-    np.savez(root / "some.npz", train_images=IMAGES, train_labels=LABELS[:, None], test_images=IMAGES[:1])
+    np.savez(
+        root / "some.npz",
+        train_images=IMAGES,
+        train_labels=LABELS[:, None],
+        test_images=IMAGES[:1],
+        test_labels=LABELS[:1],
+    )
     return root / "some.npz"
 
 
@@ -96,24 +99,7 @@ def in_tar(root: Path) -> Path:
     return root
 
 
-def in_shards(root: Path) -> Path:
-    """Class 0 wants 2 samples and 0, 1, 2 passed; class 1 wants 3: 1, 2, 4 passed; 12 images, the kept ones first."""
-    waves = [([0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1]), ([0, 1, 1, 1], [2, 2, 3, 4], [1, 1, 0, 1])]
-    stored = iter([0, 1, 3, 2, 4, 6])
-    for number, (labels, indices, passed) in enumerate(waves):
-        tensors = {
-            "labels": torch.tensor(labels),
-            "indices": torch.tensor(indices),
-            "distance": torch.zeros(4),
-            "passed": torch.tensor(passed, dtype=torch.bool),
-            "images": torch.from_numpy(np.stack([IMAGES[next(stored)] for _ in range(sum(passed))])),
-        }
-        save_file(tensors, root / f"shard-{number:06}.safetensors")
-    (root / "manifest.json").write_text(json.dumps({"quotas": [2, 3], "seed": 0}))
-    return root
-
-
-SOURCES = [in_folders, in_list, in_idx, in_cifar, in_npz, in_tar, in_shards]
+SOURCES = [in_folders, in_list, in_idx, in_cifar, in_npz, in_tar]
 
 
 @pytest.mark.parametrize("make", SOURCES)
@@ -128,14 +114,9 @@ def test_every_source_is_written_as_it_is(tmp_path: Path, make) -> None:  # type
     order = np.arange(12)
     if make is in_folders:
         order = np.argsort(LABELS, kind="stable")
-    if make is in_shards:
-        np.testing.assert_array_equal(read, IMAGES[KEPT])
-        names = sorted(zip(image_set.labels.tolist(), image_set.index.tolist(), strict=True))
-        assert names == [(0, 0), (0, 1), (1, 1), (1, 2), (1, 4)]
-    else:
-        np.testing.assert_array_equal(read, IMAGES[order][..., :1] if make is in_idx else IMAGES[order])
-        np.testing.assert_array_equal(image_set.labels, LABELS[order])
-        np.testing.assert_array_equal(image_set.index, np.arange(12))
+    np.testing.assert_array_equal(read, IMAGES[order][..., :1] if make is in_idx else IMAGES[order])
+    np.testing.assert_array_equal(image_set.labels, LABELS[order])
+    np.testing.assert_array_equal(image_set.index, np.arange(12))
     assert not image_set.synthetic.any()
 
 
@@ -185,44 +166,107 @@ def test_the_command_itself(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_bad_sources_are_told(tmp_path: Path) -> None:
-    for name in ("folder", "idx", "cifar", "npz", "tar", "shards"):
+def opened(format: str, path: Path) -> dict[str, Split]:
+    return open_source(format, path).splits
+
+
+def test_bad_sources_are_refused_in_a_line(tmp_path: Path) -> None:
+    for name in ("folder", "idx", "tar"):
         (tmp_path / name).mkdir()
-    with pytest.raises(SourceError, match="nowhere does not exist"):
-        open_source(tmp_path / "nowhere")
+    for attempt in (lambda: guess_format(tmp_path / "nowhere"), lambda: open_source("idx", tmp_path / "nowhere")):
+        with pytest.raises(SourceError, match="nowhere does not exist"):
+            attempt()
     with pytest.raises(SourceError, match="has no class folders"):
-        open_source(tmp_path / "folder")
+        open_source("folder", tmp_path / "folder")
     (tmp_path / "odd.xyz").touch()
-    with pytest.raises(SourceError, match=r"odd\.xyz: what is it\? give --format, one of folder, list"):
-        open_source(tmp_path / "odd.xyz")
-    with pytest.raises(SourceError, match="unknown format 'beton'"):
-        open_source(tmp_path / "odd.xyz", format="beton")  # type: ignore[arg-type]
-    with pytest.raises(SourceError, match="has the splits train and test, not 'val'"):
-        open_source(in_idx(tmp_path / "idx"), split="val")
+    with pytest.raises(SourceError, match=r"odd\.xyz: what is it\? give --format, one of digits, idx"):
+        guess_format(tmp_path / "odd.xyz")
+    with pytest.raises(SourceError, match=f"unknown format 'beton': choose one of {', '.join(READERS)}"):
+        open_source("beton", tmp_path / "odd.xyz")
     with pytest.raises(SourceError, match="train_labels, but other"):
         np.savez(tmp_path / "other.npz", other=IMAGES)
-        open_source(tmp_path / "other.npz")
+        opened("npz", tmp_path / "other.npz")
     with pytest.raises(SourceError, match=r"need uint8 images .* got float64 \(2, 3, 3, 1\)"):
         np.savez(tmp_path / "other.npz", images=np.zeros((2, 3, 3)), labels=np.zeros(2, int))
-        open_source(tmp_path / "other.npz")
+        opened("npz", tmp_path / "other.npz")
     with pytest.raises(SourceError, match=r"cannot read .*Object arrays"):
         np.savez(tmp_path / "other.npz", images=np.array([None]), labels=np.zeros(1, int))
-        open_source(tmp_path / "other.npz")
+        opened("npz", tmp_path / "other.npz")
+    with pytest.raises(SourceError, match=r"tar holds no \.tar"):
+        open_source("tar", tmp_path / "tar")
     tar = in_tar(tmp_path / "tar") / "1.tar"
     tar.write_bytes(tar.read_bytes().replace(b"007.cls", b"007.txt"))
     with pytest.raises(SourceError, match=r"cannot read .*1\.tar: damaged at byte 5120"):
-        open_source(tar)
+        opened("tar", tar)
     with tarfile.open(tar, "w") as archive:
         archive.addfile(tarfile.TarInfo("007.jpg"), io.BytesIO())
     with pytest.raises(SourceError, match=r"007 needs an image and a \.cls file"):
-        open_source(tar)
-    shards = in_shards(tmp_path / "shards")
-    (shards / "shard-000000.safetensors").rename(tmp_path / "away")
-    with pytest.raises(SourceError, match="samples of class 0 are missing"):
-        open_source(shards)
-    (shards / "shard-000001.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(SourceError, match=r"shard-000001\.safetensors is damaged"):
-        open_source(shards)
+        opened("tar", tar)
+    result = CliRunner().invoke(app, ["write", str(in_idx(tmp_path / "idx")), "out.beton", "--split", "val"])
+    assert isinstance(result.exception, SourceError) and "has the split(s) train, not 'val'" in str(result.exception)
+
+
+def test_the_help_names_every_reader() -> None:
+    text = " ".join(CliRunner().invoke(app, ["write", "--help"]).output.split())
+    assert f"{', '.join(READERS)}; default: as it looks" in text
+
+
+def test_archives_with_splits(tmp_path: Path) -> None:
+    for make in (in_npz, in_tar):
+        make(tmp_path)
+    assert {split: len(part.labels) for split, part in opened("npz", tmp_path / "some.npz").items()} == {
+        "train": 12,
+        "test": 1,
+    }
+    for before, after in (("0.tar", "train-0.tar"), ("1.tar", "val/1.tar")):
+        (tmp_path / after).parent.mkdir(exist_ok=True)
+        (tmp_path / before).rename(tmp_path / after)
+    for split, numbers in opened("tar", tmp_path).items():
+        chosen = slice(0, 6) if split == "train" else slice(6, 12)
+        assert numbers.labels.tolist() == LABELS[chosen].tolist()
+        assert numbers.samples[3] == png(IMAGES[chosen][3]) and numbers.samples.name(3).endswith(".PNG")  # type: ignore[attr-defined]
+
+
+def test_a_survey_shows_what_has_changed(tmp_path: Path) -> None:
+    """Through JSON, as it is kept; names need not be UTF-8."""
+    root = in_folders(tmp_path / "source")
+    bad = os.fsdecode(b"n3\xff")
+    (root / "train" / bad).mkdir()
+    (root / "train" / bad / "0.png").write_bytes(png(IMAGES[0]))
+
+    def survey(format: str = "folder", path: Path = root) -> dict[str, object]:
+        return json.loads(json.dumps(open_source(format, path).survey))
+
+    before = survey()
+    assert before["classes"] == ["n0", "n1", "n2", bad] and before["splits"]["train"]["counts"] == [4, 4, 4, 1]  # type: ignore[index]
+    assert survey_differences(before, survey()) == []
+    (root / "train" / "n1" / "04.png").rename(root / "train" / "n2" / "04.png")
+    more = ["train: 1 image fewer in class 'n1'", "train: 1 image more in class 'n2'"]
+    assert survey_differences(before, survey()) == more
+    (root / "train" / "n2" / "04.png").rename(root / "train" / "n1" / "05.png")
+    assert survey_differences(before, survey()) == ["train: other files or sizes"]
+    (root / "train" / "n1" / "05.png").rename(root / "train" / "n1" / "04.png")
+    assert survey_differences(before, survey()) == []
+    with (root / "train" / "n1" / "04.png").open("ab") as file:
+        file.write(b"x")
+    assert survey_differences(before, survey()) == ["train: other files or sizes"]
+    (root / "train" / bad).rename(root / "train" / "dog")
+    assert survey_differences(before, survey()) == [f"class {bad!r} is gone", "class 'dog' is new"]
+    shutil.copytree(root / "train", root / "val")
+    assert "the split val is new" in survey_differences(before, survey())
+    (root / "train.txt").write_text("a 0\nb 1\nc 0\n")
+    listed = open_source("list", root, train_list=root / "train.txt").survey
+    (root / "train.txt").write_text("a 0\nb 0\nc 1\n")
+    changed = open_source("list", root, train_list=root / "train.txt").survey
+    assert survey_differences(listed, changed) == ["train: other files or sizes"]
+    archive = in_npz(tmp_path)
+    before = survey("npz", archive)
+    assert survey_differences(before, survey("npz", archive)) == []
+    size = archive.stat().st_size
+    with archive.open("ab") as file:
+        file.write(b"x")
+    assert survey_differences(before, survey("npz", archive)) == [f"the file some.npz has {size + 1} bytes, not {size}"]
+    assert survey_differences(before, {"files": {}}) == ["the file some.npz is gone"]
 
 
 def test_class_index_files(tmp_path: Path) -> None:
@@ -235,12 +279,12 @@ def test_class_index_files(tmp_path: Path) -> None:
     for name, text in forms.items():
         (tmp_path / name).write_text(text)
         assert read_class_index(tmp_path / name) == {"n0": 1, "n1": 2, "n2": 0}
-        source = open_source(tmp_path / "source", class_index=tmp_path / name)
-        assert source.labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
+        source = open_source("folder", tmp_path / "source", class_index=tmp_path / name)
+        assert source.splits["train"].labels.tolist() == [1] * 4 + [2] * 4 + [0] * 4
     for text in ("[1, 2]", "{", "{}", '{"0": ["a"], "1": ["a"]}', '{"a": null}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(SourceError, match="is not a class index"):
             read_class_index(tmp_path / "bad.json")
     (tmp_path / "short.txt").write_text("n0\nn1\n")
     with pytest.raises(SourceError, match=r"short\.txt has no class n2, which"):
-        open_source(tmp_path / "source", class_index=tmp_path / "short.txt")
+        open_source("folder", tmp_path / "source", class_index=tmp_path / "short.txt")

@@ -11,14 +11,15 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import SourceError
+from ..errors import SourceError
+from .source import Place, Source, Split, array_split, file_sizes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class _Layout:
     meta: str
     labels: str
     names: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return *self.train, self.test, self.meta
 
 
 _LAYOUTS = {
@@ -54,47 +59,37 @@ _LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
-class Cifar:
-    """An archive's images uint8 (N, 32, 32, 3) with labels int64 (N,), and the names of the classes."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    classes: tuple[str, ...]
-    place: Path
-
-
-def read_cifar(name: str, path: Path) -> Cifar:
+def read(name: str, place: Place) -> Source:
     """CIFAR-10 or CIFAR-100 with its fine labels, images in the order of the archive.
 
     Args:
         name: "cifar10" or "cifar100".
-        path: the archive's folder, its .tar.gz, or a folder that holds either.
+        place: the archive's folder, its .tar.gz, or a folder that holds either.
 
     Raises:
         SourceError: a file is missing or is not what such an archive holds; a pickle that asks for any other
             global than those of a numpy array is refused, the file and the global named.
     """
     layout = _LAYOUTS[name]
-    place = _find(layout, path)
-    files = (*layout.train, layout.test, layout.meta)
-    contents = _read_folder(place, files) if place.is_dir() else _read_tar(place, layout.folder, files)
-    classes = _class_names(_unpickle(contents[layout.meta], f"{place}: {layout.meta}"), layout, place)
+    found = _find(layout, place.path)
+    if found.is_dir():
+        for file in layout.files:
+            if not (found / file).is_file():
+                raise SourceError(f"{found} has no file {file}: unpack the archive again")
 
-    def read(file: str) -> tuple[np.ndarray, np.ndarray]:
-        where = f"{place}: {file}"
-        return _batch(_unpickle(contents[file], where), layout.labels, len(classes), where)
+    def content() -> tuple[dict[str, Split], tuple[str, ...]]:
+        return _splits(layout, found)
 
-    images, labels = zip(*map(read, layout.train), strict=True)
-    return Cifar((np.concatenate(images), np.concatenate(labels)), read(layout.test), classes, place)
+    return Source(
+        file_sizes(found.parent, [found / file for file in layout.files] if found.is_dir() else [found]), content
+    )
 
 
-def guess_cifar(path: Path) -> str | None:
+def guess(path: Path) -> str | None:
     """Which archive lies at `path`, "cifar10" or "cifar100", if any."""
     for name, layout in _LAYOUTS.items():
-        if path.name == layout.archive or (path / layout.meta).is_file():
-            return name
-        if (path / layout.folder).is_dir() or (path / layout.archive).is_file():
+        marks = path / layout.meta, path / layout.folder, path / layout.archive
+        if path.name == layout.archive or any(mark.exists() for mark in marks):
             return name
     return None
 
@@ -109,11 +104,21 @@ def _find(layout: _Layout, path: Path) -> Path:
     raise SourceError(f"{path} is neither {layout.archive} nor {layout.folder}, and holds neither")
 
 
-def _read_folder(folder: Path, files: tuple[str, ...]) -> dict[str, bytes]:
-    for file in files:
-        if not (folder / file).is_file():
-            raise SourceError(f"{folder} has no file {file}: unpack the archive again")
-    return {file: (folder / file).read_bytes() for file in files}
+def _splits(layout: _Layout, place: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    if place.is_dir():
+        contents = {file: (place / file).read_bytes() for file in layout.files}
+    else:
+        contents = _read_tar(place, layout.folder, layout.files)
+    names = _unpickle(contents[layout.meta], f"{place}: {layout.meta}").get(layout.names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{place}: {layout.meta} has no list '{layout.names}' of class names")
+
+    def split(files: Sequence[str]) -> Split:
+        parts = [_batch(contents[file], layout.labels, len(names), f"{place}: {file}") for file in files]
+        images, labels = zip(*parts, strict=True)
+        return array_split(np.concatenate(images), np.concatenate(labels), place)
+
+    return {"train": split(layout.train), "test": split([layout.test])}, tuple(names)
 
 
 def _read_tar(path: Path, folder: str, files: tuple[str, ...]) -> dict[str, bytes]:
@@ -177,15 +182,9 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _class_names(meta: dict[str, Any], layout: _Layout, place: Path) -> tuple[str, ...]:
-    names = meta.get(layout.names)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise SourceError(f"{place}: {layout.meta} has no list '{layout.names}' of class names")
-    return tuple(names)
-
-
-def _batch(batch: dict[str, Any], key: str, classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _batch(content: bytes, key: str, classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (n, 32, 32, 3) and labels int64 (n,) of one file."""
+    batch = _unpickle(content, where)
     data, labels = batch.get("data"), batch.get(key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise SourceError(f"{where} has no 'data' of uint8 (n, 3072)")
@@ -193,5 +192,4 @@ def _batch(batch: dict[str, Any], key: str, classes: int, where: str) -> tuple[n
         raise SourceError(f"{where} has no list '{key}' of integers in 0..{classes - 1}")
     if len(labels) != len(data):
         raise SourceError(f"{where} has {len(data)} images but {len(labels)} labels")
-    images = np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return images, np.array(labels, dtype=np.int64)
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)

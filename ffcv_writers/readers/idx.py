@@ -10,32 +10,33 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import SourceError
+from ..errors import SourceError
+from .source import Place, Source, Split, array_split, file_sizes, numbered
 
 _UINT8 = 0x08  # the type code in the third byte of the header
 
 
-def read_idx_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, H, W, 1) and labels uint8 (N,) of FOLDER/{split}-{images-idx3,labels-idx1}-ubyte[.gz].
+def read(place: Place) -> Source:
+    """The splits in {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], classes named by their number."""
+    folder = place.path
+    files: dict[str, list[Path]] = {}
+    for split, prefix in {"train": "train", "test": "t10k"}.items():
+        names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+        found = [next((p for p in (folder / f"{n}.gz", folder / n) if p.is_file()), None) for n in names]
+        if split == "train" or any(found):
+            missing = [name for name, path in zip(names, found, strict=True) if path is None]
+            if missing:
+                raise SourceError(f"no {missing[0]}.gz or {missing[0]} in {folder}")
+            files[split] = [path for path in found if path is not None]
 
-    Args:
-        split: "train" or "t10k".
+    def content() -> tuple[dict[str, Split], tuple[str, ...]]:
+        splits = {s: array_split(_read(images, 3), _read(labels, 1), images) for s, (images, labels) in files.items()}
+        return splits, numbered(splits)
 
-    Raises:
-        SourceError: a file is missing or is not such a file.
-    """
-    images = read_idx(_find(folder, f"{split}-images-idx3-ubyte"), 3)[..., None]
-    return images, read_idx(_find(folder, f"{split}-labels-idx1-ubyte"), 1)
+    return Source(file_sizes(folder, [path for pair in files.values() for path in pair]), content)
 
 
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / f"{name}.gz", folder / name):
-        if path.is_file():
-            return path
-    raise SourceError(f"no {name}.gz or {name} in {folder}")
-
-
-def read_idx(path: Path, ndim: int) -> np.ndarray:
+def _read(path: Path, ndim: int) -> np.ndarray:
     """An IDX file of uint8 values with `ndim` dimensions, gzip-compressed if its name ends with .gz.
 
     Header (http://yann.lecun.com/exdb/mnist): two zero bytes, the type code, the number of dimensions, then
@@ -56,4 +57,4 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     size, expected = len(content) - start, math.prod(shape)
     if size != expected:
         raise SourceError(f"{path} should hold {expected} values by its header, not {size}: fetch it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # bytes are read-only
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

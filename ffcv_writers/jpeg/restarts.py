@@ -1,7 +1,7 @@
-"""Restart markers for JPEG files, without loss: `ffcv_writers.jpeg_part` then decodes parts of them.
+"""Restart markers for JPEG files, without loss: `ffcv_writers.jpeg.part` then decodes parts of them.
 
 A scan is read code by code and written again. The codes of coefficients stay as they are, but for each block's first,
-of frequency zero: it is told as a difference to the block before, and after a restart to nothing. Importing this module
+of frequency zero: it is a difference to the block before, and after a restart to zero. Importing this module
 needs numba, which comes with ffcv.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from .jpeg_part import DHT, DRI, EOI, LENGTHS, NAME, RST0, Layout, layout
+from .part import DHT, DRI, EOI, LENGTHS, NAME, RST0, Layout, layout
 
 _SPACING = 64  # pixels between restarts: 2 to 3 % more bytes; a crop decodes 32 pixels too many at each side
 _SMALL = 128 * 128  # pixels: an image of so many is decoded in the time that cutting out a part takes
@@ -206,7 +206,7 @@ def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # 
     at, bits, count = 0, 0, 0
     size, waiting, held = 0, 0, 0  # bytes written; bits to be written, and how many
     begun, done = 0, 0  # where the segment begins that is being written, and how many there are before it
-    read, told = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
+    read, written = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
     for mcu in range(mcus):
         if old and mcu and mcu % old == 0:
             at, bits, count = _filled(scan, at, bits, count)
@@ -219,7 +219,7 @@ def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # 
             out[size], out[size + 1] = 0xFF, RST0 + done % 8
             lengths[done] = size - begun
             size, begun, done = size + 2, size + 2, done + 1
-            told[:] = 0
+            written[:] = 0
         for c in blocks:
             at, bits, count = _filled(scan, at, bits, count)
             length, extra = _code(first[c], bits, count)
@@ -228,8 +228,8 @@ def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # 
             count -= length + extra
             value = (bits >> count) & ((1 << extra) - 1)
             read[c] += value if extra == 0 or value >> (extra - 1) else value - (1 << extra) + 1
-            difference = read[c] - told[c]
-            told[c] = read[c]
+            difference = read[c] - written[c]
+            written[c] = read[c]
             extra = 0
             while abs(difference) >> extra:
                 extra += 1

@@ -7,6 +7,7 @@ import logging
 import re
 import tarfile
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,9 @@ from torchvision.transforms.functional import center_crop, resize, resized_crop
 
 import ffcv_writers
 from ffcv_writers import CenterCrop, Loader, Natural, RandomResizedCrop, SampleError, join, open_set, write
+from ffcv_writers.decoding import centre_square, limit_longer_side, limit_shorter_side
 from ffcv_writers.inspection import verify
-from ffcv_writers.sources import open_source
-
-pytestmark = pytest.mark.skipif(not ffcv_writers.have_ffcv(), reason="needs ffcv")
+from ffcv_writers.readers import open_source
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -91,15 +91,32 @@ def test_every_kind_of_file_keeps_its_pixels(tmp_path: Path, storage: str) -> No
 
 
 def test_larger_images_are_shrunk_to_the_side_that_is_asked_for(tmp_path: Path) -> None:
-    contents = list(files(tmp_path).values())
+    contents, shrink = list(files(tmp_path).values()), partial(limit_longer_side, size=100)
     for storage in ("raw", "jpg"):
-        write_all(tmp_path / "set.beton", contents, storage=storage, max_side=100, quality=95)
+        write_all(tmp_path / "set.beton", contents, storage=storage, transform=shrink, quality=95)
         image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
         assert image_set.sizes[0].tolist() == [75, 100] and image_set.sizes[11].tolist() == [100, 26]
         wanted = Image.open(io.BytesIO(contents[0])).resize((100, 75), Image.Resampling.BICUBIC)
         assert np.abs(image_set.image(0).astype(int) - np.asarray(wanted)).max() <= (0 if storage == "raw" else 12)
-    write(tmp_path / "a.npz", contents[:1], labels=[0], synthetic=[0], index=[0], max_side=100)  # type: ignore[arg-type]
-    assert open_set([tmp_path / "a.npz"]).image_shape == (75, 100, 3)
+
+
+def test_files_whose_shorter_side_is_within_the_limit_are_stored_without_loss(tmp_path: Path) -> None:
+    contents, shrink = list(files(tmp_path).values()), partial(limit_shorter_side, size=80)
+    write_all(tmp_path / "set.beton", contents, storage="jpg", transform=shrink, quality=95)
+    image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
+    assert image_set.sizes[0].tolist() == [80, 106]
+    wanted = resize(Image.open(io.BytesIO(contents[0])), 80, InterpolationMode.BICUBIC)
+    assert np.abs(image_set.image(0).astype(int) - np.asarray(wanted)).max() <= 12
+    np.testing.assert_array_equal(image_set.image(11), expected(contents[11]))  # 301 x 77: its own coefficients
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 75), (75, 100), (101, 76), (40, 333), (20, 31), (32, 45)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_centre_square_is_torchvisions_to_the_bit(height: int, width: int, channels: int) -> None:
+    picture = smooth(height, width)[..., :channels]
+    image = Image.fromarray(picture.squeeze())
+    theirs = np.asarray(center_crop(resize(image, [32], InterpolationMode.BICUBIC), [32]))
+    np.testing.assert_array_equal(centre_square(picture, 32), theirs.reshape(32, 32, channels))
 
 
 @pytest.mark.parametrize("storage", ["raw", "jpg"])
@@ -108,7 +125,10 @@ def test_crops_are_those_of_torchvision(tmp_path: Path, storage: str) -> None:
     write_all(tmp_path / "set.beton", contents, storage=storage, quality=100)
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
     middle = CenterCrop(64, 64 / 72)
-    batch = next(Loader(image_set, 12, crop=middle).sequential())
+    batch, streamed = (
+        next(Loader(image_set, 12, crop=middle, resident=resident).sequential()) for resident in (True, False)
+    )
+    assert torch.equal(batch.images, streamed.images)
     for number in range(len(contents)):
         image = Image.fromarray(image_set.image(number))
         theirs = center_crop(resize(image, 72, InterpolationMode.BILINEAR), [64, 64])
@@ -164,6 +184,7 @@ def test_the_same_stream_whatever_threads_ranks_and_restarts(tmp_path: Path) -> 
 
 
 def test_ffcv_itself_decodes_these_files(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader as FfcvLoader
     from ffcv.transforms import ToTensor
@@ -187,6 +208,7 @@ def test_ffcv_itself_decodes_these_files(tmp_path: Path) -> None:
 
 
 def test_this_reads_what_ffcv_writes(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -208,13 +230,13 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path: Path, storage: 
     files(folder)
     broken, threads = folder / "grey.JPEG", set(threading.enumerate())
     content = broken.read_bytes()
-    source = open_source(tmp_path / "images")
+    source = open_source("folder", tmp_path / "images").splits["train"]
     if damage == "gone":
         broken.unlink()
     else:
         hole = content[:40] + bytes(200) + content[240:]
         broken.write_bytes({"truncated": content[: len(content) // 2], "no image": b"<html>", "a hole": hole}[damage])
-    columns = {"labels": source.labels, "synthetic": 0 * source.labels, "index": source.index}
+    columns = {"labels": source.labels, "synthetic": 0 * source.labels, "index": np.arange(len(source.labels))}
     with pytest.raises(ValueError, match=rf"set\.beton: sample \d+ \(.*{broken.name}\) could not be read"):
         write(tmp_path / "set.beton", source.samples, **columns, storage=storage, workers=3)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("set*")) and set(threading.enumerate()) == threads
@@ -240,14 +262,14 @@ def test_an_image_that_breaks_after_it_was_written_is_named(tmp_path: Path, work
     contents = [encoded(Image.fromarray(smooth(64, 64, n)), quality=95) for n in range(64)]
     write_all(tmp_path / "set.beton", contents, storage="jpg")
     image_set, before = open_set([tmp_path / "set.beton"]), set(threading.enumerate())
-    stored = image_set.stored(37)  # type: ignore[attr-defined]
+    stored = image_set.stored(37)
     content = bytearray((tmp_path / "set.beton").read_bytes())
     at = content.find(stored.data.tobytes())
     content[at + len(stored.data) - 300 : at + len(stored.data)] = bytes(300)  # the entropy-coded end
     (tmp_path / "set.beton").write_bytes(content)
     image_set = open_set([tmp_path / "set.beton"])
     with pytest.raises(SampleError, match=r"set\.beton: sample 37 \(index 37\) does not decode"):
-        for _ in Loader(image_set, 8, num_workers=workers, crop=CenterCrop(32)).sequential():
+        for _ in Loader(image_set, 8, num_workers=workers, crop=CenterCrop(32), resident=False).sequential():
             pass
     with pytest.raises(SampleError, match="sample 37 "):  # the set that stays on the device, too
         next(Loader(image_set, 8, num_workers=workers).sequential())
@@ -259,7 +281,7 @@ def test_an_image_that_breaks_after_it_was_written_is_named(tmp_path: Path, work
 def test_an_operation_that_raises_is_told_with_its_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [encoded(Image.fromarray(smooth(64, 64, n))) for n in range(64)]
     write_all(tmp_path / "set.beton", contents, storage="jpg")
-    loader = Loader(open_set([tmp_path / "set.beton"]), 8, num_workers=2, crop=CenterCrop(32))
+    loader = Loader(open_set([tmp_path / "set.beton"]), 8, num_workers=2, crop=RandomResizedCrop(32, seed=0))
     before, calls = set(threading.enumerate()), iter(range(10**6))
     crop = ffcv_writers.image_set.resized_crop
 
@@ -288,16 +310,21 @@ def test_the_choice_of_loader_is_automatic_and_logged(
             monkeypatch.setattr("ffcv_writers.loader._free_memory", lambda device, room=room: room)
             loader = Loader(image_set, 3, num_workers=2)
             batches[loader.resident] = [list(loader.batches(order, order + 5)) for _ in range(2)][1]
-        Loader(image_set, 3, crop=CenterCrop(32))
+        Loader(image_set, 3, crop=RandomResizedCrop(32, seed=0))
         Loader(image_set, 3, resident=True)
-    kept, streamed, cropped, asked = (record.getMessage() for record in caplog.records)
+        monkeypatch.setattr("ffcv_writers.loader._free_memory", lambda device: 4 * 20 * 32 * 32 * 3)
+        assert Loader(image_set, 3, crop=CenterCrop(32)).resident
+        write_all(tmp_path / "raw.beton", contents)
+        assert Loader(open_set([tmp_path / "raw.beton"]), 3, crop=CenterCrop(64)).crop is None
+    kept, streamed, cropped, asked, _, raw = (record.getMessage() for record in caplog.records)
     assert "set.beton: 20 images, 0.2 MB, kept on cpu" in kept and "as asked for" in asked
-    assert "decoded ahead by 2 thread(s) (for 0 MB of cpu memory)" in streamed and "(cropped)" in cropped
+    assert "decoded ahead by 2 thread(s) (for 0 MB of cpu memory)" in streamed and "(cropped at random)" in cropped
+    assert "raw.beton: 20 images, 0.2 MB, gathered from the page cache" in raw
     for one, other in zip(batches[True], batches[False], strict=True):
         for name in ("images", "labels", "synthetic", "index", "sample", "position"):
             assert torch.equal(getattr(one, name), getattr(other, name))
     with pytest.raises(ValueError, match="cannot stay on the device"):
-        Loader(image_set, 3, crop=CenterCrop(32), resident=True)
+        Loader(image_set, 3, crop=RandomResizedCrop(32, seed=0), resident=True)
 
 
 @pytest.mark.timeout(200)
@@ -308,8 +335,8 @@ def test_real_imagenet_files(shared_data: Path, tmp_path: Path) -> None:
         members.extractall(tmp_path / "images", filter="data")
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     (tmp_path / "list.txt").write_text("".join(f"{name} {label}\n" for label, name in enumerate(names)))
-    source = open_source(tmp_path / "list.txt", root=tmp_path / "images")
-    columns = {"labels": source.labels, "synthetic": 0 * source.labels, "index": source.index}
+    source = open_source("list", tmp_path / "images", train_list=tmp_path / "list.txt").splits["train"]
+    columns = {"labels": source.labels, "synthetic": 0 * source.labels, "index": np.arange(len(source.labels))}
     write(tmp_path / "set.beton", source.samples, **columns, storage="jpg", workers=2)
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
     assert len(image_set) == 400 and np.ptp(image_set.sizes) > 300

@@ -12,9 +12,9 @@ from PIL import Image
 pytest.importorskip("ffcv")
 
 from ffcv_writers import RandomResizedCrop, open_set, write
-from ffcv_writers.jpeg_part import layout, part
-from ffcv_writers.restarts import with_restarts
-from ffcv_writers.turbojpeg import decode_jpeg
+from ffcv_writers.jpeg.part import layout, part
+from ffcv_writers.jpeg.restarts import with_restarts
+from ffcv_writers.jpeg.turbojpeg import decode_jpeg
 
 KINDS = {
     "4:4:4": {"subsampling": 0},
@@ -160,7 +160,7 @@ def test_components_of_one_name_are_left_alone() -> None:
 
 
 def test_without_a_folder_for_compiled_code_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ffcv_writers import restarts
+    from ffcv_writers.jpeg import restarts
 
     def njit(**options: bool) -> object:
         if options.get("cache"):
@@ -190,7 +190,7 @@ def test_a_damaged_header_is_that_file_s_alone(damage: str) -> None:
 
 def test_a_loader_decodes_parts_and_shows_the_same(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Crops of files as `write` stores them, and with whole images decoded; a part is less to decode."""
-    from ffcv_writers import beton
+    from ffcv_writers import image_set as module
 
     contents = [jpeg(300 + 7 * n, 400 - 9 * n, kind, n).tobytes() for n, kind in enumerate(KINDS)]
     names = np.arange(len(contents))
@@ -198,19 +198,19 @@ def test_a_loader_decodes_parts_and_shows_the_same(tmp_path, monkeypatch) -> Non
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
     boxes = RandomResizedCrop(64, seed=5).boxes(image_set.sizes, names)
     decoded: list[int] = []
-    decode = beton.decode_jpeg
+    decode = module.decode_jpeg
 
-    def counted(content: np.ndarray, *, passing: bool = False) -> np.ndarray:
-        image = decode(content, passing=passing)
+    def counted(content: np.ndarray, *, reuse_buffer: bool = False) -> np.ndarray:
+        image = decode(content, reuse_buffer=reuse_buffer)
         decoded.append(image.size)
         return image
 
-    monkeypatch.setattr(beton, "decode_jpeg", counted)
+    monkeypatch.setattr(module, "decode_jpeg", counted)
     out = np.empty((2, len(names), 64, 64, 3), np.uint8)
     image_set.read(names, out[0], boxes)
     parts = sum(decoded)
     decoded.clear()
-    monkeypatch.setattr(beton, "jpeg_part", lambda *_: None)
+    monkeypatch.setattr(module, "jpeg_part", lambda *_: None)
     image_set.read(names, out[1], boxes)
     np.testing.assert_array_equal(out[0], out[1])
     assert sum(decoded) == 3 * image_set.sizes.prod(1).sum() and parts < 0.8 * sum(decoded)

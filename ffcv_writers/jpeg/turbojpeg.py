@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import CMYKError
+
 
 def _load() -> ctypes.CDLL:
     spec = importlib.util.find_spec("ffcv")  # which does not import it
@@ -23,7 +25,7 @@ def _load() -> ctypes.CDLL:
 lib = _load()
 
 _RGB = 0  # TJPF_RGB
-_FOUR_COLOURS = (3, 4)  # TJCS_CMYK, TJCS_YCCK
+_CMYK = (3, 4)  # TJCS_CMYK, TJCS_YCCK
 _ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, what Pillow decodes with; ffcv's own decoder takes the fast one
 
 _int_pointer = ctypes.POINTER(ctypes.c_int)
@@ -35,20 +37,15 @@ lib.tjDecompressHeader3.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_u
 lib.tjDecompress2.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *5 * [ctypes.c_int]]
 
 
-class FourColours(ValueError):
-    """A JPEG of printing colours, CMYK or YCCK, which TurboJPEG does not turn into RGB."""
-
-
 class _Handle:
-    """A decompressor and room for the pixels; they go with the thread that they serve."""
+    """One thread's decompressor and memory for pixels."""
 
     def __init__(self) -> None:
         self.pointer = lib.tjInitDecompress()
         self._room = np.empty(0, np.uint8)
 
     def room(self, size: int) -> np.ndarray:
-        """So many bytes, the same each time. Memory that is fresh costs a page fault for every 4096 of them, a fifth
-        of decoding a photograph."""
+        """So many bytes, the same each time: fresh memory costs page faults, a fifth of decoding a photograph."""
         if size > len(self._room):
             self._room = np.empty(size, np.uint8)
         return self._room[:size]
@@ -57,7 +54,7 @@ class _Handle:
         lib.tjDestroy(self.pointer)
 
     def check(self, code: int) -> None:
-        if code:  # and it is not used again: a header that failed stays in it, and the next file is taken for that
+        if code:  # a header that failed stays in the handle and would be taken for the next file's
             del _of_thread.handle
             raise ValueError(lib.tjGetErrorStr2(self.pointer).decode(errors="replace"))
 
@@ -65,29 +62,21 @@ class _Handle:
 _of_thread = threading.local()
 
 
-def decode_jpeg(content: np.ndarray, *, passing: bool = False) -> np.ndarray:
-    """A JPEG file's content, contiguous uint8 (n,), as RGB, uint8 (H, W, 3).
-
-    Args:
-        passing: the pixels last until this thread decodes the next image so.
-
-    Raises:
-        FourColours: it has them.
-        ValueError: no JPEG, damaged, cut short, or of more pixels than Pillow would open.
-    """
+def decode_jpeg(content: np.ndarray, *, reuse_buffer: bool = False) -> np.ndarray:
+    """See `ffcv_writers.jpeg.decode_jpeg`."""
     if not hasattr(_of_thread, "handle"):
         _of_thread.handle = _Handle()
     handle: _Handle = _of_thread.handle
     width, height, sampling, colours = (ctypes.c_int() for _ in range(4))
     file = (handle.pointer, content.ctypes.data, len(content))
     handle.check(lib.tjDecompressHeader3(*file, width, height, sampling, colours))
-    if colours.value in _FOUR_COLOURS:
-        raise FourColours("it has four colours")
+    if colours.value in _CMYK:
+        raise CMYKError("its colours are CMYK")
     if min(width.value, height.value) < 1:
         raise ValueError(f"it is {height.value} x {width.value} pixels")
     if width.value * height.value > (Image.MAX_IMAGE_PIXELS or np.inf):
         raise ValueError(f"{height.value} x {width.value} pixels are too many")
     shape = height.value, width.value, 3
-    pixels = handle.room(math.prod(shape)).reshape(shape) if passing else np.empty(shape, np.uint8)
+    pixels = handle.room(math.prod(shape)).reshape(shape) if reuse_buffer else np.empty(shape, np.uint8)
     handle.check(lib.tjDecompress2(*file, pixels.ctypes.data, width, 0, height, _RGB, _ACCURATE_DCT))
     return pixels

@@ -1,9 +1,9 @@
 """The part of a JPEG file that a crop shows, as a file of its own, so that nothing else is decoded.
 
-Restart markers (ITU-T T.81, B.2.1) cut a scan into segments that do not need each other. `ffcv_writers.restarts` puts
-them at the same columns in each row of blocks, and the segments' lengths into the header. The segments that a box
-touches are then the scan of a smaller image: a header of its size makes them a file that any decoder reads. Its pixels
-are those of the whole image, to the bit, and the rest is not even read.
+Restart markers (ITU-T T.81, B.2.1) cut a scan into segments that do not need each other. `restarts` puts them at the
+same columns in each row of blocks, and the segments' lengths into the header. The segments that a box touches are then
+the scan of a smaller image: a header of its size makes them a file that any decoder reads. Its pixels are those of the
+whole image, to the bit, and the rest is not even read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 SOI, EOI, SOS, DRI, DHT, RST0 = 0xD8, 0xD9, 0xDA, 0xDD, 0xC4, 0xD0
 _SEQUENTIAL = (0xC0, 0xC1)  # SOF0, SOF1: Huffman coded
 _OTHER_FRAMES = {*range(0xC0, 0xD0)} - {*_SEQUENTIAL, DHT}
-_DQT, _JFIF, _ADOBE = 0xDB, 0xE0, 0xEE  # the last two tell how colours are stored
+_DQT, _JFIF, _ADOBE = 0xDB, 0xE0, 0xEE  # the last two say how colours are stored
 LENGTHS, NAME = 0xEA, b"SEGMENTS\0"  # the segment APP10 of our files: this, then bytes a segment of the scan, uint16
 _WORTHWHILE = 0.9  # of all segments; more are decoded with the rest
 
@@ -130,12 +130,12 @@ def part(content: np.ndarray, size: tuple[int, int], box: np.ndarray) -> tuple[n
 
 
 def _segments(content: np.ndarray, whole: Layout) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where each segment of the scan begins and ends, int64, by row and column; None if that is not told."""
-    told = [content[begin + 4 : end].tobytes() for marker, begin, end in whole.segments if marker == LENGTHS]
-    told = [data for data in told if data.startswith(NAME) and len(data) % 2 == len(NAME) % 2]
-    if not told or not whole.interval or whole.columns % whole.interval:
+    """Where each segment of the scan begins and ends, int64, by row and column; None if they are unknown."""
+    stated = [content[begin + 4 : end].tobytes() for marker, begin, end in whole.segments if marker == LENGTHS]
+    stated = [data for data in stated if data.startswith(NAME) and len(data) % 2 == len(NAME) % 2]
+    if not stated or not whole.interval or whole.columns % whole.interval:
         return None
-    lengths = np.frombuffer(told[-1], ">u2", offset=len(NAME)).astype(np.int64)
+    lengths = np.frombuffer(stated[-1], ">u2", offset=len(NAME)).astype(np.int64)
     grid = whole.rows, whole.columns // whole.interval
     ends = whole.scan + np.cumsum(lengths + 2) - 2
     if len(lengths) != grid[0] * grid[1] or ends[-1] + 2 != len(content):

@@ -1,0 +1,213 @@
+"""A run's images, packed: train.beton, val.beton and test.beton, decoded once, and what is known of them.
+
+After packing, a run needs its source no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diffult.data.config import FASHION_MNIST_PATH, DataConfig
+from diffult.data.splits import choose_splits
+from diffult.errors import UserError
+from diffult.runs.files import read_json, write_json
+from ffcv_writers import ImageSet, SampleError, Samples, SourceError, available_cores, open_set, write
+from ffcv_writers.decoding import centre_square, limit_shorter_side
+from ffcv_writers.readers import Source, open_source, survey_differences
+
+SPLITS = ("train", "val", "test")
+_RECORD = "packed.json"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A run's packed images.
+
+    Attributes:
+        classes: the classes' names, by label.
+        counts: int64 (C,), training images of each class.
+        train, val, test: the images; `val` is None if there are none.
+        fingerprint: of the files' content.
+        survey: of the source, see `ffcv_writers.readers.Source`.
+    """
+
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet
+    fingerprint: str
+    survey: dict[str, Any]
+
+
+class _Chosen:
+    """Some of a split's samples."""
+
+    def __init__(self, samples: Samples, numbers: np.ndarray) -> None:
+        self._samples, self._numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int, /) -> np.ndarray | bytes:
+        return self._samples[int(self._numbers[number])]
+
+    def name(self, number: int) -> str:
+        return _name(self._samples, int(self._numbers[number]))
+
+
+def _name(samples: Samples, number: int) -> str:
+    return samples.name(number) if hasattr(samples, "name") else f"image {number} of the source"
+
+
+def pack_images(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Writes the splits of a run to FOLDER/{train,val,test}.beton on all cores, whole or not at all.
+
+    The samples' `index` is their number in the source's split.
+
+    Returns:
+        What stands beside them in packed.json: "classes", "counts" of images per split and class, the source's
+        "survey", and a "fingerprint" of the files' content.
+
+    Raises:
+        UserError: a path is missing, a file is not of its format or does not decode (it is named), a label is out of
+            range, a class is empty, or the images have another size or other channels than configured.
+    """
+    try:
+        source = _open(config)
+        _check(config, source)
+        return _write(config, source, choose_splits(config, source), folder)
+    except SampleError as error:
+        raise UserError(f"{error}; mend the file or take it out") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], folder: Path) -> dict[str, Any]:
+    files = {split: folder / f"{split}.beton" for split in SPLITS}
+    for path in (folder / _RECORD, *files.values()):
+        path.unlink(missing_ok=True)
+    try:
+        counts: dict[str, list[int]] = {}
+        digest = hashlib.sha256()
+        for split, chosen in numbers.items():
+            labels = _write_split(config, source, split, chosen, files[split])
+            counts[split] = np.bincount(labels, minlength=len(source.classes)).tolist()
+            with files[split].open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        record: dict[str, Any] = {"classes": list(source.classes), "counts": counts, "survey": source.survey}
+        record["fingerprint"] = digest.hexdigest()
+        write_json(folder / _RECORD, record)
+    except BaseException:
+        for path in files.values():
+            path.unlink(missing_ok=True)
+        raise
+    return record
+
+
+def _write_split(config: DataConfig, source: Source, split: str, numbers: np.ndarray, path: Path) -> np.ndarray:
+    """Writes the images of these numbers; returns their labels."""
+    origin = source.splits[split if split in source.splits else "train"]
+    if isinstance(origin.samples, np.ndarray):
+        transform = None
+    elif config.storage == "raw":
+        transform = partial(centre_square, size=config.image_size)
+    else:
+        transform = partial(limit_shorter_side, size=config.max_short_side)
+    labels = origin.labels[numbers]
+    with tqdm(total=len(numbers), unit="img", desc=f"pack {split}", disable=None) as bar:
+        write(
+            path,
+            _Chosen(origin.samples, numbers),
+            labels=labels,
+            synthetic=np.zeros(len(numbers), bool),
+            index=numbers,
+            storage=config.storage,
+            transform=transform,
+            workers=available_cores(),
+            progress=bar.update,
+        )
+    return labels
+
+
+def _path(config: DataConfig) -> Path:
+    return Path(config.path or (FASHION_MNIST_PATH if config.source == "idx" else "")).expanduser()
+
+
+def _lists(config: DataConfig) -> dict[str, Path]:
+    lists = {"train_list": config.train_list, "val_list": config.val_list, "test_list": config.test_list}
+    return {name: Path(file).expanduser() for name, file in lists.items() if file and config.source == "list"}
+
+
+def _open(config: DataConfig) -> Source:
+    path = _path(config)
+    if not path.exists():
+        hint = ": apt-get install dataset-fashion-mnist" if str(path) == FASHION_MNIST_PATH else ""
+        raise UserError(f"data.path {path} does not exist{hint}")
+    return open_source(config.source, path, **_lists(config))
+
+
+def _check(config: DataConfig, source: Source) -> None:
+    where, classes = config.path or config.source, source.classes
+    for name in {"train": 0, "test": 0} | source.splits:
+        if name not in source.splits:
+            raise UserError(f"{where} has no {name} split: a run needs train and test images")
+        samples, labels = source.splits[name].samples, source.splits[name].labels
+        outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+        if outside.size:
+            wrong = int(outside[0])
+            raise UserError(
+                f"{name} split, {_name(samples, wrong)}: label {labels[wrong]} is not in 0..{len(classes) - 1}, "
+                "the labels of the training images"
+            )
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+        if empty.size:
+            raise UserError(f"{where}: class {classes[empty[0]]} has no image in the {name} split")
+        size, channels = config.image_size, 3
+        if isinstance(samples, np.ndarray):
+            _, height, width, channels = samples.shape
+            if (height, width) != (size, size):
+                raise UserError(f"{config.source} images are {height}x{width}, but data.image_size is {size}")
+        if channels != config.channels:
+            raise UserError(f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}")
+
+
+def read_packed(folder: Path) -> Packed:
+    """What `pack_images` wrote.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        record = read_json(folder / _RECORD)
+        sets = {split: open_set([folder / f"{split}.beton"], mixed_sizes=True) for split in record["counts"]}
+        classes = tuple(record["classes"])
+        for split, image_set in sets.items():
+            if np.bincount(image_set.labels, minlength=len(classes)).tolist() != record["counts"][split]:
+                raise ValueError(f"{split}.beton is another set's")
+        counts = np.array(record["counts"]["train"], np.int64)
+        return Packed(
+            classes, counts, sets["train"], sets.get("val"), sets["test"], record["fingerprint"], record["survey"]
+        )
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: the packed images are missing or damaged ({error}); "
+            f"run `python -m diffult.pack --run {folder.parent}`"
+        ) from error
+
+
+def source_differences(config: DataConfig, packed: Packed) -> list[str]:
+    """What has changed in the source since it was packed, a line each; [] if nothing has or it is gone."""
+    if not all(place.exists() for place in (_path(config), *_lists(config).values())):
+        return []
+    try:
+        return survey_differences(packed.survey, _open(config).survey)
+    except SourceError as error:
+        return [str(error)]
