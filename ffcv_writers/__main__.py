@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from tqdm import tqdm
-from typer.exceptions import TyperException
 
 from .inspection import describe, verify
 from .loader import available_cores
@@ -19,6 +18,7 @@ from .sources import Format, open_source
 from .writing import Samples, join, write
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 Files = Annotated[list[Path], typer.Argument(help="Files of the set, in order.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="File to write: .beton, or .npz for an array in memory.", show_default=False)]
 Shards = Annotated[int, typer.Option(min=1, help="Files to write: NAME-00000-of-0000K.beton, ...")]
@@ -127,7 +127,7 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except ValueError as error:
         message = str(error)
-    except TyperException as error:
+    except UsageError as error:
         message = f"{error.format_message()} (--help lists the options)"
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
