@@ -82,9 +82,7 @@ def graph_beside_nccl(device: torch.device) -> None:
     _compare("losses", recorded, losses(device, graph=False))
 
 
-def losses(
-    device: torch.device, *, graph: bool, gradient_checkpointing: bool = False, dropout: float = 0.0
-) -> Tensor:
+def losses(device: torch.device, *, graph: bool, gradient_checkpointing: bool = False, dropout: float = 0.0) -> Tensor:
     """The losses [steps] of a small network learning one fixed batch, from fixed weights."""
     torch.manual_seed(0)
     config = UNetConfig(

@@ -67,10 +67,9 @@ cifar() {
     [ -n "$DATA$SMOKE" ] || { echo "error: DATA=PATH of CIFAR-10 is needed"; return 2; }
     "$PY" -m bench.cifar --out "$RESULTS" --budget "$BUDGET" ${DATA:+--data "$DATA"} ${SMOKE:+--smoke}
 }
-tune() { "$PY" -m bench.kernels --tune --budget "$BUDGET" ${SMOKE:+--smoke}; }
+tune() { "$PY" -m bench.kernels --tune --budget "$BUDGET" --out "$RESULTS" ${SMOKE:+--smoke}; }
 
 pack() { # under another name until it is whole; a file of 7 MiB or more would leave no room for others
-    [ "$part" != tune ] || cp kernels/tiles.json "$RESULTS"
     (cd "$WORK" && find "$part" -type f -size -8M -print0 | tar --null -T - -czf - 2>/dev/null) >"$OUT/.$part.partial"
     mv "$OUT/.$part.partial" "$OUT/$part.tar.gz"
 }
@@ -93,6 +92,7 @@ run_item() { # NAME SECONDS
     child=
     case $code in
         0) ;;
+        3) state="budget spent before the end" ;;
         124 | 137) state="cut off at $limit s" ;;
         *) state="failed, exit code $code" ;;
     esac

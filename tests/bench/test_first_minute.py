@@ -21,7 +21,7 @@ def test_other_losses_in_the_graph_are_an_error(name: str, wrong: float, monkeyp
         return torch.tensor([1.0, wrong if graph else 1.0])
 
     monkeypatch.setattr(first_minute, "losses", losses)
-    with pytest.raises(UserError, match="losses.* differ by"):
+    with pytest.raises(UserError, match=r"losses.* differ by"):
         CHECKS[name](torch.device("cpu"))
 
 

@@ -59,19 +59,23 @@ def test_a_part_runs_its_items_in_order_and_leaves_one_archive(start: Start, tmp
 
 
 def test_a_failed_item_stops_no_other(start: Start, tmp_path: Path) -> None:
-    process = start("check", 'case "$*" in *"-m gpu"*) echo two are wrong; exit 1;; esac')
+    lines = 'case "$*" in *"-m gpu"*) echo two are wrong; exit 1;; *--check*) exit 3;; esac'
+    process = start("check", lines)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert items(output) == CHECK
-    assert "    two are wrong\n" in output and "error: failed or cut off: gpu_tests\n" in output
+    assert "    two are wrong\n" in output and "error: failed or cut off: kernels gpu_tests\n" in output
     summary = archive(tmp_path / "out", "check")["summary.txt"]
-    assert [line.split()[0] for line in summary.splitlines() if " failed, exit code 1" in line] == ["gpu_tests"]
+    states = dict(line.split(maxsplit=1) for line in summary.splitlines()[: len(CHECK)])
+    assert {name: state.split("s  ")[1] for name, state in states.items() if not state.endswith("s  ok")} == {
+        "kernels": "budget spent before the end", "gpu_tests": "failed, exit code 1",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_kill_loses_nothing_that_was_there(start: Start, tmp_path: Path, how: signal.Signals) -> None:
     pid = tmp_path / "pid"
-    step = f'echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 60'
+    step = f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 60"
     process = start("check", f'case "$*" in *training_step*) {step};; *) echo "did $*";; esac')
     while not pid.exists():
         assert process.poll() is None
@@ -118,11 +122,12 @@ def test_a_package_that_cannot_be_installed_drops_itself_alone(start: Start, tmp
     assert all("--no-deps" in line and "--no-index --find-links some/wheels" in line for line in log[:2])
 
 
-def test_the_tile_table_is_among_the_results_and_what_is_too_large_is_not(start: Start, tmp_path: Path) -> None:
-    process = start("tune", 'case "$*" in *--tune*) head -c 9000000 /dev/zero >"$RESULTS/large";; esac')
+def test_results_are_in_the_archive_and_what_is_too_large_is_not(start: Start, tmp_path: Path) -> None:
+    lines = 'case "$*" in *--tune*) echo {} >"$RESULTS/tiles.json"; head -c 9000000 /dev/zero >"$RESULTS/large";; esac'
+    process = start("tune", lines)
     output, _ = process.communicate(timeout=60)
     found = archive(tmp_path / "out", "tune")
-    assert found["tiles.json"] == (ROOT / "kernels/tiles.json").read_text() and "large" not in found
+    assert found["tiles.json"] == "{}\n" and "large" not in found
     assert f"left out, too large: {tmp_path}/work/tune/large\n" in output
 
 
