@@ -1,6 +1,7 @@
 # make demo: sets up, then runs the whole pipeline on the bundled digits.
 # make test: sets up, then runs the tests.
 # make bench: sets up, then races this code against its rivals (under three minutes).
+# make wheels: fetches to wheels/ what bench/gpu.sh needs on a machine without internet (Linux, x86-64, Python 3.12).
 # Python of your choice: make PYTHON=python3.12 demo
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ else ifneq ($(filter /usr/bin/%,$(shell command -v $(PYTHON))),)
 SYSTEM += python3-venv python3-dev
 endif
 
-.PHONY: demo test bench lint setup system clean
+.PHONY: demo test bench lint wheels setup system clean
 
 demo: setup
 	$(PY) -m diffult.run --preset digits-lt --run runs/digits-lt
@@ -28,6 +29,13 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+PLATFORM := $(foreach n,5 12 17 24 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+wheels:
+	rm -rf wheels
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version 3.12 $(PLATFORM) \
+	  -r bench/wheels.txt -d wheels
+	@du -sh wheels
 
 setup: $(VENV)/ready
 
@@ -47,4 +55,4 @@ $(VENV)/ready: pyproject.toml constraints.txt | system
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build wheels

@@ -6,14 +6,14 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from diffult.engine.device import keep_freed_memory
 from diffult.errors import UserError
 
+UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
 PresetOption = Annotated[
     str | None,
@@ -49,7 +49,7 @@ def main(verb: Callable[..., None]) -> None:
         sys.exit(code)
     except UserError as error:
         message = str(error)
-    except TyperException as error:
+    except UsageError as error:
         message = f"{error.format_message()} (--help lists the options)"
     except OSError as error:  # a folder that is a file, a full disk, no permission
         message = f"{error.filename or 'file system'}: {error.strerror or error}; choose another place or make room"

@@ -22,6 +22,7 @@ from .readers import READERS, Split, guess_format, open_source
 from .writing import join, write
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 Files = Annotated[list[Path], typer.Argument(help="Files of the set, in order.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="File to write, NAME.beton.", show_default=False)]
 Shards = Annotated[int, typer.Option(min=1, help="Files to write: NAME-00000-of-0000K.beton, ...")]
@@ -117,15 +118,13 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except ValueError as error:
         message = str(error)
+    except UsageError as error:
+        message = f"{error.format_message()} (--help lists the options)"
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left behind", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # that of typer's usage errors, or of click's in older versions
-            raise
-        message = f"{error.format_message()} (--help lists the options)"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

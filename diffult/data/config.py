@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from diffult.strict_model import StrictModel
+from ffcv_writers import CenterCrop
 from ffcv_writers.readers import READERS
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
@@ -64,3 +65,8 @@ class DataConfig(StrictModel):
         if self.profile == "counts" and not self.counts:
             raise ValueError("profile 'counts' needs counts, the number of images of each class")
         return self
+
+    @property
+    def whole_image(self) -> CenterCrop | None:
+        """What the loader makes of a stored image for the networks that see all of it; None: nothing."""
+        return None if self.storage == "raw" else CenterCrop(self.image_size, share=1.0)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision.models.resnet as torchvision_resnet
 from torch import Tensor, nn
 
 from diffult.errors import UserError
@@ -118,9 +117,21 @@ class SmallCNN(nn.Module):
         return self.layers(x).mean(dim=(2, 3))
 
 
-def _torchvision(build: Callable[[], torchvision_resnet.ResNet]) -> Callable[[int], nn.Module]:
+def _torchvision(build: Callable[[Any], Any]) -> Callable[[int], nn.Module]:
+    """A network of the module torchvision.models.resnet, without its head, its first convolution fitted to the colours.
+
+    torchvision is imported where one is built: the other classifiers do without it.
+    """
+
     def trunk(channels: int) -> nn.Module:
-        net = build()
+        try:
+            from torchvision.models import resnet
+        except ImportError as error:
+            raise UserError(
+                f"resnet10, resnet50 and resnext50 are built by torchvision, which does not import ({error}): install "
+                "it, or take smallcnn or resnet32"
+            ) from None
+        net = build(resnet)
         net.fc = nn.Identity()
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
@@ -128,10 +139,6 @@ def _torchvision(build: Callable[[], torchvision_resnet.ResNet]) -> Callable[[in
         return net
 
     return trunk
-
-
-def _resnet10() -> torchvision_resnet.ResNet:
-    return torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1])
 
 
 class _Entry(NamedTuple):
@@ -143,7 +150,7 @@ class _Entry(NamedTuple):
 CLASSIFIERS = {
     "smallcnn": _Entry(SmallCNN, 128, 4),
     "resnet32": _Entry(lambda channels: CifarResNet(channels, blocks=5), 64, 4),
-    "resnet10": _Entry(_torchvision(_resnet10), 512, 32),
-    "resnet50": _Entry(_torchvision(torchvision_resnet.resnet50), 2048, 32),
-    "resnext50": _Entry(_torchvision(torchvision_resnet.resnext50_32x4d), 2048, 32),
+    "resnet10": _Entry(_torchvision(lambda resnet: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])), 512, 32),
+    "resnet50": _Entry(_torchvision(lambda resnet: resnet.resnet50()), 2048, 32),
+    "resnext50": _Entry(_torchvision(lambda resnet: resnet.resnext50_32x4d()), 2048, 32),
 }

@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tv
 
 from kernels import augment as module
 from kernels.augment import augment, center_crop, denormalise, mixup, normalise, reference_augment
 from kernels.random import uniform
+
+tv = pytest.importorskip("torchvision.transforms.v2.functional")
 
 
 def images(batch=16, size=12, channels=3):
