@@ -1,0 +1,176 @@
+"""What a change of settings redoes, what runs can share, and what the packed images make independent of their source."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from diffult.config import load_preset
+from diffult.errors import UserError
+from diffult.run import run_pipeline
+from diffult.runs.run_dir import RunDir
+from diffult.runs.stages import STAGES, affected
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path) -> RunDir:
+    shutil.copytree(tiny_run.path, tmp_path / "copy")
+    return RunDir.open(tmp_path / "copy")
+
+
+def written(run: RunDir) -> dict[str, int]:
+    """When each finished stage ended, by stage."""
+    files = {stage: run.folder(stage) / "done.json" for stage in STAGES}
+    return {stage: file.stat().st_mtime_ns for stage, file in files.items() if file.exists()}
+
+
+@pytest.mark.parametrize(
+    ("setting", "redone"),
+    [
+        ("classifier.omega=0.7", ["classifier"]),
+        ("groups.few=4", []),
+        ("generate.steps=1", ["generate", "classifier"]),
+        ("unet.channels=4", ["diffusion", "generate", "classifier"]),
+        ("extractor.steps=5", ["extractor", "diffusion", "generate", "classifier"]),  # TINY has L_AID
+        ("generate.batch_size=7", []),
+        ("diffusion.checkpoint_every=2", []),
+    ],
+)
+def test_a_changed_setting_redoes_what_reads_it_and_nothing_else(copied, setting, redone, caplog):
+    before = written(copied)
+    caplog.set_level("INFO")
+    run = RunDir.open(copied.path, overrides=[setting])
+    assert written(run) == before  # nothing is lost before a stage starts
+    if redone:
+        assert f"will be redone: {', '.join(redone)}, evaluate, report; kept: pack" in caplog.text
+    run_pipeline(run)
+    after = written(run)
+    assert [stage for stage in after if after[stage] != before[stage]] == redone
+    assert RunDir.open(copied.path).config == run.config  # config.toml follows
+    assert json.loads((run.path / "metrics.json").read_text())["hash"] == run.hash("evaluate")
+
+
+def test_omega_keeps_the_weights_of_methods_that_do_not_read_it(copied):
+    plain, ours = (copied.folder("classifier") / f"{name}.safetensors" for name in ("ce", "diffult"))
+    before = plain.stat().st_mtime_ns, ours.stat().st_mtime_ns
+    run_pipeline(RunDir.open(copied.path, overrides=["classifier.omega=0.7"]), "classifier")
+    assert plain.stat().st_mtime_ns == before[0] and ours.stat().st_mtime_ns != before[1]
+
+
+def test_what_a_stage_reads_is_its_settings_and_those_upstream():
+    base = load_preset("digits-lt")
+
+    def changed(*settings: str) -> list[str]:
+        return affected(base, load_preset("digits-lt", settings))
+
+    assert changed("data.path=elsewhere") == []
+    assert changed("data.seed=5") == list(STAGES)
+    assert changed("extractor.steps=5") == ["extractor", "generate", "classifier", "evaluate", "report"]  # no L_AID
+    assert changed("diffusion.steps=5") == ["diffusion", "generate", "classifier", "evaluate", "report"]
+    assert changed("seed=5") == list(STAGES[1:])
+
+
+def test_runs_share_the_stages_that_read_the_same(tiny_run, tmp_path):
+    run = RunDir.open(tmp_path / "new", "digits-lt", [*TINY, "generate.steps=1"])
+    run.share(tiny_run)
+    shared = written(run)
+    assert list(shared) == ["pack", "extractor", "diffusion"]
+    run_pipeline(run)
+    assert {stage: written(run)[stage] for stage in shared} == shared
+    ema = "diffusion/ema.safetensors"
+    assert (run.path / ema).read_bytes() == (tiny_run.path / ema).read_bytes()
+
+
+def test_other_images_are_not_shared(tiny_run, tmp_path):
+    run = RunDir.open(tmp_path / "new", "digits-lt", [*TINY, "data.seed=9"])
+    with pytest.raises(UserError, match=r"--from .*tiny: its images may not be those of this run \(.*seed: 9 -> 0\)"):
+        run.share(tiny_run)
+
+
+def test_an_existing_run_keeps_its_preset(copied):
+    with pytest.raises(UserError, match=r"holds a run of preset 'digits-lt', not 'fashion-mnist-lt'"):
+        RunDir.open(copied.path, "fashion-mnist-lt")
+
+
+def test_a_run_of_an_earlier_version_is_refused(copied):
+    file = copied.path / "config.toml"
+    file.write_text(file.read_text().replace("version = 2\n", ""))
+    with pytest.raises(UserError, match=r"config.toml: a run of an earlier version, .*start a new one") as caught:
+        RunDir.open(copied.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_writer_is_refused(copied):
+    (copied.folder("classifier") / "done.json").unlink()
+    with copied.locked(), pytest.raises(UserError, match="another process is at work in this run"):
+        run_pipeline(RunDir.open(copied.path))
+
+
+# the source
+
+
+def write_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+FOLDER = [
+    "data.source=folder", "data.channels=3", "data.profile=natural", "data.val_per_class=0", "data.n_max=6",
+    "generate.balance_to=8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def on_folder(tmp_path) -> tuple[RunDir, Path]:
+    """A run that has packed the images of a folder, and the folder."""
+    source = write_folder(tmp_path / "images")
+    run = RunDir.open(tmp_path / "run", "digits-lt", [*TINY, *FOLDER, f"data.path={source}"])
+    run_pipeline(run, "pack")
+    return run, source
+
+
+def test_after_pack_the_source_is_needed_no_more(on_folder):
+    run, source = on_folder
+    shutil.rmtree(source)
+    run_pipeline(RunDir.open(run.path))
+    assert (run.path / "report.html").exists()
+
+
+def test_a_source_that_changed_after_pack_is_logged_and_the_packed_images_are_used(on_folder, caplog):
+    run, source = on_folder
+    shutil.move(source / "train" / "dog", source / "train" / "wolf")
+    run_pipeline(RunDir.open(run.path), "extractor")
+    assert "has changed since it was packed" in caplog.text and "dog" in caplog.text
+    assert run.packed().classes == ("cat", "dog")
+
+
+def test_each_file_is_decoded_once_in_a_whole_run(tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "images")
+    opened: list[str] = []
+    load = Image.open
+
+    def counted(file, *rest, **named):
+        opened.append(str(file))
+        return load(file, *rest, **named)
+
+    monkeypatch.setattr(Image, "open", counted)
+    run_pipeline(RunDir.open(tmp_path / "run", "digits-lt", [*TINY, *FOLDER, f"data.path={source}"]))
+    assert len(opened) == 2 * (6 + 2)
+
+
+def test_a_moved_source_is_no_change(on_folder, tmp_path, caplog):
+    run, source = on_folder
+    source.rename(tmp_path / "elsewhere")
+    moved = RunDir.open(run.path, overrides=[f"data.path={tmp_path / 'elsewhere'}"])
+    run_pipeline(moved, "extractor")
+    assert "has changed" not in caplog.text and "will be redone" not in caplog.text
