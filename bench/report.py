@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/ and draws the roofline plot, all from results files: nothing is typed by hand.
+"""Fills the tables of README.md and docs/ and draws the roofline plot from results files: nothing is typed by hand.
 
     python -m bench.report      # rewrites every table, and docs/roofline.png from the first machine of a page
 

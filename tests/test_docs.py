@@ -6,10 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
 from diffult.config import load_preset, preset_names
+from ffcv_writers import write
+from ffcv_writers.readers import READERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,18 +43,20 @@ def test_settings_and_presets_exist():
         preset = typed[typed.index("--preset") + 1] if "--preset" in typed else "digits-lt"
         load_preset(preset, [value for word, value in itertools.pairwise(typed) if word == "--set"])
     named = set()
-    for name, variants in re.findall(r"`([a-z0-9-]+-lt(?:-[a-z0-9-]+)?)(?:\{([\d,]+)\})?`", README):
+    for name, variants in re.findall(r"`([a-z0-9-]+-lt[a-z0-9-]*)(?:\{([\d,]+)\})?`", README):
         named |= {name + variant for variant in variants.split(",")}
     assert named == set(preset_names())
+    assert all(
+        f"`{source}`" in README or f"data.source={source} " in README for source in READERS if source != "digits"
+    )
 
 
 def test_the_library_example_runs(tmp_path, monkeypatch):
-    np, writers = importlib.import_module("numpy"), importlib.import_module("ffcv_writers")
     for file, synthetic in (("pack/train.beton", False), ("generate/synthetic.beton", True)):
         target = tmp_path / "RUN" / file
         target.parent.mkdir(parents=True)
-        images = np.zeros((100, 8, 8, 1), np.uint8)
-        writers.write(target, images, labels=np.arange(100) % 10, synthetic=np.full(100, synthetic), index=np.arange(100))
+        images, numbers = np.zeros((100, 8, 8, 1), np.uint8), np.arange(100)
+        write(target, images, labels=numbers % 10, synthetic=np.full(100, synthetic), index=numbers)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
