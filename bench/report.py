@@ -1,10 +1,10 @@
-"""The tables of README.md and docs/benchmarks.md and the roofline plot, out of results files: nothing is typed by hand.
+"""Fills the tables of README.md and docs/ and draws the roofline plot from results files: nothing is typed by hand.
 
-    python -m bench.report      # rewrites what stands between the markers, and docs/roofline.png of the first machine
+    python -m bench.report      # rewrites every table, and docs/roofline.png from the first machine of a page
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
-(`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `suite`, `rivals`,
-`ceilings` and `machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
+(`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `speed`, `suite`,
+`rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from diffult.cli import main
 from diffult.errors import UserError
 from diffult.runs.files import atomic_write, read_json, write_text
 
-PAGES = (Path("README.md"), Path("docs/benchmarks.md"))
+PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/experiments.md"))
 _MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
 
 
 def _variants(results: dict[str, Any], title: str, key: str, unit: str) -> str:
     lines = [
-        f"| | {title} | Fréchet distance, few | labelled right, few | accepted | top-1 | few |",
+        f"| | {title} | Fréchet distance, few | correct labels, few | accepted | top-1 | few |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, runs in results["results"].items():
@@ -54,9 +54,9 @@ def steps(results: dict[str, Any]) -> str:
 
 
 def protocols(results: dict[str, Any]) -> str:
-    """Ways to draw from the same models beside the first of them; mean ± deviation over the seeds, on the validation
+    """Ways to draw from the same models, compared with the first; mean ± deviation over the seeds, on the validation
     images."""
-    lines = ["| | evaluations | images/s, ours to it | accepted | top-1 | few |", "|---|---|---|---|---|---|"]
+    lines = ["| | evaluations | base faster by | accepted | top-1 | few |", "|---|---|---|---|---|---|"]
     ours = next(iter(results["results"].values()))
     for name, runs in results["results"].items():
         ratio = median(a["images_per_s"] / b["images_per_s"] for a, b in zip(ours, runs, strict=False))
@@ -69,7 +69,7 @@ def protocols(results: dict[str, Any]) -> str:
 
 
 def loaders(results: dict[str, Any]) -> str:
-    """Epochs beside torch's DataLoader at its best."""
+    """Epochs compared with torch's DataLoader at its best number of workers."""
     names = {
         "small": "10,000 CIFAR-10 images (JPEG copy), padded crop and mirror",
         "large": "400 ImageNet photographs, random resized crops of 224",
@@ -88,6 +88,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps": steps,
     "protocols": protocols,
     "loaders": loaders,
+    "speed": tables.speed_table,
     "suite": tables.suite_table,
     "rivals": tables.rivals_table,
     "ceilings": tables.ceilings_table,
@@ -99,7 +100,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def rewritten(text: str, results: Path) -> str:
-    """`text` with every marked table made anew.
+    """`text` with every marked table filled from its results file.
 
     Raises:
         UserError: an unknown kind, or a results file that is not there.
@@ -118,19 +119,19 @@ def rewritten(text: str, results: Path) -> str:
 
 def roofline(results: dict[str, Any], file: Path) -> None:
     """Races with known operations and bytes under the machine's measured roof (Williams et al. 2009). Bytes are those
-    of every operator's inputs and outputs: what is fused or cached stands higher than its place."""
+    of every operator's inputs and outputs, so the true place of fused or cached ones is further right."""
     roof = results["ceilings"]
     compute, copy = max(roof["product"], roof["convolution"]), roof["copy"]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     intensity = np.logspace(-1, 4, 200)
     axes.loglog(intensity, np.minimum(compute, copy * intensity) / 1e9, color="0.3", label="measured ceilings")
-    for told in results["rows"]:
-        if not (told.get("flops") and told.get("moved")):
+    for row in results["rows"]:
+        if not (row.get("flops") and row.get("moved")):
             continue
-        for name, contestant in told["contestants"].items():
+        for name, contestant in row["contestants"].items():
             marker = "o" if name.split(",")[0] == "ours" else "x"
-            where = told["flops"] / told["moved"], 1e3 * contestant["tflop_per_s"]
-            axes.plot(*where, marker, label=f"{told['race']}: {name}")
+            where = row["flops"] / row["moved"], 1e3 * contestant["tflop_per_s"]
+            axes.plot(*where, marker, label=f"{row['race']}: {name}")
     axes.set(xlabel="FLOP a byte", ylabel="GFLOP/s", title=results["machine"]["device"])
     axes.legend(fontsize=7)
     with atomic_write(file) as temporary:
@@ -143,9 +144,9 @@ def command(
     results: Annotated[Path, typer.Option(help="Folder of the results files.")] = Path("bench/results"),
     plot: Annotated[Path, typer.Option(help="The roofline plot.")] = Path("docs/roofline.png"),
 ) -> None:
-    """Make the tables of README.md and docs/benchmarks.md and the roofline plot out of the results files."""
+    """Fill the tables of README.md and docs/ and draw the roofline plot from the results files."""
     for page in pages or PAGES:
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         write_text(page, rewritten(text, results))
         machines = [name for _, kind, name, _, _ in _MARKED.findall(text) if kind == "machine"]
         if machines:

@@ -1,13 +1,23 @@
-"""Results files as Markdown: every table of the README and of docs/benchmarks.md is made here."""
+"""Results files of the benchmarks as Markdown tables."""
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
-from bench.race import best_rival, our_best, ratios
+from bench.race import OURS, best_rival, our_best, ratios
 
 Content = dict[str, Any]
 _SHARES = (("tflop_per_s", "TFLOP/s", "share_of_compute"), ("gb_per_s", "GB/s", "share_of_copy"))
+# Races against another library: what it does, and who else does it.
+_RIVALS = {
+    "training step": ("UNet training step", "diffusers"),
+    "DPM-Solver++(2M), 10 steps": ("sampling, DPM-Solver++, 10 steps", "diffusers"),
+    "generation end to end": ("sampling, judging and writing", "diffusers, sampling only"),
+    "writer": ("writing .beton files", "ffcv"),
+    "loader": ("loading, cropping, mirroring", "torch DataLoader"),
+    "classifier step": ("ResNet-32 training step", "PyTorch"),
+}
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -41,9 +51,26 @@ def suite_table(content: Content) -> str:
             if rate in mine:
                 share = f"{number(mine[rate])} {unit} ({mine[part]:.0%})"
         rival = best_rival(contestants)
-        told = ratio_with_spread(ratios(contestants, rival, our_best(contestants))) if rival else ""
-        lines.append([row["race"], number(mine["images_per_s"]), share, rival or "", told])
-    return _table(["", "images/s", "share of ceiling", "best rival", "ours to rival"], lines)
+        ratio = ratio_with_spread(ratios(contestants, rival, our_best(contestants))) if rival else ""
+        lines.append([row["race"], number(mine["images_per_s"]), share, rival or "", ratio])
+    return _table(["", "images/s", "share of ceiling", "best rival", "ours / rival"], lines)
+
+
+def speed_table(content: Content) -> str:
+    """The races against other libraries, a line each: how many times as fast ours is as the rival with its defaults,
+    which is the first contestant after ours, and in its fastest setting where that is another."""
+    lines = []
+    for row in content["rows"]:
+        if row["race"] not in _RIVALS:
+            continue
+        task, library = _RIVALS[row["race"]]
+        contestants = row["contestants"]
+        mine, fastest = our_best(contestants), best_rival(contestants)
+        default = next(name for name in contestants if name.split(",")[0] != OURS)
+        settings = [default, fastest if fastest != default else None]
+        cells = [ratio_with_spread(ratios(contestants, name, mine)) if name else "" for name in settings]
+        lines.append([task, number(contestants[mine]["images_per_s"]), library, *cells])
+    return _table(["", "ours, images/s", "rival", "over its defaults", "over its fastest setting"], lines)
 
 
 def rivals_table(content: Content) -> str:
@@ -53,17 +80,14 @@ def rivals_table(content: Content) -> str:
         contestants = row["contestants"]
         mine = our_best(contestants)
         for name, entry in contestants.items():
-            told = "" if name == mine else ratio_with_spread(ratios(contestants, name, mine))
-            lines.append([row["race"], name, number(entry["images_per_s"]), number(entry["first_s"]), told])
-    return _table(["race", "contestant", "images/s", "first call, s", "ours to it"], lines)
+            ratio = "" if name == mine else ratio_with_spread(ratios(contestants, name, mine))
+            lines.append([row["race"], name, number(entry["images_per_s"]), number(entry["first_s"]), ratio])
+    return _table(["race", "contestant", "images/s", "first call, s", "ours / contestant"], lines)
 
 
 def ratio_with_spread(values: list[float]) -> str:
     """Median with the lowest and highest round: 1.05 x (0.98 to 1.10)."""
-    middle = (
-        sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 :][:2]) / 2
-    )
-    return f"{middle:.2f} x ({min(values):.2f} to {max(values):.2f})"
+    return f"{median(values):.2f} x ({min(values):.2f} to {max(values):.2f})"
 
 
 def ceilings_table(content: Content) -> str:

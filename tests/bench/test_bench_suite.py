@@ -16,7 +16,7 @@ from bench.__main__ import RACES, command
 from bench.cases import same
 from bench.ceilings import Ceilings
 from bench.race import Race, Work, ratios, row, run_race
-from bench.tables import suite_table
+from bench.tables import speed_table, suite_table
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
 
@@ -124,10 +124,21 @@ def test_a_regression_beyond_the_noise_is_told(tmp_path, after, code, words):
     assert told.exit_code == code and words in told.output
 
 
-def test_the_readmes_tables_are_those_of_the_results_files():
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- bench:end -->") >= 6
+@pytest.mark.parametrize("page", report.PAGES, ids=str)
+def test_tables_are_those_of_the_results_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.count("<!-- bench:end -->") >= 2
     assert report.rewritten(text, ROOT / "bench" / "results") == text
+
+
+def test_the_speed_table_compares_with_a_rivals_defaults_and_with_its_fastest_setting():
+    def contestant(seconds):
+        return {"images_per_s": 1 / seconds, "seconds": [seconds] * 3}
+
+    contestants = {"ours": contestant(2.0), "diffusers": contestant(5.0), "diffusers contiguous": contestant(3.0)}
+    rows = [{"race": "training step", "contestants": contestants}, {"race": "whole pipeline", "contestants": {}}]
+    line = "| UNet training step | 0.5 | diffusers | 2.50 x (2.50 to 2.50) | 1.50 x (1.50 to 1.50) |"
+    assert speed_table({"rows": rows}).splitlines()[2:] == [line]
 
 
 def test_a_table_without_its_file_is_refused():
