@@ -24,7 +24,7 @@ import typer
 from diffult.cli import SetOption, main
 from diffult.engine.device import fast_bfloat16, pick_device
 from diffult.errors import UserError
-from diffult.longtail.methods import RECIPES
+from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS
 from diffult.runs.files import read_json, write_json
 
@@ -61,7 +61,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """[mean, sample deviation] of each method and group in percent, and of the gain over cross-entropy of the same
     seed. A group without a class is left out. Nothing is rounded: a figure is rounded once, where it is shown."""
     summary: dict[str, dict[str, list[float]]] = {}
-    for method in RECIPES:
+    for method in METHODS:
         if method in runs[0]:
             groups = [group for group in COLUMNS if all(run[method][group] is not None for run in runs)]
             values = {group: [run[method][group] for run in runs] for group in groups}
@@ -76,7 +76,7 @@ def markdown(summary: dict[str, dict[str, list[float]]]) -> str:
     for method, row in summary.items():
         columns = (*COLUMNS, "few_gain")
         cells = [f"{row[name][0]:.1f} ± {row[name][1]:.1f}" if name in row else "–" for name in columns]
-        lines.append(f"| {RECIPES[method].title} | " + " | ".join(cells) + " |")  # type: ignore[index]
+        lines.append(f"| {METHODS[method].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

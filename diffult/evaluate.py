@@ -10,13 +10,12 @@ import torch
 from diffult.artifacts import load_classifier
 from diffult.cli import RunOption, main
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.longtail.classification import predict
-from diffult.longtail.methods import RECIPES
+from diffult.longtail.classification import evaluation_loader, predict
+from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.parts import open_part
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import Loader
 
 _BATCH = 256
 
@@ -54,7 +53,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
 def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
-    loader = Loader(open_part(run, part), _BATCH, device=device)
+    loader = evaluation_loader(open_part(run, part), run.config.classifier, _BATCH, device)
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run, method, device)
@@ -66,11 +65,11 @@ def _accuracies(run: RunDir, part: str, groups: dict[str, np.ndarray]) -> dict[s
 def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
     lines = [f"{'':28}" + "".join(f"{column:>9}" for column in COLUMNS)]
-    for method, recipe in RECIPES.items():
-        if method in metrics:
-            row = metrics[method]
+    for name, method in METHODS.items():
+        if name in metrics:
+            row = metrics[name]
             cells = ("-" if row[column] is None else f"{row[column]:.1f}" for column in COLUMNS)
-            lines.append(f"{recipe.title:28}" + "".join(f"{cell:>9}" for cell in cells))
+            lines.append(f"{method.title:28}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from diffult.data import ImageSet, load_data
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
 from diffult.generation.synthetic import quotas_to, run_samples
-from diffult.longtail.methods import RECIPES, Method
+from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
 from diffult.runs.files import read_json, write_text
@@ -35,7 +35,7 @@ _LONG_TABLE = 40  # rows beyond which a table is folded
 
 
 def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method that was trained, in the order of RECIPES.
+    """A row for each method that was trained, in the order of METHODS.
 
     Args:
         accuracies: method -> {"top1", "many", "medium", "few"} in percent, None where there is no test image.
@@ -45,13 +45,13 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
         its column, and its difference to cross-entropy in points, None for cross-entropy itself. All follow
         from the accuracies rounded to the one decimal shown, so that what is read adds up.
     """
-    shown: dict[Method, dict[str, float | None]] = {
+    shown: dict[str, dict[str, float | None]] = {
         method: {column: _rounded(accuracies[method][column]) for column in COLUMNS}
-        for method in RECIPES
+        for method in METHODS
         if method in accuracies
     }
 
-    def cell(method: Method, column: str) -> dict[str, Any]:
+    def cell(method: str, column: str) -> dict[str, Any]:
         value, base = shown[method][column], shown["ce"][column]
         best = max(row[column] or 0.0 for row in shown.values())
         return {
@@ -60,7 +60,7 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
             "delta": None if method == "ce" or value is None or base is None else value - base,
         }
 
-    return [{"title": RECIPES[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
+    return [{"title": METHODS[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
 
 
 def _rounded(value: float | None) -> float | None:

@@ -14,8 +14,8 @@ from diffult.balance import balance
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import preset_names
 from diffult.data import Data, load_data
+from diffult.engine.checkpoints import check_checkpoint
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.engine.loop import check_checkpoint
 from diffult.errors import UserError
 from diffult.evaluate import evaluate, table
 from diffult.generate import generate_stage
