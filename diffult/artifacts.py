@@ -7,7 +7,6 @@ import torch
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion import posthoc_ema
 from diffult.longtail.extractor import Extractor
-from diffult.longtail.methods import Method
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import Classifier, build_classifier
 from diffult.models.unet import UNet
@@ -53,7 +52,7 @@ def load_diffusion(
     return model.eval().requires_grad_(False).to(device, dtype)
 
 
-def load_classifier(run: RunDir, method: Method, device: torch.device) -> Classifier:
+def load_classifier(run: RunDir, method: str, device: torch.device) -> Classifier:
     """The classifier trained by `method`, in evaluation mode.
 
     Raises:

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from diffult.data.config import DataConfig
 from diffult.diffusion.samplers import SamplerName, Spacing, Step, log_snr_grid, timestep_grid
 from diffult.diffusion.schedule import Prediction, Schedule, ScheduleName
 from diffult.errors import UserError
-from diffult.longtail.methods import Method
+from diffult.longtail.methods import check_method
 from diffult.models.config import UNetConfig
 from diffult.strict_model import StrictModel
 
@@ -144,7 +144,7 @@ class ClassifierConfig(TrainingConfig):
     # Re-sampling draws a class of n images in proportion to n^(1 - power): 1 all classes alike, 1/2 by the square root
     # (Kang et al. 2020).
     resample_power: float = Field(1.0, gt=0, le=1)
-    methods: tuple[Method, ...] = ("ce", "diffult")
+    methods: tuple[Annotated[str, AfterValidator(check_method)], ...] = ("ce", "diffult")
 
     @model_validator(mode="after")
     def _comparison(self) -> Self:

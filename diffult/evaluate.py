@@ -10,12 +10,12 @@ import torch
 from diffult.artifacts import load_classifier
 from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.longtail.classification import predict
+from diffult.longtail.classification import evaluation_loader, predict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ImageSet, Loader
+from ffcv_writers import ImageSet
 
 _BATCH = 256
 
@@ -50,7 +50,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
 def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
-    loader = Loader(images, _BATCH, device=device)
+    loader = evaluation_loader(images, run.config.classifier, _BATCH, device)
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run, method, device)

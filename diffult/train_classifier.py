@@ -1,88 +1,102 @@
-"""Stage 5: the final classifiers, one for each method compared, all with the same network, steps, rate and seed.
+"""Stage classifier: the final classifiers, one for each method compared, all with the same network, steps, rate and seed.
 
-Writes classifier/METHOD.safetensors.
+Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+
 import torch
 
-from diffult.cli import RunOption, main
-from diffult.config import ClassifierConfig
+from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.longtail.classification import fit
-from diffult.longtail.losses import log_prior
-from diffult.longtail.methods import RECIPES, Method, Recipe
+from diffult.engine.distributed import ALONE, World, init_distributed
+from diffult.data.packing import Packed
+from diffult.longtail.classification import Training, fit_all, training_loader
+from diffult.longtail.methods import METHODS, TrainingSet, class_counts
 from diffult.models.resnet import build_classifier
-from diffult.parts import open_part
-from diffult.runs.files import save_tensors
+from diffult.runs.files import metadata, save_tensors
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ClassBalanced, ImageSet, Loader, Natural, Order, Ratio, Weighted
+from diffult.runs.stages import reads
+from ffcv_writers import Loader, open_set
 
 _STAGE = 3  # its number among the seeds
 
 
-def train_classifier(run: RunDir) -> None:
-    """Trains the classifier of every method of the configuration; those finished before are skipped."""
-    with run.stage("classifier") as note:
-        if note is None:
-            return
-        real, both = open_part(run, "real"), open_part(run, "real", "synthetic")
-        for method in run.config.classifier.methods:
-            if not (run.folder("classifier") / f"{method}.safetensors").exists():
-                _train(run, method, both if RECIPES[method].synthetic else real, int(real.labels.max()) + 1)
+def train_classifier(run: RunDir, world: World = ALONE) -> None:
+    """Trains the classifier of every method of the configuration; those finished before are skipped.
+
+    Args:
+        world: the processes that share each batch; every one of them calls this.
+
+    Raises:
+        UserError: the processes do not divide the batch, or what `fit` raises.
+    """
+    packed = run.packed()
+    run.require("generate")
+    world.local_slice(run.config.classifier.batch_size, "classifier.batch_size")
+    with run.stage("classifier", world, keep=lambda file: _up_to_date(run, file)) as record:
+        if record is not None:
+            _train(run, packed, world)
 
 
-def training_order(recipe: Recipe, config: ClassifierConfig, train: ImageSet) -> tuple[Order, np.ndarray]:
-    """The order in which a method draws its images, and how often each is drawn beside the others, float64 (N,)."""
-    count, counts = len(train), np.bincount(train.labels)
-    if recipe.resampled:
-        if config.resample_power == 1:
-            return ClassBalanced(train.labels), 1.0 / counts[train.labels]
-        weights = counts[train.labels] ** -config.resample_power
-        return Weighted(weights), weights
-    generated = config.synthetic_images if train.synthetic.any() else 0
-    if not generated:
-        return Natural(count), np.ones(count)
-    real = config.batch_size - generated
-    drawn = np.where(train.synthetic, generated / train.synthetic.sum(), real / (~train.synthetic).sum())
-    return Ratio(train.synthetic, real, generated), drawn
+def method_hash(run: RunDir, name: str) -> str:
+    """Of what a method reads: settings of synthetic images count only where it trains on them."""
+    method, settings = METHODS[name], reads(run.config, "classifier" if METHODS[name].synthetic else "pack")
+    own = run.config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods"})
+    if not method.synthetic:
+        own = {key: value for key, value in own.items() if key not in ("omega", "synthetic_share")}
+        own["balance_to"] = run.config.generate.balance_to if method.filled else None
+    general = {"seed": run.config.seed, "precision": run.config.precision}
+    return run.digest(settings | general | {"classifier": own, "method": name})
 
 
-def _train(run: RunDir, method: Method, train: ImageSet, num_classes: int) -> None:
-    config, recipe = run.config.classifier, RECIPES[method]
-    device = pick_device()
-    order, drawn = training_order(recipe, config, train)
-    effective_counts = np.bincount(train.labels, drawn * np.where(train.synthetic, config.omega, 1.0), num_classes)
-    prior = log_prior(torch.from_numpy(effective_counts)).to(device) if recipe.logit_adjusted else None
+def _up_to_date(run: RunDir, file: Path) -> bool:
+    name = file.name.partition(".")[0]
+    weights = file.with_name(f"{name}.safetensors")
+    return name in METHODS and weights.exists() and metadata(weights).get("hash") == method_hash(run, name)
+
+
+def _train(run: RunDir, packed: Packed, world: World) -> None:
+    config, folder, device = run.config.classifier, run.folder("classifier"), pick_device()
+    synthetic = run.folder("generate") / "synthetic.beton"
+    both = open_set([*packed.train.paths, synthetic], mixed_sizes=True) if synthetic.exists() else packed.train
+    seed, num_classes = (run.config.seed, _STAGE), len(packed.classes)
+    images = {False: packed.train, True: both}
+    loaders = {with_: training_loader(part, config, seed, device, world) for with_, part in images.items()}
+    missing = [name for name in config.methods if not _up_to_date(run, folder / f"{name}.safetensors")]
+    trainings = [_training(run, name, loaders[METHODS[name].synthetic], num_classes, world, device) for name in missing]
+    for training in fit_all(trainings):
+        if world.is_main:
+            name = training.checkpoint.name.removesuffix(".state.pt")
+            info = {"hash": method_hash(run, name), "network": config.network, "num_classes": str(num_classes)}
+            save_tensors(folder / f"{name}.safetensors", training.model.state_dict(), info)
+
+
+def _training(run: RunDir, name: str, loader: Loader, num_classes: int, world: World, device: torch.device) -> Training:
+    config, method, images = run.config.classifier, METHODS[name], loader.image_set
+    train = TrainingSet(images.labels, images.synthetic, num_classes, config, run.config.generate.balance_to)
+    drawing = method.draw(train)
+    loss = method.loss(class_counts(train, drawing, device), config.omega)
     torch.manual_seed(run.config.seed)
-    model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device)
-    fit(
-        f"classifier {method}",
-        model,
-        Loader(train, config.batch_size, device=device),
-        order,
-        config,
-        run.folder("classifier") / f"{method}.state.pt",
-        (run.config.seed, _STAGE),
-        run.config.hash,
-        compute_dtype(run.config.precision, device),
-        device,
-        config.omega,
-        prior,
-    )
-    info = {"config": run.config.hash, "network": config.network, "num_classes": str(num_classes)}
-    save_tensors(run.folder("classifier") / f"{method}.safetensors", model.state_dict(), info)
+    model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size).to(device)
+    return Training(
+        f"classifier {name}", model, loader, drawing.order, loss, config, run.folder("classifier") / f"{name}.state.pt",
+        (run.config.seed, _STAGE), method_hash(run, name), compute_dtype(run.config.precision, device), device, world,
+    )  # fmt: skip
 
 
-def command(run: RunOption) -> None:
-    """Train the final classifiers on real and synthetic images, and the rivals under the same budget."""
-    run_dir = RunDir.open(run)
-    run_dir.require("betons", "balance")
-    train_classifier(run_dir)
+def command(run: RunOption, set_: SetOption = None) -> None:
+    """Train the final classifiers on real and synthetic images, and the rivals under the same budget.
 
+    On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_classifier --run RUN
+    """
+    world = init_distributed()
+    train_classifier(RunDir.open(run, overrides=set_), world)
+
+
+command.__doc__ = f"{command.__doc__}\n\nMethods (classifier.methods): {', '.join(METHODS)}."
 
 if __name__ == "__main__":
     main(command)

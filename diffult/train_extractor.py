@@ -1,6 +1,6 @@
-"""Stage 1: the extractor phi0, an ordinary classifier on the long-tailed set, and where each class lies in it.
+"""Stage extractor: the extractor phi0, an ordinary classifier on the long-tailed set, and where each class lies in it.
 
-Writes extractor/weights.safetensors and extractor/statistics.safetensors (centres, radii).
+Writes extractor/weights.safetensors, extractor/statistics.safetensors (centres, radii) and extractor/metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -10,51 +10,68 @@ from typing import Any
 import torch
 
 from diffult.cli import PresetOption, RunOption, SetOption, main
-from diffult.data import Data, load_data
+from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.longtail.classification import extract_features, fit
+from diffult.engine.distributed import ALONE, World, init_distributed
+from diffult.longtail.classification import Training, evaluation_loader, extract_features, fit, training_loader
+from diffult.longtail.losses import CrossEntropy
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ArraySet, Loader, Natural
+from ffcv_writers import Natural
 
 _STAGE = 1  # its number among the seeds
 
 
-def train_extractor(run: RunDir, data: Data) -> None:
-    """Trains phi0 on the long-tailed set with plain cross-entropy and measures the classes."""
-    with run.stage("extractor") as note:
-        if note is not None:
-            _train(run, data, note)
+def train_extractor(run: RunDir, world: World = ALONE) -> None:
+    """Trains phi0 on the packed training images with plain cross-entropy and measures the classes.
+
+    Args:
+        world: the processes that share each batch; every one of them calls this.
+
+    Raises:
+        UserError: the images are not packed, the processes do not divide the batch, or what `fit` raises.
+    """
+    packed = run.packed()
+    world.local_slice(run.config.extractor.batch_size, "extractor.batch_size")
+    with run.stage("extractor", world) as record:
+        if record is not None:
+            _train(run, packed, world, record)
 
 
-def _train(run: RunDir, data: Data, note: dict[str, Any]) -> None:
-    config, train, folder = run.config.extractor, data.train, run.folder("extractor")
-    device = pick_device()
+def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) -> None:
+    config, folder, images = run.config.extractor, run.folder("extractor"), packed.train
+    device, digest, num_classes = pick_device(), run.hash("extractor"), len(packed.classes)
     dtype = compute_dtype(run.config.precision, device)
-    num_classes = len(train.classes)
     torch.manual_seed(run.config.seed)
-    model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size)
-    model.to(device)
-    loader = Loader(ArraySet(train.load(), train.labels), config.batch_size, device=device)
+    model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size).to(device)
+    seed = (run.config.seed, _STAGE)
     fit(
-        "extractor", model, loader, Natural(len(train)), config,
-        folder / "state.pt", (run.config.seed, _STAGE), run.config.hash, dtype, device,
+        Training(
+            "extractor", model, training_loader(images, config, seed, device, world), Natural(len(images)),
+            CrossEntropy(), config, folder / "state.pt", seed, digest, dtype, device, world,
+        )
     )  # fmt: skip
-
+    if not world.is_main:  # the others wait where the stage ends
+        return
+    loader = evaluation_loader(images, config, config.batch_size, device)
     features, labels = extract_features(model, loader, config.image_size, dtype, device)
     statistics = class_statistics(features, labels, num_classes)
-    info = {"config": run.config.hash, "network": config.network, "num_classes": str(num_classes)}
+    info = {"hash": digest, "network": config.network, "num_classes": str(num_classes)}
     save_tensors(folder / "weights.safetensors", model.state_dict(), info)
     save_tensors(folder / "statistics.safetensors", vars(statistics), info)
-    note["radii"] = [round(float(r), 3) for r in statistics.radii]
+    record["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 
 def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None) -> None:
-    """Train the extractor phi0 on the long-tailed set and measure centre and radius of each class."""
+    """Train the extractor phi0 on the long-tailed set and measure centre and radius of each class.
+
+    On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_extractor --run RUN
+    """
+    world = init_distributed()
     run_dir = RunDir.open(run, preset, set_)
-    train_extractor(run_dir, load_data(run_dir.config.data))
+    train_extractor(run_dir, world)
 
 
 if __name__ == "__main__":

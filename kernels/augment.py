@@ -88,8 +88,8 @@ def _grey(x: Tensor) -> Tensor:
     """Luma (ITU-R BT.601) of RGB, or the image itself where it has one channel."""
     if x.shape[1] == 1:
         return x
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+    red, green, blue = x.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def mixup(images: Tensor, seed: int, positions: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

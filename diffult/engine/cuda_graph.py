@@ -1,4 +1,4 @@
-"""A function of device tensors as one CUDA graph: launched at once, without the host in between."""
+"""A function of device tensors as one CUDA graph: one launch, with no host work in between."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class CUDAGraphRunner:
-    """Calls `function(*tensors)`; on CUDA the calls after the first `warm_up` replay a recorded graph.
+    """Calls `function(*tensors)`; on CUDA, calls after the first `warm_up` replay a captured graph.
 
-    The function must take tensors of one shape at each call, keep no number on the host and wait for nothing. It may
-    change tensors in place. What it returns (a tensor, or a dict or tuple of tensors) is overwritten by the next call.
-    Elsewhere than on CUDA it is called as it is. While warming up libraries choose their algorithms, compilers compile
-    and buffers are allocated.
+    The function must take tensors of the same shapes at each call, must not make tensors of host values, and must not
+    wait for the device. It may change tensors in place. What it returns (a tensor, or a dict or tuple of tensors) is
+    overwritten by the next call. The warm-up lets libraries choose algorithms, compilers compile and optimizers
+    allocate their state. On other devices every call runs the function itself.
+
+    Work goes to the current stream: runners used on streams of their own run side by side.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device, warm_up: int = 3) -> None:
@@ -31,16 +33,16 @@ class CUDAGraphRunner:
             return self.function(*tensors)
         self._calls += 1
         if self._calls <= self.warm_up:
-            return self._beside(tensors)
+            return self._warm_up(tensors)
         if self._graph is None:
-            self._record(tensors)
+            self._capture(tensors)
         for kept, given in zip(self._inputs, tensors, strict=True):
             kept.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._outputs
 
-    def _beside(self, tensors: Tensors) -> Any:
-        """One call on a side stream, as recording asks of the calls before it."""
+    def _warm_up(self, tensors: Tensors) -> Any:
+        """One call on a side stream, which capture requires of the calls before it."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -48,7 +50,7 @@ class CUDAGraphRunner:
         torch.cuda.current_stream(self.device).wait_stream(side)
         return outputs
 
-    def _record(self, tensors: Tensors) -> None:
+    def _capture(self, tensors: Tensors) -> None:
         self._inputs = tuple(tensor.clone() for tensor in tensors)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

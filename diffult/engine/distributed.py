@@ -1,4 +1,4 @@
-"""Several processes on one job, started by torchrun; alone, everything here does nothing."""
+"""Several processes in one training, started by torchrun; with one process everything here does nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffult.errors import UserError
 
 T = TypeVar("T")
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,36 @@ class World:
         return self.rank == 0
 
     def local_slice(self, count: int, what: str) -> slice:
-        """This process's share of `count` samples, all shares equal and in order of rank.
+        """This process's share of `count` samples; shares are equal and in order of rank.
 
         Raises:
-            UserError: the processes do not divide the count.
+            UserError: the number of processes does not divide the count.
         """
         if count % self.size:
             raise UserError(f"{what} = {count} cannot be shared by {self.size} processes; make it a multiple")
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
+    def sum_(self, x: torch.Tensor) -> None:
+        """Replaces x by its sum over the processes, in place; the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(x)
+
     def average_(self, x: torch.Tensor) -> None:
-        """Replaces x by its mean over the processes; the same bits on each."""
+        """Replaces x by its mean over the processes, in place; the same bits on each."""
         if self.size > 1:
             dist.all_reduce(x)
             x.div_(self.size)
 
+    def stack(self, x: torch.Tensor) -> torch.Tensor:
+        """The x of every process, [size, *x.shape] in order of rank; gradients flow back to where each came from."""
+        if self.size == 1:
+            return x[None]
+        places = torch.arange(self.size, device=x.device).view(-1, *[1] * x.ndim)
+        return _Sum.apply(torch.where(places == self.rank, x, 0.0))
+
     def gather(self, mine: T) -> list[T]:
-        """What each process gave, in order of rank, on every process."""
+        """The objects of every process in order of rank, on each of them."""
         if self.size == 1:
             return [mine]
         everyone: list[T] = [mine] * self.size
@@ -53,7 +66,7 @@ class World:
         return everyone
 
     def barrier(self) -> None:
-        """Returns when every process is here."""
+        """Returns once every process has called it."""
         if self.size > 1:
             dist.barrier()
 
@@ -61,15 +74,35 @@ class World:
 ALONE = World()
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes. Each of them uses it, so that its gradient is a sum over them, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
 def init_distributed() -> World:
-    """Joins the processes that torchrun started: NCCL where there is a GPU for each, gloo otherwise.
+    """Joins the processes that torchrun started: NCCL on GPUs, one process each; gloo otherwise.
 
     Raises:
-        UserError: more processes on this machine than GPUs, on a machine that has any.
+        UserError: variables of torchrun are missing, or a machine with GPUs has more processes than GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ALONE
+    if missing := [name for name in _TORCHRUN if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun, "
+            "or unset WORLD_SIZE"
+        )
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -81,5 +114,5 @@ def init_distributed() -> World:
         if backend == "gloo":  # or its threads may outlive the interpreter, and the process ends in an abort
             atexit.register(dist.destroy_process_group)
     if dist.get_rank():
-        logging.getLogger().setLevel(logging.WARNING)  # the first process tells for all
-    return World(dist.get_rank(), size)
+        logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
+    return World(dist.get_rank(), dist.get_world_size())

@@ -1,4 +1,4 @@
-"""Losses and speed as TensorBoard's event files, for whoever asks for them."""
+"""Losses and speed as TensorBoard event files, if asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diffult.errors import UserError
 
 
 class TensorBoardCallback:
-    """A callback of the training loop that writes every number it is told as a scalar.
+    """A callback of the training loop that writes every value as a scalar.
 
-    A loop that goes on from a checkpoint, or back to one, hides what had been written beyond it.
+    A loop that resumes from a checkpoint, or goes back to one, hides the values written beyond it.
 
     Raises:
         UserError: the package tensorboard is not installed.
@@ -34,5 +34,5 @@ class TensorBoardCallback:
             self._writer = self._writer_from(step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a look is seldom: what is shown is what has been told
+        self._writer.flush()  # calls are seconds apart, and TensorBoard shows what is on disk
         self._last = step

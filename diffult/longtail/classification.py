@@ -1,9 +1,11 @@
-"""Training a classifier on a loader, and asking it for predictions and features: shared by the extractor and the final
-classifier, so that both are trained alike."""
+"""Training classifiers on a loader, and their predictions and features: shared by the extractor and the final
+classifiers, so that all are trained alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,98 +13,239 @@ import torch
 from torch import nn
 
 from diffult.config import TrainingConfig
+from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import autocast
-from diffult.engine.loop import LoopConfig, learning_rate_factor, train_loop
-from diffult.longtail.losses import weighted_cross_entropy
-from ffcv_writers import Batch, Loader, Order
+from diffult.engine.distributed import ALONE, World
+from diffult.engine.loop import LoopConfig, Losses, learning_rate_factor, train_steps
+from diffult.longtail.losses import Loss
+from diffult.models.batch_norm import share_batch_norms
+from diffult.models.cost import forward_flops
+from ffcv_writers import Batch, CenterCrop, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, mixup, normalise
 
-
-def training_batches(loader: Loader, order: Order, seed: int, start: int, steps: int) -> Iterator[Batch]:
-    """Full batches start..steps-1 of the endless training stream; a batch may span two epochs."""
-    for draws in order.steps(seed, loader.batch_size, start, steps):
-        yield from loader.batches(*draws)
+_SMALL_STEP = 1e12  # FLOP of a step below which a GPU has room for others beside it
 
 
-def fit(
-    title: str,
-    model: nn.Module,
-    loader: Loader,
-    order: Order,
-    config: TrainingConfig,
-    checkpoint: Path,
-    seed: tuple[int, int],
-    config_hash: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    omega: float = 1.0,
-    prior: torch.Tensor | None = None,
-) -> None:
-    """Trains `model` in place for `config.steps` steps of SGD on cross-entropy, resuming from `checkpoint`.
+@dataclass(frozen=True)
+class Training:
+    """One classifier to train.
+
+    Attributes:
+        title: on the progress bar.
+        model: trained in place, on `device`.
+        loader: made by `training_loader` with the same config, seed and world.
+        order: of the training stream.
+        loss: of a batch.
+        checkpoint: NAMEstate.pt, from which it resumes; NAMEmetrics.jsonl beside it takes loss and speed.
+        seed: the run's seed and the stage's number.
+        config_hash: of the settings; a checkpoint of others is refused.
+        dtype: of convolutions and products.
+        world: the processes that share each batch; every one of them trains.
+    """
+
+    title: str
+    model: nn.Module
+    loader: Loader
+    order: Order
+    loss: Loss
+    config: TrainingConfig
+    checkpoint: Path
+    seed: tuple[int, int]
+    config_hash: str
+    dtype: torch.dtype
+    device: torch.device
+    world: World = ALONE
+
+
+def training_loader(
+    images: ImageSet, config: TrainingConfig, seed: tuple[int, int], device: torch.device, world: World = ALONE
+) -> Loader:
+    """Loads this process's share of each training batch: random resized crops if the settings ask for them, images as
+    they are stored otherwise.
+
+    Raises:
+        UserError: the processes do not divide the batch.
+    """
+    crop = RandomResizedCrop(config.image_size, _stream_seed(seed)) if config.augment.resized_crop else None
+    return Loader(images, len(_local_rows(config, world)), device=device, crop=crop)
+
+
+def evaluation_loader(images: ImageSet, config: TrainingConfig, batch_size: int, device: torch.device) -> Loader:
+    """Loads images as they are stored; for a network trained on random resized crops, the middle 224/256 of larger
+    images, scaled to its input size."""
+    scaled = config.augment.resized_crop and bool((images.sizes != config.image_size).any())
+    return Loader(images, batch_size, device=device, crop=CenterCrop(config.image_size) if scaled else None)
+
+
+def training_batches(
+    loader: Loader, order: Order, seed: int, batch_size: int, start: int, steps: int, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Batches start..steps-1 of the endless training stream, all of `batch_size`; one may span two epochs.
 
     Args:
-        order: of the training stream.
-        seed: the run's seed and the stage's number.
-        config_hash: of the run's configuration.
-        omega: weight of a synthetic sample; a real one weighs 1.
-        prior: float [num_classes], added to the logits in training alone; see `log_prior`.
+        loader: of batches of len(rows).
+        rows: of each batch, int64 [n], those to load; None: all.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config.learning_rate,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=False,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: learning_rate_factor(i, config.steps, config.warmup * config.steps, config.milestones, config.decay),
-    )
-    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    rows = np.arange(batch_size) if rows is None else rows
+    for draws in order.steps(seed, batch_size, start, steps):
+        yield from loader.batches(*(column.reshape(-1, batch_size)[:, rows].ravel() for column in draws))
 
-    def step(i: int, batch: Batch) -> dict[str, torch.Tensor]:
-        options = config.augment.model_dump()
-        images = augment(batch.images, order_seed, batch.position, size=config.image_size, dtype=dtype, **options)
+
+def fit(training: Training) -> None:
+    """Trains a model for `config.steps` steps of SGD, resuming from its checkpoint.
+
+    Raises:
+        UserError: see `train_steps`.
+    """
+    for _ in fit_all([training]):
+        pass
+
+
+def fit_all(trainings: Sequence[Training]) -> Iterator[Training]:
+    """Does what `fit` does for each training, and yields each when it is done.
+
+    On one GPU, small networks train side by side, each on its own stream: their kernels together fill the card.
+    Otherwise they train one after another; the results are the same.
+
+    Raises:
+        UserError: see `train_steps`.
+    """
+    together = _side_by_side(trainings)
+    if together:  # a resident set must be on the device before several streams read it
+        for training in trainings:
+            next(training.loader.batches(np.zeros(1, np.int64)))
+    for group in [trainings] if together else [[training] for training in trainings]:
+        lanes = [(t, _steps(t), _stream(t.device) if together else nullcontext()) for t in group]
+        while lanes:
+            for lane in list(lanes):
+                training, steps, stream = lane
+                with stream:
+                    if next(steps, None) is not None:
+                        continue
+                lanes.remove(lane)
+                if together:
+                    torch.cuda.synchronize(training.device)
+                training.model.eval()
+                yield training
+
+
+def _side_by_side(trainings: Sequence[Training]) -> bool:
+    if len(trainings) < 2 or any(t.device.type != "cuda" or t.world.size > 1 for t in trainings):
+        return False
+    return all(_step_flops(training) < _SMALL_STEP for training in trainings)
+
+
+def _step_flops(training: Training) -> float:
+    """The backward pass is counted as two forwards."""
+    config = training.config
+    image = torch.empty(1, training.loader.image_set.channels, config.image_size, config.image_size, device="meta")
+    return 3.0 * config.batch_size * forward_flops(training.model, [image])
+
+
+def _stream(device: torch.device) -> AbstractContextManager[object]:
+    """A side stream that starts when all work queued so far is done."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+def _stream_seed(seed: tuple[int, int]) -> int:
+    """Of the order, the crops and the augmentation."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _local_rows(config: TrainingConfig, world: World) -> np.ndarray:
+    """The rows of each batch that this process loads: its share, and with mixup the partner of its first image."""
+    mine = world.local_slice(config.batch_size, "batch_size")
+    return np.arange(mine.start - _halo(config, world), mine.stop) % config.batch_size
+
+
+def _halo(config: TrainingConfig, world: World) -> int:
+    return int(config.mixup > 0 and world.size > 1)
+
+
+def _steps(training: Training) -> Iterator[int]:
+    """Does a step of the training each time it is asked for the next number of steps done."""
+    config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
+    step = _Step(training, seed)
+    factors = [
+        learning_rate_factor(i, config.steps, config.warmup * config.steps, config.milestones, config.decay)
+        for i in range(config.steps)
+    ]
+    rates = torch.tensor([config.learning_rate * factor for factor in factors], device=training.device)
+    # With several processes their exchange stays outside graphs.
+    run = CUDAGraphRunner(step, training.device if world.size == 1 else torch.device("cpu"))
+    name = training.checkpoint.name.removesuffix("state.pt")
+    yield from train_steps(
+        LoopConfig(
+            training.title, config.steps, training.checkpoint, max(1, min(1000, config.steps // 2)),
+            (*training.seed, world.rank), training.config_hash, config.batch_size,
+            metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), writes=world.is_main,
+        ),
+        lambda start: training_batches(
+            loader, training.order, seed, config.batch_size, start, config.steps, _local_rows(config, world)
+        ),
+        lambda i, batch: run(batch.images, batch.labels, batch.synthetic, batch.position, rates[i]),
+        {"model": training.model, "optimizer": step.optimizer},
+    )  # fmt: skip
+
+
+class _Step:
+    """Augmentation, forward, loss, backward, exchange and SGD on device tensors alone, fit for a CUDA graph."""
+
+    def __init__(self, training: Training, seed: int) -> None:
+        self.training, self.seed = training, seed
+        config, model = training.config, training.model
+        share_batch_norms(model, training.world)
+        model.train()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Fused on CUDA: only then does the rate stay on the device.
+        self.optimizer = torch.optim.SGD(
+            self.parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
+            fused=training.device.type == "cuda",
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        synthetic: torch.Tensor,
+        positions: torch.Tensor,
+        rate: torch.Tensor,
+    ) -> Losses:
+        """One step on a batch as the loader gives it, at the learning rate `rate`, float32 scalar."""
+        config, world = self.training.config, self.training.world
+        options = {"pad": config.augment.pad, "flip": config.augment.flip, "jitter": config.augment.jitter}
+        size, dtype = config.image_size, self.training.dtype
+        x = augment(images, self.seed, positions, size=size, dtype=dtype, **options)  # type: ignore[arg-type]
         share = None
         if config.mixup:
-            images, share = mixup(images, order_seed, batch.position, config.mixup)
-        with autocast(dtype, device):
-            logits = model(images)
-        logits = logits.float() if prior is None else logits.float() + prior
-        value = mixed_cross_entropy(logits, batch.labels, torch.where(batch.synthetic, omega, 1.0), share)
-        optimizer.zero_grad(set_to_none=True)
+            halo = _halo(config, world)
+            x, share = (y[halo:] for y in mixup(x, self.seed, positions, config.mixup))
+            share = torch.cat([share, 1 - share])
+            labels, synthetic = (torch.cat([y[halo:], y.roll(1)[halo:]]) for y in (labels, synthetic))
+        with autocast(dtype, self.training.device):
+            logits = self.training.model(x)
+        loss = self.training.loss(logits.float(), labels, synthetic, share)
+        world.sum_(loss.weight)
+        value = loss.mean
+        self.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        optimizer.step()
-        scheduler.step()
-        return {"loss": value.detach()}
+        self._exchange()
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        value = value.detach()
+        world.sum_(value)
+        return {"loss": value}
 
-    model.train()
-    job = LoopConfig(
-        title, config.steps, checkpoint, max(1, min(1000, config.steps // 2)), seed, config_hash, config.batch_size
-    )
-    train_loop(
-        job,
-        lambda start: training_batches(loader, order, order_seed, start, config.steps),
-        step,
-        {"model": model, "optimizer": optimizer, "scheduler": scheduler},
-    )
-    model.eval()
-
-
-def mixed_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, share: torch.Tensor | None
-) -> torch.Tensor:
-    """`weighted_cross_entropy` of a batch after `mixup`, which counts twice: each sample with `share` of its own label
-    and weight, and with the rest of the label and weight of the sample before it.
-
-    Args:
-        logits: float [B, num_classes]. labels: int64 [B]. weight: float [B].
-        share: float [B], of its own image in each mixed one; None: nothing was mixed.
-    """
-    if share is not None:
-        logits, labels = logits.repeat(2, 1), torch.cat([labels, labels.roll(1)])
-        weight = torch.cat([share * weight, (1 - share) * weight.roll(1)])
-    return weighted_cross_entropy(logits, labels, weight)
+    def _exchange(self) -> None:
+        """Sums the gradients over the processes, in one exchange."""
+        if self.training.world.size > 1:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            joined = torch.cat([gradient.flatten() for gradient in gradients])
+            self.training.world.sum_(joined)
+            for gradient, part in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view(gradient.shape))
 
 
 @torch.inference_mode()

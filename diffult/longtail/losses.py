@@ -1,24 +1,69 @@
-"""Losses of the classifier: DiffuLT's weighted cross-entropy, and logit adjustment, its honest cheap rival."""
+"""Losses of the classifier. A loss is a callable that holds all it knows beside the batch; see `Loss`."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
 
 
-def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in which samples weigh differently: in DiffuLT a synthetic one omega and a real one 1.
+class WeightedSum(NamedTuple):
+    """Scalars: the sum of the samples' weighted losses, and the sum of their weights. Kept apart because processes that
+    share a batch divide by the weight of the whole batch."""
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """total / weight; 0 for a batch without any weight."""
+        return self.total / self.weight.clamp(min=1e-12)
+
+
+class Loss(Protocol):
+    """The loss of a batch."""
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, synthetic: torch.Tensor, share: torch.Tensor | None = None
+    ) -> WeightedSum:
+        """
+        Args:
+            logits: float [B, num_classes].
+            labels: int64 [B]; of mixed images [2 B], the labels of each image and then those of its partner.
+            synthetic: bool, of the same shape.
+            share: of each label in a mixed image, float [2 B]; None: nothing was mixed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy in which a synthetic sample weighs omega and a real one 1.
 
     The paper leaves the normalisation open; this is the weighted mean, sum(w l) / sum(w), as torch's own weighted
-    cross-entropy, so that omega does not change the size of the step.
+    cross-entropy, so that omega does not change the size of the step. Each of the two labels of a mixed image counts by
+    its share.
 
-    Args:
-        logits: float [B, num_classes].
-        labels: int64 [B].
-        weight: float [B], none negative. A batch without any weight has loss 0.
+    Attributes:
+        omega: not negative.
+        prior: float [num_classes], added to the logits; see `log_prior`. None: none.
     """
-    per_sample = F.cross_entropy(logits.float(), labels, reduction="none")
-    return (weight * per_sample).sum() / weight.sum().clamp(min=1e-12)
+
+    omega: float = 1.0
+    prior: torch.Tensor | None = None
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, synthetic: torch.Tensor, share: torch.Tensor | None = None
+    ) -> WeightedSum:
+        """See `Loss`."""
+        if self.prior is not None:
+            logits = logits + self.prior
+        weight = torch.where(synthetic, self.omega, 1.0)
+        if share is not None:
+            logits, weight = logits.repeat(2, 1), share * weight
+        return WeightedSum((weight * F.cross_entropy(logits, labels, reduction="none")).sum(), weight.sum())
 
 
 def log_prior(effective_counts: torch.Tensor) -> torch.Tensor:

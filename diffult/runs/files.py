@@ -75,6 +75,15 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path}: damaged ({error}); delete it to run its stage again") from None
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata alone of a safetensors file; empty where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Training state: tensors, numbers and containers of these.
 

@@ -11,7 +11,7 @@ from conftest import TINY
 
 from diffult.artifacts import load_extractor
 from diffult.data import load_data
-from diffult.engine.distributed import World
+from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
 from diffult.models import unet
 from diffult.run import run_pipeline
@@ -130,7 +130,7 @@ def test_recomputed_activations_train_as_kept_ones(alone, tmp_path, monkeypatch)
     """To the bit, and with dropout, which draws the same numbers again."""
     recomputed, checkpoint = [], unet.checkpoint
     monkeypatch.setattr(unet, "checkpoint", lambda *a, **k: recomputed.append(k) or checkpoint(*a, **k))
-    monkeypatch.setattr("diffult.engine.loop._WATCH_EVERY", 1)
+    monkeypatch.setattr("diffult.engine.loop._LOG_EVERY", 1)
     extractor = load_extractor(RunDir.open(alone), torch.device("cpu"))
 
     def train(recompute: str) -> Path:
@@ -165,3 +165,16 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         slice(4, 6),
         slice(6, 8),
     ]
+
+
+def test_a_process_that_torchrun_did_not_start_is_refused_in_one_line(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert init_distributed() == ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        UserError, match=r"WORLD_SIZE is set, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not: start .*"
+    ) as e:
+        init_distributed()
+    assert "\n" not in str(e.value)

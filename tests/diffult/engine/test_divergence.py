@@ -41,7 +41,7 @@ def test_a_rate_that_explodes_stops_with_the_step_and_what_to_do(train, tmp_path
 
 def test_the_noise_of_aid_is_no_divergence(train, monkeypatch):
     """From one step to the next it may be a thousand times as large, as it is divided by the noise level's square."""
-    monkeypatch.setattr("diffult.engine.loop._WATCH_EVERY", 1)
+    monkeypatch.setattr("diffult.engine.loop._LOG_EVERY", 1)
     run = train("run")
     lines = [json.loads(line) for line in (run.folder("diffusion") / "metrics.jsonl").read_text().splitlines()]
     assert max(line["loss"] for line in lines) > 10 * lines[0]["loss"]

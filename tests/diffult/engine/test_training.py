@@ -225,7 +225,7 @@ def diverging(tmp_path, lr_backoff, worst):
         return {"loss": torch.tensor(worst if bad else 1.0)}
 
     job = LoopConfig("t", 9, tmp_path / "s.pt", 3, (0, 0), "a", images=4, metrics=tmp_path / "metrics.jsonl")
-    with patch("diffult.engine.loop._WATCH_EVERY", 1):
+    with patch("diffult.engine.loop._LOG_EVERY", 1):
         train_loop(job, lambda start: iter(range(start, 9)), step, {"model": model}, lr_backoff)
     return rates
 
@@ -256,7 +256,7 @@ def test_a_loss_that_diverges_again_after_going_back_stops(tmp_path):
 
     job = LoopConfig("t", 9, tmp_path / "s.pt", 3, (0, 0), "a")
     with (
-        patch("diffult.engine.loop._WATCH_EVERY", 1),
+        patch("diffult.engine.loop._LOG_EVERY", 1),
         pytest.raises(UserError, match=r"the loss diverged by step 6 .*last good checkpoint: .*s.pt"),
     ):
         train_loop(job, lambda start: iter(range(start, 9)), step, {"model": nn.Linear(1, 1)}, lr_backoff)

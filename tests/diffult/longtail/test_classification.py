@@ -1,4 +1,4 @@
-"""Training a classifier: in which order it draws its images, mixed images and their loss, and resuming."""
+"""Training a classifier: the methods' orders and losses, mixed images, crops, resuming, several at a time."""
 
 import math
 
@@ -7,13 +7,33 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffult.config import load_preset
+from diffult.config import ClassifierConfig, load_preset
+from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.errors import UserError
-from diffult.longtail.classification import fit, mixed_cross_entropy, training_batches
-from diffult.longtail.methods import RECIPES
+from diffult.longtail.classification import (
+    Training,
+    evaluation_loader,
+    fit,
+    fit_all,
+    training_batches,
+    training_loader,
+)
+from diffult.longtail.losses import CrossEntropy, WeightedSum
+from diffult.longtail.methods import METHODS, ClassCounts, Drawing, Method, TrainingSet, class_counts, natural
 from diffult.models.resnet import build_classifier
-from diffult.train_classifier import training_order
-from ffcv_writers import ClassBalanced, ImageSet, Loader, Natural, Ratio, Weighted, open_set, suffix, write
+from ffcv_writers import (
+    CenterCrop,
+    ClassBalanced,
+    ImageSet,
+    Loader,
+    Natural,
+    RandomResizedCrop,
+    Ratio,
+    Weighted,
+    open_set,
+    suffix,
+    write,
+)
 
 REAL, GENERATED = [30, 9, 3], [0, 21, 27]
 
@@ -31,43 +51,98 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return open_set(paths)
 
 
-def classifier_config(*overrides: str):
+def classifier_config(*overrides: str) -> ClassifierConfig:
     return load_preset("digits-lt", [f"classifier.{text}" for text in overrides]).classifier
 
 
-def test_synthetic_share_sets_every_batch_and_the_prior(both):
+def draw(method: str, config: ClassifierConfig, images: ImageSet, balance_to: int = 30) -> tuple[TrainingSet, Drawing]:
+    train = TrainingSet(images.labels, images.synthetic, 3, config, balance_to)
+    return train, METHODS[method].draw(train)
+
+
+def test_synthetic_share_sets_every_batch_and_the_frequencies(both):
     config = classifier_config("batch_size=16", "synthetic_share=0.25")
-    order, drawn = training_order(RECIPES["diffult+logit_adjust"], config, both)
+    _, (order, frequency) = draw("diffult+logit_adjust", config, both)
     assert isinstance(order, Ratio)
-    batches = list(training_batches(Loader(both, 16), order, 3, 0, 42 * 4))
+    batches = list(training_batches(Loader(both, 16), order, 3, 16, 0, 42 * 4))
     assert all(int(batch.synthetic.sum()) == 4 for batch in batches)
-    # 168 steps show every real image 48 times and every synthetic one 14 times: `drawn` must say how often each comes.
+    # 168 steps show every real image 48 times and every synthetic one 14 times.
     times = np.bincount(torch.cat([batch.sample for batch in batches]).numpy(), minlength=len(both))
-    np.testing.assert_allclose(times / times.sum(), drawn / drawn.sum(), rtol=1e-12)
+    np.testing.assert_allclose(times / times.sum(), frequency / frequency.sum(), rtol=1e-12)
 
 
 def test_resampling_by_the_square_root_draws_classes_so(both):
-    config = classifier_config("resample_power=0.5")
-    order, drawn = training_order(RECIPES["resample"], config, both)
-    assert isinstance(order, Weighted)
     long_tail = open_set([both.paths[0]])
-    order, drawn = training_order(RECIPES["resample"], config, long_tail)
+    _, (order, frequency) = draw("resample", classifier_config("resample_power=0.5"), long_tail)
+    assert isinstance(order, Weighted)
     of_class = np.bincount(long_tail.labels[order.stream(0, 0, 42 * 200)]) / (42 * 200)
     roots = np.sqrt(REAL)
     np.testing.assert_allclose(of_class, roots / roots.sum(), atol=1 / 42)
-    np.testing.assert_allclose(np.bincount(long_tail.labels, drawn), roots)
+    np.testing.assert_allclose(np.bincount(long_tail.labels, frequency), roots)
 
 
 @pytest.mark.parametrize("method", ["ce", "diffult"])
 def test_without_options_every_image_comes_once_an_epoch(both, method):
-    order, drawn = training_order(RECIPES[method], classifier_config(), both)
-    assert isinstance(order, Natural) and order.length == 90 and (drawn == 1).all()
-    assert isinstance(training_order(RECIPES["resample"], classifier_config(), both)[0], ClassBalanced)
+    _, (order, frequency) = draw(method, classifier_config(), both)
+    assert isinstance(order, Natural) and order.length == 90 and (frequency == 1).all()
+    assert isinstance(draw("resample", classifier_config(), both)[1].order, ClassBalanced)
+
+
+def test_duplicates_fill_each_class_with_its_own_images(both):
+    """12 draws of a class of 9 images show each of them once or twice, 3 of them twice; which three changes."""
+    long_tail = open_set([both.paths[0]])
+    train, drawing = draw("duplicates", classifier_config(), long_tail, balance_to=12)
+    epochs = [np.bincount(drawing.order.epoch(5, epoch), minlength=42) for epoch in range(400)]
+    for times in epochs[:3]:
+        assert (times[:30] == 1).all() and (times[39:] == 4).all()
+        assert sorted(times[30:39]) == [1] * 6 + [2] * 3
+    assert any((times != epochs[0]).any() for times in epochs[1:])
+    np.testing.assert_allclose(np.mean(epochs, axis=0), drawing.frequency, atol=0.1)
+    counts = class_counts(train, drawing)
+    assert counts.real.tolist() == REAL and counts.effective.tolist() == pytest.approx([30, 12, 12])
+
+
+def test_effective_counts_weigh_synthetic_images_by_omega(both):
+    counts = class_counts(*draw("diffult", classifier_config("omega=0.25"), both))
+    assert counts.real.tolist() == REAL
+    assert counts.effective.tolist() == [30, 9 + 21 / 4, 3 + 27 / 4]
+
+
+@pytest.mark.parametrize("method", ["logit_adjust", "diffult+logit_adjust"])
+def test_adjusted_logits_carry_the_class_frequencies(method):
+    loss = METHODS[method].loss(ClassCounts(torch.tensor([8.0, 2.0]), torch.tensor([3.0, 1.0])), 0.5)
+    logits = torch.tensor([[0.3, -0.2]])
+    adjusted = [0.3 + math.log(0.75), -0.2 + math.log(0.25)]
+    expected = math.log(sum(map(math.exp, adjusted))) - adjusted[1]
+    assert float(loss(logits, torch.tensor([1]), torch.tensor([False])).mean) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"unknown method 'logit_adjst'; did you mean 'logit_adjust'\? \(known: ce, "):
+        classifier_config("methods=['ce', 'logit_adjst', 'diffult']")
+
+
+def test_a_method_is_a_row(monkeypatch, both, tmp_path):
+    """Focal loss (Lin et al. 2017) in the table: the settings know it, and it trains."""
+
+    def focal(counts, omega):
+        def loss(logits, labels, synthetic, share=None):
+            value = F.cross_entropy(logits, labels, reduction="none")
+            return WeightedSum(((1 - torch.exp(-value)) ** 2 * value).sum(), torch.tensor(float(len(labels))))
+
+        return loss
+
+    monkeypatch.setitem(METHODS, "focal", Method("Focal loss", False, natural, focal))
+    assert "focal" in classifier_config("methods=['ce', 'diffult', 'focal']").methods
+    (tmp_path / "ce").mkdir(), (tmp_path / "focal").mkdir()
+    long_tail = open_set([both.paths[0]])
+    weights = [trained(long_tail, tmp_path / name, method=name) for name in ("ce", "focal")]
+    assert torch.isfinite(weights[1]).all() and not torch.equal(*weights)
 
 
 def test_a_share_without_synthetic_images_is_the_natural_order(both):
     config = classifier_config("synthetic_share=0.25")
-    assert isinstance(training_order(RECIPES["diffult"], config, open_set([both.paths[0]]))[0], Natural)
+    assert isinstance(draw("diffult", config, open_set([both.paths[0]]))[1].order, Natural)
 
 
 @pytest.mark.parametrize("share", ["0.001", "0.999", "0", "1", "true", "'0.5'"])
@@ -76,31 +151,50 @@ def test_a_share_that_leaves_one_kind_out_is_refused(share):
         classifier_config(f"synthetic_share={share}")
 
 
-def test_mixed_cross_entropy_is_the_weighted_mean_of_both_labels_losses():
+def test_the_loss_of_mixed_images_is_the_weighted_mean_of_both_labels_losses():
     """Against a loop in Python's floats, and with equal weights against torch's loss of soft labels."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 3, dtype=torch.float64, generator=generator)
-    labels, weight = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([1, 0.3, 1, 1, 0.3, 0.3, 1]).double()
+    labels, fake = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([0, 1, 0, 0, 1, 1, 0]).bool()
     share = torch.rand(7, dtype=torch.float64, generator=generator)
     total = weights = 0.0
     for i in range(7):
         normaliser = math.log(sum(math.exp(v) for v in logits[i].tolist()))
         for part, j in ((float(share[i]), i), (1 - float(share[i]), (i - 1) % 7)):
-            total += part * float(weight[j]) * (normaliser - float(logits[i, labels[j]]))
-            weights += part * float(weight[j])
-    assert float(mixed_cross_entropy(logits, labels, weight, share)) == pytest.approx(total / weights, rel=1e-6)
+            weight = part * (0.3 if fake[j] else 1.0)
+            total += weight * (normaliser - float(logits[i, labels[j]]))
+            weights += weight
+    both_labels, both_fake = (torch.cat([x, x.roll(1)]) for x in (labels, fake))
+    shares = torch.cat([share, 1 - share])
+    loss = CrossEntropy(0.3)(logits, both_labels, both_fake, shares)
+    assert float(loss.mean) == pytest.approx(total / weights, rel=1e-6)
     one_hot = F.one_hot(labels, 3).double()
     soft = share[:, None] * one_hot + (1 - share[:, None]) * one_hot.roll(1, 0)
-    ours = mixed_cross_entropy(logits, labels, torch.ones(7).double(), share)
-    assert float(ours) == pytest.approx(float(F.cross_entropy(logits, soft)), rel=1e-6)
+    ours = CrossEntropy()(logits, both_labels, both_fake, shares)
+    assert float(ours.mean) == pytest.approx(float(F.cross_entropy(logits, soft)), rel=1e-6)
 
 
-def trained(both, folder, stop_at=None, *overrides: str):
-    """Eight steps; optionally cut off by an error before one of them. The weights."""
+def training(images, folder, *overrides: str, method: str = "diffult", device: str = "cpu") -> Training:
+    """Eight steps on batches of 16, a quarter synthetic."""
     config = classifier_config("batch_size=16", "steps=8", "synthetic_share=0.25", *overrides)
+    train, drawing = draw(method, config, images)
     torch.manual_seed(0)
-    model = build_classifier(config.network, 3, 1, config.image_size)
-    order, _ = training_order(RECIPES["diffult"], config, both)
+    model = build_classifier(config.network, 3, 1, config.image_size).to(device)
+    loss = METHODS[method].loss(class_counts(train, drawing, device), 0.5)
+    loader = training_loader(images, config, (0, 9), torch.device(device))
+    return Training(
+        method, model, loader, drawing.order, loss, config, folder / f"{method}.state.pt", (0, 9), "hash",
+        torch.float32, torch.device(device),
+    )  # fmt: skip
+
+
+def weights(training: Training) -> torch.Tensor:
+    return torch.cat([value.detach().flatten().cpu() for value in training.model.state_dict().values()])
+
+
+def trained(images, folder, *overrides: str, stop_at: int | None = None, method: str = "diffult") -> torch.Tensor:
+    """The weights; optionally cut off by an error before one of the steps."""
+    one = training(images, folder, *overrides, method=method)
     if stop_at is not None:
         calls = iter(range(100))
 
@@ -108,18 +202,64 @@ def trained(both, folder, stop_at=None, *overrides: str):
             if next(calls) == stop_at:
                 raise KeyboardInterrupt
 
-        model.register_forward_pre_hook(break_off)
-    device = torch.device("cpu")
-    state = folder / "state.pt"
-    fit("t", model, Loader(both, 16), order, config, state, (0, 9), "hash", torch.float32, device, omega=0.5)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+        one.model.register_forward_pre_hook(break_off)
+    fit(one)
+    return weights(one)
 
 
 def test_mixed_batches_of_a_set_ratio_train_on_after_a_break_as_without(both, tmp_path):
     for name in ("whole", "broken", "plain"):
         (tmp_path / name).mkdir()
-    whole = trained(both, tmp_path / "whole", None, "mixup=0.2")
+    whole = trained(both, tmp_path / "whole", "mixup=0.2")
     with pytest.raises(KeyboardInterrupt):
-        trained(both, tmp_path / "broken", 6, "mixup=0.2")
-    assert torch.equal(trained(both, tmp_path / "broken", None, "mixup=0.2"), whole)
+        trained(both, tmp_path / "broken", "mixup=0.2", stop_at=6)
+    assert torch.equal(trained(both, tmp_path / "broken", "mixup=0.2"), whole)
     assert not torch.equal(trained(both, tmp_path / "plain"), whole)
+
+
+def test_several_trainings_end_as_each_alone(both, tmp_path):
+    methods = ("diffult", "diffult+resample", "diffult+logit_adjust")
+    for folder in ("alone", "together"):
+        (tmp_path / folder).mkdir()
+    together = {t.title: t for t in fit_all([training(both, tmp_path / "together", method=m) for m in methods])}
+    assert tuple(together) == methods and not any(t.model.training for t in together.values())
+    for method in methods:
+        assert torch.equal(trained(both, tmp_path / "alone", method=method), weights(together[method]))
+
+
+def test_crops_are_drawn_by_the_loader_in_training_and_fixed_in_evaluation(both):
+    cpu = torch.device("cpu")
+    config = classifier_config("image_size=6", "augment.resized_crop=true")
+    crop = training_loader(both, config, (0, 9), cpu).crop
+    assert isinstance(crop, RandomResizedCrop) and crop.size == 6
+    assert evaluation_loader(both, config, 4, cpu).crop == CenterCrop(6, 224 / 256)
+    assert evaluation_loader(both, classifier_config("augment.resized_crop=true"), 4, cpu).crop is None  # 8 of 8 pixels
+    plain = classifier_config("image_size=6")
+    assert (
+        training_loader(both, plain, (0, 9), cpu).crop is None and evaluation_loader(both, plain, 4, cpu).crop is None
+    )
+
+
+def test_a_network_trains_on_crops_smaller_than_the_images(both, tmp_path):
+    assert torch.isfinite(trained(both, tmp_path, "image_size=6", "augment.resized_crop=true")).all()
+
+
+@pytest.mark.gpu
+def test_replayed_steps_side_by_side_train_as_plain_ones_in_turn(both, tmp_path, monkeypatch):
+    """Eight steps: three of warm-up, one captured, the rest replayed. Float32 without TF32; convolutions may choose
+    other algorithms, which round otherwise."""
+    methods = ("diffult", "diffult+resample", "diffult+logit_adjust")
+    for folder in ("plain", "replayed"):
+        (tmp_path / folder).mkdir()
+
+    def train(folder: str) -> list[Training]:
+        trainings = [training(both, tmp_path / folder, "mixup=0.2", method=m, device="cuda") for m in methods]
+        return list(fit_all(trainings))
+
+    replayed = train("replayed")
+    monkeypatch.setattr(CUDAGraphRunner, "__call__", lambda self, *tensors: self.function(*tensors))
+    monkeypatch.setattr("diffult.longtail.classification._SMALL_STEP", 0.0)
+    plain = train("plain")
+    for a in replayed:
+        (b,) = (b for b in plain if b.title == a.title)
+        torch.testing.assert_close(weights(a), weights(b), rtol=1e-3, atol=1e-3)
