@@ -4,9 +4,9 @@
     python -m bench.kernels --check         # the first two; bench/results/check-CARD.json
     python -m bench.kernels --tune          # choose tiles and fall-backs, write them to kernels/tiles.json
 
-The shapes are those that the presets ask for (bench/kernel_shapes.py). The rivals are the same formula in eager PyTorch,
-channels-last and contiguous, and under torch.compile. Bytes are what must move (bench/kernel_cases.py), so a kernel that
-reads twice shows a lower rate. What is timed is a CUDA graph of the call, without the host.
+The shapes are those that the presets ask for (bench/kernel_shapes.py). The rivals are the same formula in eager
+PyTorch, channels-last and contiguous, and under torch.compile. Bytes are what must move (bench/kernel_cases.py), so a
+kernel that reads twice shows a lower rate. What is timed is a CUDA graph of the call, without the host.
 """
 
 from __future__ import annotations
@@ -192,9 +192,9 @@ def summary(some: list[Case], done: dict[str, Any]) -> str:
     for kernel in dict.fromkeys(case.kernel for case in some):
         names = [str(case) for case in some if case.kernel == kernel]
         errors = [done[key] for name in names if (key := f"{name}: error") in done]
-        line = f"{kernel}: {len(errors)} of {len(names)} shapes right" + f", error up to {max(errors):.1g}" * bool(
-            errors
-        )
+        line = f"{kernel}: {len(errors)} of {len(names)} shapes right"
+        if errors:
+            line += f", error up to {max(errors):.1g}"
         for share in ("share of copy", "share of copy, backward too"):
             rows = [done[key] for name in names if (key := f"{name}: ours") in done]
             if shares := [row[share] for row in rows if share in row]:
