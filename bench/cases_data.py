@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 
 from bench import loaders, peers
-from bench.cases import CLASSES, build_generator, build_model, sampler_config
+from bench.cases import sampler_config
+from bench.contestants import CLASSES, build_generator, build_model
 from bench.race import Call, Work, race
 from diffult.engine.device import autocast, compute_dtype, pick_device
 from diffult.generate import fill
@@ -76,13 +77,14 @@ def generation(folder: Path) -> Work:
         return run
 
     run: dict[str, Call] = {"ours": ours}
-    run |= {f"{name} draws alone": theirs(peer) for name, peer in model.peers.items()}
+    run |= {f"{name} draws alone": theirs(peer) for name, peer in model.peers().items()}
     images = batches * model.size
     flops = 20.0 * images * forward_flops(model.unet, model.inputs)
-    return Work(run, images, flops, equal="same network, evaluations and number of images")
+    equal = "same network, evaluations and number of images"
+    return Work(run, images, flops, equal=equal, absent=peers.absent(" draws alone"))
 
 
-@race("writer", *(("ffcv's writer",) if have_ffcv() else ()))
+@race("writer", "ffcv's writer")
 def writer(folder: Path) -> Work:
     """2,000 images of 32 x 32 from memory to one file."""
     images = random_images(2000, 32)
@@ -104,7 +106,8 @@ def writer(folder: Path) -> Work:
     run: dict[str, Call] = {"ours": ours}
     if have_ffcv():
         run["ffcv's writer"] = ffcv
-    return Work(run, len(images), moved=images.nbytes)
+    absent = {} if have_ffcv() else {"ffcv's writer": "ffcv is not installed, or does not load"}
+    return Work(run, len(images), moved=images.nbytes, absent=absent)
 
 
 @race("loader", "torch DataLoader", "torch DataLoader, 2 workers")

@@ -64,7 +64,8 @@ def _load(count: int, file: Path) -> None:
 
 
 def _generate(count: int, folder: Path) -> None:
-    from bench.cases import CLASSES, build_generator, build_model, sampler_config
+    from bench.cases import sampler_config
+    from bench.contestants import CLASSES, build_generator, build_model
     from diffult.generate import fill
     from diffult.generation.shards import ShardStore
     from diffult.longtail.quota import Quota

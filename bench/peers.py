@@ -7,6 +7,7 @@ computation. tests/bench/test_bench_peers.py holds outputs and gradients against
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,22 @@ SETTINGS = {
     "diffusers contiguous": torch.contiguous_format,
     "diffusers channels-last": torch.channels_last,
 }
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why diffusers cannot race here, or None."""
+    try:
+        from diffusers import UNet2DModel  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # its lazy modules raise the latter
+        return f"diffusers is not there ({str(error).strip().partition(chr(10))[0]}): pip install diffusers"
+    return None
+
+
+def absent(suffix: str = "") -> dict[str, str]:
+    """What a race puts down for our opponents in it where diffusers is missing: by name, why."""
+    reason = missing()
+    return {f"{name}{suffix}": reason for name in SETTINGS} if reason else {}
 
 
 class Peer(nn.Module):
@@ -53,12 +70,12 @@ def build_peer(unet: UNet, image_size: int) -> Peer:
     """diffusers' network of the shape of `unet` with its weights, on its device, in its type.
 
     Raises:
-        UserError: diffusers is not installed, or its UNet2DModel has no such network.
+        UserError: diffusers is missing, or its UNet2DModel has no such network.
     """
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError("diffusers is not installed: pip install -c constraints.txt -e '.[bench]'") from None
+    if reason := missing():
+        raise UserError(reason)
+    from diffusers import UNet2DModel
+
     config = unet.config
     if config.resample_in_block or config.augment_dim:
         raise UserError("no peer: diffusers' UNet2DModel has no resample_in_block and no augment_dim; set them to 0")

@@ -1,7 +1,8 @@
 """A race: several contestants do the same work in turn, round after round, and are told apart by ratios.
 
 A machine that others use slows all contestants of a round alike, so a ratio is taken within each round and its median
-over the rounds is told. The device is waited for once a turn. The first call of each, which compiles, is timed apart.
+over the rounds is told. The device is waited for once a turn. The first call of each, which compiles, is
+timed apart, and all are warm before the first round.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from diffult.errors import UserError
 
 Call = Callable[[], object]
 OURS = "ours"
+_RECORDED = 4  # calls after the first, of which one records the CUDA graph and one replays it
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Work:
         flops, moved: operations and bytes of one call, where they are known; `moved` as its race says.
         compilable: of the contestants in `run`, functions that put the compiled one in their place; full suite alone.
         equal: how it was checked that all do equal work.
+        absent: why a rival cannot race here, by name.
     """
 
     run: dict[str, Call]
@@ -41,6 +44,7 @@ class Work:
     moved: float = 0.0
     compilable: dict[str, Callable[[], Call]] = field(default_factory=dict)
     equal: str = ""
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Race:
 
     def work(self, folder: Path) -> Work:
         work = self.build(folder)
-        if tuple(work.run) != (OURS, *self.rivals):
-            raise UserError(f"race {self.name!r}: built {list(work.run)}, named {[OURS, *self.rivals]}")
+        if (*work.run, *work.absent) != (OURS, *self.rivals):
+            raise UserError(f"race {self.name!r}: built {[*work.run, *work.absent]}, named {[OURS, *self.rivals]}")
         return work
 
 
@@ -82,6 +86,14 @@ def turn(call: Call, calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begun) / calls
 
 
+def warm_up(call: Call, device: torch.device) -> float:
+    """Calls until what is done once is done: compiling, choosing algorithms, recording. Returns the first's seconds."""
+    first = turn(call, 1, device)
+    if device.type == "cuda":
+        turn(call, _RECORDED, device)
+    return first
+
+
 def run_race(
     work: Work, device: torch.device, rounds: int, turn_s: float, compiled: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -98,9 +110,8 @@ def run_race(
     results: dict[str, dict[str, Any]] = {}
     calls = {}
     for name, call in contestants.items():
-        first = turn(call, 1, device)
-        second = turn(call, 1, device)
-        calls[name] = min(1000, max(1, math.ceil(turn_s / second)))
+        first = warm_up(call, device)
+        calls[name] = min(1000, max(1, math.ceil(turn_s / turn(call, 1, device))))
         results[name] = {"first_s": first, "seconds": []}
     for _ in range(rounds):
         for name, call in contestants.items():
@@ -143,7 +154,7 @@ def row(race: Race, work: Work, results: dict[str, dict[str, Any]], ceilings: Ce
         }
     ours, rival = our_best(results), best_rival(results)
     told: dict[str, Any] = {"race": race.name, "about": race.about, "images": work.images}
-    told |= {key: value for key in ("flops", "moved", "equal") if (value := getattr(work, key))}
+    told |= {key: value for key in ("flops", "moved", "equal", "absent") if (value := getattr(work, key))}
     told |= {"contestants": contestants, "ours": ours, "best_rival": rival}
     if rival is not None:
         told["ratio"] = _short(median(ratios(results, rival, ours)))

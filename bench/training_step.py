@@ -1,130 +1,204 @@
-"""The diffusion training step of a preset, whole and with one kernel at a time served by PyTorch instead.
+"""The diffusion training step and a draw of ten steps: ours, diffusers' at its best, ours without a kernel at a time.
 
     python -m bench.training_step --preset cifar10-lt-100      # on a CUDA card: the figures that count
-    python -m bench.training_step --preset digits-lt           # on a CPU the references serve: the step alone
+    python -m bench.training_step --smoke                      # tiny, on any machine: the references serve
 
-Random images stand for the set: the step's time does not depend on them. L_AID's extractor is a fresh network. All
-variants run in turn, round after round; the median is told.
+All train the preset's network on the plain DDPM loss; diffusers is channels-last, in our compute type, with the fused
+AdamW. Each contestant is built, warmed up, timed and let go on its own. Beside the times a profile of our step is left:
+the twenty costliest operators in profile.txt, all of it in trace.json.gz.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import json
-import time
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import typer
 
-from bench.cost import step_flops
+from bench import peers
+from bench.budget import Ledger, Piece
+from bench.contestants import (
+    CLASSES,
+    PLAIN_LOSS,
+    SAME_NETWORK,
+    build_model,
+    build_peer_step,
+    build_step,
+    compiled,
+    our_draw,
+    peer_draw,
+    without,
+)
+from bench.cost import evaluation_flops, step_flops
+from bench.race import Call, turn, warm_up
 from bench.seeds import machine
-from diffult.artifacts import build_unet
 from diffult.cli import main
 from diffult.config import Config, load_preset
-from diffult.diffusion.objective import DiffusionLoss, stride
-from diffult.diffusion.schedule import Schedule
-from diffult.engine.cuda_graph import CUDAGraphRunner
-from diffult.engine.device import compute_dtype, peak_flops, pick_device
-from diffult.longtail.extractor import Extractor
-from diffult.longtail.statistics import ClassStatistics
-from diffult.models.resnet import build_classifier
+from diffult.engine.device import peak_flops, pick_device
 from kernels import dispatch
-from kernels.adamw_ema import AdamWEma
 
-KERNELS = ("group_norm_silu", "diffuse", "adamw_ema")
-
-
-@contextmanager
-def without(kernel: str | None) -> Iterator[None]:
-    """Within, PyTorch serves this kernel, whatever the switch says."""
-    if kernel is None:
-        yield
-    else:
-        with patch.object(importlib.import_module(f"kernels.{kernel}"), "use_triton", lambda *_: False):
-            yield
+_PEER = "diffusers channels-last"  # of peers.SETTINGS
+_TRAINING, _DRAWING = ("group_norm_silu", "adamw_ema", "diffuse"), ("group_norm_silu", "denoise_step")
+_TRACE = 3 * 2**20  # bytes; a larger trace is not kept
+_DRAW = ["generate.sampler=dpm++", "generate.steps=10", "generate.guidance=0.0", "generate.spacing=time"]
+_SMOKE = [
+    "unet.channels=8", "unet.multipliers=[1]", "unet.num_res_blocks=1", "unet.attention_resolutions=[]",
+    "diffusion.batch_size=2", "generate.batch_size=2",
+]  # fmt: skip
+Compiler = Callable[[Any], Any]
 
 
-def build_step(config: Config, classes: int, device: torch.device) -> Callable[[], Any]:
-    """The step on one batch: forward, backward, AdamW and average; a CUDA graph where there is a card. Every
-    1/aid_steps-th call has L_AID."""
-    settings, dtype = config.diffusion, compute_dtype(config.precision, device)
-    model = build_unet(config, classes).to(device, dtype).train()
-    optimizer = AdamWEma(model)
-    part = config.extractor
-    phi0 = build_classifier(part.network, classes, config.data.channels, part.image_size).to(device).eval()
-    statistics = ClassStatistics(torch.zeros(classes, 1), torch.ones(classes), torch.ones(classes, dtype=torch.int64))
-    loss = DiffusionLoss(
-        torch.compile(model) if device.type == "cuda" else model, settings,
-        Schedule(settings.schedule, settings.timesteps, device), torch.full((classes,), 1 / classes, device=device),
-        Extractor(phi0.requires_grad_(False), part.image_size, statistics.to(device)), 0, dtype,
-    )  # fmt: skip
-    size, side = settings.batch_size, config.data.image_size
-    images = torch.randint(0, 256, (size, side, side, config.data.channels), dtype=torch.uint8, device=device)
-    labels, positions = torch.arange(size, device=device) % classes, torch.arange(size, device=device)
-    rates = torch.tensor([settings.learning_rate, 0.99], dtype=torch.float64, device=device)
-
-    def step(positions: torch.Tensor, with_aid: bool) -> torch.Tensor:
-        optimizer.zero_grad()
-        value = loss(images, labels, positions, with_aid)["loss"]
-        value.backward()
-        optimizer.step(rates[0], rates[1], settings.gradient_clip)
-        return value.detach()
-
-    captured = {with_aid: CUDAGraphRunner(partial(step, with_aid=with_aid), device) for with_aid in (False, True)}
-    number = itertools.count()
-    return lambda: captured[settings.aid and next(number) % stride(settings.aid_steps) == 0](positions)
+def settings(preset: str, smoke: bool = False) -> tuple[Config, Config]:
+    """The preset on the plain loss, and with its batch of a draw, by ten steps without guidance."""
+    overrides = [*SAME_NETWORK, *PLAIN_LOSS, *_DRAW, *_SMOKE * smoke]
+    config = load_preset(preset, overrides)
+    return config, load_preset(preset, [*overrides, f"diffusion.batch_size={config.generate.batch_size}"])
 
 
-def seconds(call: Callable[[], torch.Tensor], steps: int) -> float:
-    """Of one step; the last one's loss is waited for."""
-    begun = time.perf_counter()
-    for _ in range(steps):
-        value = call()
-    value.item()
-    return (time.perf_counter() - begun) / steps
+def step_of_ours(config: Config) -> Call:
+    return build_step(config, CLASSES, pick_device())
 
 
-def measure(config: Config, device: torch.device, steps: int, rounds: int) -> dict[str, Any]:
-    """Seconds a step of each variant, images/s and TFLOP/s of the whole one, and how much slower each other is."""
-    variants = [None, *KERNELS] if dispatch.refusal(device) is None else [None]
-    built = {}
-    for kernel in variants:
-        with without(kernel):
-            torch._dynamo.reset()
-            built[kernel] = build_step(config, 10, device)
-            for _ in range(4):  # compiles, and records the graph: what serves is fixed from here on
-                built[kernel]()
-    times: dict[str | None, list[float]] = {kernel: [] for kernel in variants}
-    for _ in range(rounds):
-        for kernel in variants:
-            with without(kernel):
-                times[kernel].append(seconds(built[kernel], steps))
-    whole = median(times[None])
-    flops = sum(step_flops(config, 10).values())
-    return {
-        "seconds": whole,
-        "images_per_s": config.diffusion.batch_size / whole,
-        "tflop_per_s": flops / whole / 1e12,
-        "share_of_peak": flops / whole / peak if (peak := peak_flops(device)) else None,
-        "times as long without": {k: median(t) / whole for k, t in times.items() if k is not None},
-    }
+def step_of_peer(config: Config, compiler: Compiler | None = None) -> Call:
+    model = build_model(config, training=True)
+    peer = peers.build_peer(model.unet, config.data.image_size).in_setting(_PEER)
+    return build_peer_step(model, compiler(peer) if compiler else peer, plain=False)
+
+
+def draw_of_ours(config: Config) -> Call:
+    """As the product draws: compiled on a card."""
+    return our_draw(build_model(config), config.generate, compiled=pick_device().type == "cuda")
+
+
+def draw_of_peer(config: Config, compiler: Compiler | None = None) -> Call:
+    model = build_model(config)
+    peer = peers.build_peer(model.unet, config.data.image_size).in_setting(_PEER)
+    return peer_draw(model, config.generate, compiler(peer) if compiler else peer)
+
+
+def timed(
+    build: Callable[[], Call], images: int, flops: float, turn_s: float, kernel: str | None = None
+) -> dict[str, Any]:
+    """Seconds of the first call, which compiles, and of a call in each of five turns; images/s and share of the peak.
+
+    Args:
+        images, flops: of one call.
+        turn_s: that a turn takes about.
+        kernel: PyTorch serves it.
+    """
+    device = pick_device()
+    torch._dynamo.reset()
+    with without(kernel):
+        call = build()
+        first = warm_up(call, device)
+        calls = max(1, round(turn_s / turn(call, 1, device)))
+        seconds = [turn(call, calls, device) for _ in range(5)]
+    row = {"first_s": first, "seconds": seconds, "images_per_s": images / median(seconds)}
+    row["tflop_per_s"] = flops / median(seconds) / 1e12
+    if peak := peak_flops(device):
+        row["share_of_peak"] = flops / median(seconds) / peak
+    return {key: _short(value) for key, value in row.items()}
+
+
+def _short(value: Any) -> Any:
+    return [_short(each) for each in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def profile(config: Config, out: Path) -> dict[str, Any]:
+    """Of one step of ours, once it is recorded: the table and the trace, and their sizes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = pick_device()
+    torch._dynamo.reset()
+    step = step_of_ours(config)
+    warm_up(step, device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as record:
+        turn(step, 1, device)
+    table, trace = out / "profile.txt", out / "trace.json.gz"
+    costliest = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    table.write_text(record.key_averages().table(sort_by=costliest, row_limit=20))
+    record.export_chrome_trace(str(trace))
+    size = trace.stat().st_size
+    if size > _TRACE:
+        trace.unlink()
+    return {"table": table.name, "trace": trace.name if size <= _TRACE else f"{size} bytes, not kept"}
+
+
+def pieces(preset: str, out: Path, smoke: bool) -> Iterator[Piece]:
+    """The most valuable first: ours, diffusers compiled, the profile, diffusers as it is, ours without each kernel."""
+    trained, drawn = settings(preset, smoke)
+    turn_s, one = (0.01 if smoke else 0.5), float(evaluation_flops(drawn, CLASSES))
+
+    def training(name: str, build: Callable[[], Call], kernel: str | None = None) -> Piece:
+        flops = step_flops(trained, CLASSES)["ddpm"]
+        return f"training step, {name}", partial(timed, build, trained.diffusion.batch_size, flops, turn_s, kernel)
+
+    def drawing(name: str, build: Callable[[], Call], kernel: str | None = None) -> Piece:
+        images, steps = drawn.diffusion.batch_size, drawn.generate.steps
+        return f"{steps}-step draw, {name}", partial(timed, build, images, steps * images * one, turn_s, kernel)
+
+    # The CPU's compiler takes over a minute for diffusers' smallest network; all but its back end runs in a smoke test.
+    stand_in = partial(torch.compile, backend="aot_eager")
+    yield training("ours", partial(step_of_ours, trained))
+    yield drawing("ours", partial(draw_of_ours, drawn))
+    if not peers.missing():
+        yield training(f"{_PEER} compiled", partial(step_of_peer, trained, stand_in if smoke else torch.compile))
+        yield drawing(f"{_PEER} compiled", partial(draw_of_peer, drawn, stand_in if smoke else compiled))
+    yield "profile", partial(profile, trained, out)
+    if not peers.missing():
+        yield training(_PEER, partial(step_of_peer, trained))
+        yield drawing(_PEER, partial(draw_of_peer, drawn))
+    if dispatch.refusal(pick_device()) is None:
+        for kernel in _TRAINING:
+            yield training(f"ours without {kernel}", partial(step_of_ours, trained), kernel)
+        for kernel in _DRAWING:
+            yield drawing(f"ours without {kernel}", partial(draw_of_ours, drawn), kernel)
+
+
+def summary(done: dict[str, Any]) -> str:
+    """A line a contestant: images/s, share of the peak, and how many times as fast ours is."""
+    lines = []
+    for name, row in done.items():
+        race, _, contestant = name.partition(", ")
+        if contestant:
+            line = f"{name}: {row['images_per_s']:,.0f} images/s, {row['tflop_per_s']:.3g} TFLOP/s"
+            if "share_of_peak" in row:
+                line += f" ({row['share_of_peak']:.0%} of the peak)"
+            ours = done.get(f"{race}, ours")
+            if ours and contestant != "ours":
+                line += f", ours {ours['images_per_s'] / row['images_per_s']:.2f} x as fast"
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def command(
-    preset: Annotated[str, typer.Option(help="Whose network, losses and batch.")] = "cifar10-lt-100",
-    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median is told.")] = 5,
+    preset: Annotated[str, typer.Option(help="Whose network and batch.")] = "cifar10-lt-100",
+    budget: Annotated[float | None, typer.Option(min=0, help="Stop after so many seconds; default: never.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench/results"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what the results file holds.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny network and few calls, on any machine.")] = False,
 ) -> None:
-    """Time the diffusion training step, and what each kernel is worth in it."""
-    result = measure(load_preset(preset), pick_device(), steps, rounds)
-    print(json.dumps({"preset": preset, "machine": machine()} | result, indent=1))
+    """Time the diffusion training step and a draw beside diffusers, and what each kernel is worth in them.
+
+    Exit code 1 where a contestant fails, 3 where the budget ended before the work.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    card = re.sub(r"[^A-Za-z0-9.]+", "-", about["device"]).strip("-")
+    content: dict[str, Any] = {"preset": preset, "smoke": smoke, "machine": about}
+    if reason := peers.missing():
+        content["absent"] = {"diffusers": reason}
+        print(reason)
+    ledger = Ledger(out / f"training-step-{card}.json", content, budget, resume)
+    code = ledger.run(pieces(preset, out, smoke))
+    print(summary(ledger.done))
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

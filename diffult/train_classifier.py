@@ -43,7 +43,8 @@ def train_classifier(run: RunDir, world: World = ALONE) -> None:
 
 def method_hash(run: RunDir, name: str) -> str:
     """Of what a method reads: settings of synthetic images count only where it trains on them."""
-    method, settings = METHODS[name], reads(run.config, "classifier" if METHODS[name].synthetic else "pack")
+    method = METHODS[name]
+    settings = reads(run.config, "generate" if method.synthetic else "pack")
     own = run.config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods"})
     if not method.synthetic:
         own = {key: value for key, value in own.items() if key not in ("omega", "synthetic_share")}

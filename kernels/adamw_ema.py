@@ -145,6 +145,8 @@ def _adamw_ema(
 ) -> None:
     """`reference_adamw_ema` in one kernel. It returns nothing, so it needs no fake; it is not to be differentiated."""
     sizes = tile("adamw_ema", _key(grad), master.device, block=1024, warps=4)
+    if _ROW % sizes["block"]:
+        raise ValueError(f"adamw_ema: block = {sizes['block']} does not divide {_ROW}, so the end would be left out")
     with on_device(master):
         _adamw_ema_kernel[(len(master) // sizes["block"],)](
             master, grad, m, v, ema, master if work is None else work, norm, step, rates,
@@ -154,7 +156,8 @@ def _adamw_ema(
 
 
 def _key(grad: Tensor) -> str:
-    return f"N{len(grad)}-{str(grad.dtype).removeprefix('torch.')}"
+    """The buffers' name in the tile table: one for all lengths between two powers of two, the upper included."""
+    return f"N{triton.next_power_of_2(len(grad))}-{str(grad.dtype).removeprefix('torch.')}"
 
 
 class _Slot(NamedTuple):

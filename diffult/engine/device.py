@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,8 @@ def peak_flops(device: torch.device) -> float:
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    if device.type == "meta":  # where nothing is computed there is nothing to cast
+        return nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
