@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ffcv_writers.sources import open_source
 from PIL import Image
 from torch import nn
 
@@ -28,7 +29,6 @@ from diffult.models.resnet import build_classifier
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import Loader, have_ffcv, open_set, suffix, write
-from ffcv_writers.sources import open_source
 from kernels.adamw_ema import AdamWEma
 from kernels.augment import augment
 from kernels.group_norm_silu import group_norm_silu

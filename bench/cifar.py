@@ -95,7 +95,9 @@ class Results:
 
 
 def command(
-    data: Annotated[Path | None, typer.Option(help="CIFAR-10's python archive, its folder, or an image folder.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="CIFAR-10's python archive, its folder, or an image folder.")
+    ] = None,
     run: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/cifar10-lt-100-fast"),
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 510.0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the preset.")] = None,

@@ -1,4 +1,4 @@
-"""Growth: seconds and peak memory to write, load and generate 1, 10 and 100 times as many images.
+"""Growth: seconds and peak memory to write, load, generate, pack and train on more and more images.
 
     python -m bench.growth
 
@@ -10,6 +10,7 @@ images, memory should not; the columns of a set (label, flag, index) do grow, by
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,26 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from PIL import Image
 
 from bench.seeds import machine
 from diffult.cli import main
+from diffult.config import load_preset
+from diffult.data.packing import pack_images, read_packed
+from diffult.diffusion.trainer import build_trainer
+from diffult.engine.distributed import ALONE
+from diffult.engine.loop import LRBackoff
 from diffult.runs.files import write_json
 
 _SIDE = 32
-FACTORS = (1, 10, 100)
-SIZES = {"write": 1000, "load": 1000, "generate": 64}  # images at factor 1
+COUNTS = {
+    "write": (1000, 10_000, 100_000),
+    "load": (1000, 10_000, 100_000),
+    "generate": (64, 640, 6400),
+    "pack": (5000, 100_000),  # of 64 pixels, as are those trained on
+    "train": (5000, 100_000),
+}
+_DISTINCT = 100  # image files; the others are links to them
 
 
 class _Images:
@@ -76,6 +89,48 @@ def _generate(count: int, folder: Path) -> None:
     fill(generator, ShardStore(folder, {}), Quota(quotas, 1.0), tuple(map(str, range(CLASSES))))
 
 
+def _settings(folder: Path) -> list[str]:
+    return [
+        "data.source=folder", f"data.path={folder}", "data.image_size=64", "data.channels=3", "data.profile=natural",
+        "data.val_per_class=0", "unet.channels=8", "unet.attention_resolutions=[]", "diffusion.batch_size=8",
+    ]  # fmt: skip
+
+
+def _image_folder(count: int, folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for split, size in (("train", count), ("test", 10)):
+        for c in range(10):
+            (folder / split / str(c)).mkdir(parents=True)
+        for i in range(size):
+            file = folder / split / str(i % 10) / f"{i:06d}.png"
+            if i < _DISTINCT:
+                Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+            else:
+                file.hardlink_to(folder / "train" / str(i % 10) / f"{i % _DISTINCT:06d}.png")
+
+
+def _pack(count: int, folder: Path) -> None:
+    config = load_preset("digits-lt", _settings(folder.parent / "images"))
+    pack_images(config.data, folder.parent / "pack")
+
+
+def _train(count: int, folder: Path) -> None:
+    config = load_preset("digits-lt", _settings(folder.parent / "images"))
+    trainer = build_trainer(config, read_packed(folder.parent / "pack"), None, ALONE, LRBackoff())
+    for i, batch in zip(range(20), trainer.batches(0), strict=False):
+        trainer.step(i, batch)
+
+
+def _prepare(work: str, count: int, folder: Path) -> None:
+    """What the work reads, made in another process: its memory is not counted."""
+    if work in ("pack", "train"):
+        _image_folder(count, folder / "images")
+    if work == "train":
+        _pack(count, folder / "images.beton")
+    if work == "load":
+        _write(count, folder / "images.beton")
+
+
 def _own_mb() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
@@ -99,11 +154,13 @@ class _Peak(threading.Thread):
 
 def child(work: str, count: int, folder: Path) -> dict[str, Any]:
     """Does the work on `count` images here; seconds without imports, and this process's peak in MB."""
-    if work == "load":
-        _write(count, folder / "images.beton")
+    preparing = multiprocessing.get_context("spawn").Process(target=_prepare, args=(work, count, folder))
+    preparing.start()
+    preparing.join()
     begun, peak = time.perf_counter(), _Peak()
     peak.start()
-    {"write": _write, "load": _load, "generate": _generate}[work](count, folder / "images.beton")
+    works = {"write": _write, "load": _load, "generate": _generate, "pack": _pack, "train": _train}
+    works[work](count, folder / "images.beton")
     seconds = time.perf_counter() - begun
     return {"images": count, "seconds": round(seconds, 3), "peak_mb": round(peak.stop(), 1)}
 
@@ -119,10 +176,10 @@ def command(
             print(json.dumps(child(work, int(count), Path(folder))))
         return
     rows: dict[str, list[dict[str, Any]]] = {}
-    for work, size in SIZES.items():
+    for work, counts in COUNTS.items():
         rows[work] = []
-        for factor in FACTORS:
-            typed = [sys.executable, "-m", "bench.growth", "--only", f"{work}:{size * factor}"]
+        for count in counts:
+            typed = [sys.executable, "-m", "bench.growth", "--only", f"{work}:{count}"]
             told = subprocess.run(typed, check=True, capture_output=True, text=True).stdout
             rows[work].append(json.loads(told.splitlines()[-1]))
             print(f"{work}: {rows[work][-1]}")

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from diffult.cli import RunOption, SetOption, main
+from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
-from diffult.data.packing import Packed
 from diffult.longtail.classification import Training, fit_all, training_loader
 from diffult.longtail.methods import METHODS, TrainingSet, class_counts
 from diffult.models.resnet import build_classifier

@@ -9,8 +9,8 @@ import torch
 from diffult.diffusion.trainer import build_trainer
 from diffult.engine.distributed import ALONE
 from diffult.engine.loop import LRBackoff
-from diffult.runs.run_dir import RunDir
 from diffult.pack import pack
+from diffult.runs.run_dir import RunDir
 
 _STEPS = 300
 
