@@ -138,8 +138,9 @@ def _side_by_side(trainings: Sequence[Training]) -> bool:
 def _step_flops(training: Training) -> float:
     """The backward pass is counted as two forwards."""
     config = training.config
-    image = torch.empty(1, training.loader.image_set.channels, config.image_size, config.image_size, device="meta")
-    return 3.0 * config.batch_size * forward_flops(training.model, [image])
+    # Two images: in training mode batch norms refuse one.
+    shape = (2, training.loader.image_set.channels, config.image_size, config.image_size)
+    return 3.0 * config.batch_size * forward_flops(training.model, [torch.empty(shape, device="meta")])
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:

@@ -1,5 +1,6 @@
 """Training a classifier: the methods' orders and losses, mixed images, crops, resuming, several at a time."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -217,7 +218,12 @@ def test_mixed_batches_of_a_set_ratio_train_on_after_a_break_as_without(both, tm
     assert not torch.equal(trained(both, tmp_path / "plain"), whole)
 
 
-def test_several_trainings_end_as_each_alone(both, tmp_path):
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_several_trainings_end_as_each_alone(both, tmp_path, monkeypatch, side_by_side):
+    """Side by side, with nothing in place of streams: the steps take turns."""
+    monkeypatch.setattr("diffult.longtail.classification._side_by_side", lambda trainings: side_by_side)
+    monkeypatch.setattr("diffult.longtail.classification._stream", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     methods = ("diffult", "diffult+resample", "diffult+logit_adjust")
     for folder in ("alone", "together"):
         (tmp_path / folder).mkdir()
