@@ -21,7 +21,7 @@ from diffult.config import Config, GenerateConfig, load_preset
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.errors import UserError
-from diffult.generation.generator import Generator
+from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.cost import forward_flops
@@ -173,19 +173,25 @@ def all_terms(folder: Path) -> Work:
     return Work({name: pair(step) for name, step in steps.items()}, 2 * config.diffusion.batch_size, flops)
 
 
-def build_generator(model: Model, settings: GenerateConfig, compiled: bool = False) -> Generator:
-    """Draws from `model`; its extractor is fresh and accepts everything."""
-    config, part = model.config, model.config.extractor
-    phi0 = build_classifier(part.network, CLASSES, config.data.channels, part.image_size).eval().requires_grad_(False)
+def accepting_extractor(model: Model) -> Extractor:
+    """Fresh, with classes so wide that it accepts everything."""
+    part = model.config.extractor
+    channels = model.config.data.channels
+    phi0 = build_classifier(part.network, CLASSES, channels, part.image_size).eval().requires_grad_(False)
     accepting = torch.full((CLASSES,), 1e9)
     width = phi0.feature_dim
     statistics = ClassStatistics(torch.zeros(CLASSES, width), accepting, torch.ones(CLASSES, dtype=torch.int64))
-    return Generator(
+    return Extractor(phi0.to(model.device), part.image_size, statistics.to(model.device))
+
+
+def build_sampler(model: Model, settings: GenerateConfig, compiled: bool = False) -> Sampler:
+    """Draws from `model`."""
+    config = model.config
+    return Sampler(
         unet=model.unet,
         schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, model.device),
         prediction=config.diffusion.prediction,
-        settings=settings.model_copy(update={"filter": "distance", "batch_size": model.size}),
-        extractor=Extractor(phi0.to(model.device), part.image_size, statistics.to(model.device)),
+        settings=settings.model_copy(update={"batch_size": model.size}),
         shape=(config.data.channels, config.data.image_size, config.data.image_size),
         null_label=CLASSES,
         seed=0,
@@ -197,19 +203,19 @@ def build_generator(model: Model, settings: GenerateConfig, compiled: bool = Fal
 
 def _draws(model: Model, settings: GenerateConfig, compiled: bool = False) -> dict[str, Call]:
     """One batch by our engine and by diffusers' loop from the same noise, uint8 [B, H, W, C]."""
-    generator = build_generator(model, settings, compiled)
+    sampler = build_sampler(model, settings, compiled)
     labels = model.inputs[2]
     indices = torch.arange(len(labels), device=model.device)
-    noise = normal(generator.seed, labels, indices, torch.zeros_like(labels), generator.shape)
+    noise = normal(sampler.seed, labels, indices, torch.zeros_like(labels), sampler.shape)
 
     def theirs(peer: Any) -> Call:
         return lambda: peers.sample(
-            peer, model.config.diffusion, generator.schedule, settings.sampler, settings.steps, noise, labels,
+            peer, model.config.diffusion, sampler.schedule, settings.sampler, settings.steps, noise, labels,
             settings.guidance, CLASSES,
         )  # fmt: skip
 
     networks = {name: _compiled(peer) if compiled else peer for name, peer in model.peers.items()}
-    return {"ours": lambda: generator.draw(labels, indices), **{name: theirs(peer) for name, peer in networks.items()}}
+    return {"ours": lambda: sampler.draw(labels, indices), **{name: theirs(peer) for name, peer in networks.items()}}
 
 
 def _sampler_race(sampler: str, steps: int) -> Work:

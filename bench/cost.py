@@ -99,7 +99,7 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * _classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "synthetic": candidates * drawn * evaluation_flops(config, classes),
+        "generate": candidates * drawn * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * _classifier_flops(config, classifier, classes),
     }
     flops["classifier"] *= len(classifier.methods)
@@ -118,7 +118,7 @@ def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_r
     return {
         "extractor": flops["extractor"] / rates.classify,
         "diffusion": flops["diffusion"] / rates.train / busy + config.diffusion.steps * exchange,
-        "synthetic": flops["synthetic"] / rates.sample / cards,
+        "generate": flops["generate"] / rates.sample / cards,
         "classifier": flops["classifier"] / rates.classify / side_by_side,
     }
 

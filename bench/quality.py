@@ -15,7 +15,7 @@ import torch
 from diffult.artifacts import load_extractor
 from diffult.data import ImageSet, load_data
 from diffult.engine.device import pick_device
-from diffult.generate import build_generator
+from diffult.generate import open_sampler
 from diffult.longtail.extractor import Extractor
 from diffult.runs.run_dir import RunDir
 from diffult.train_extractor import train_extractor
@@ -67,12 +67,12 @@ def quality(run: RunDir, judge: Extractor, real: ImageSet, per_class: int) -> di
         the judge sees as the class they were drawn for.
     """
     settings = run.config.generate
-    generator = build_generator(run, settings, run.config.seed)
+    sampler = open_sampler(run, settings, run.config.seed)
     seen = _features(judge, torch.from_numpy(real.load()))
     distances, shares = [], []
     for c in range(len(real.classes)):
         indices = torch.arange(per_class).split(settings.batch_size)
-        drawn = [generator.draw(torch.full_like(i, c).to(generator.device), i.to(generator.device)) for i in indices]
+        drawn = [sampler.draw(torch.full_like(i, c).to(sampler.device), i.to(sampler.device)) for i in indices]
         features = _features(judge, torch.cat(drawn))
         with torch.inference_mode():
             labels = judge.network.head(features.to(pick_device())).argmax(1).cpu()  # type: ignore[operator]

@@ -82,7 +82,7 @@ def cost_table(content: Content) -> str:
     """Predicted hours and money of the large presets."""
     lines = [
         [row["preset"], str(row["cards"]), *(number(row[f"{stage}_h"]) for stage in
-         ("extractor", "diffusion", "synthetic", "classifier")), number(row["hours"]), number(row["money"])]
+         ("extractor", "diffusion", "generate", "classifier")), number(row["hours"]), number(row["money"])]
         for row in content["predicted"]
     ]  # fmt: skip
     header = ["preset", "cards", "extractor, h", "diffusion, h", "drawing, h", "classifiers, h", "all, h", "money"]

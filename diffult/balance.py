@@ -1,7 +1,4 @@
-"""Stage 4: real and synthetic images as .beton files, side by side, so that the real part is written once.
-
-Writes betons/{real,synthetic,val,test}.beton (.npz where ffcv is missing).
-"""
+"""Stage 4: real images as .beton files: writes betons/{real,val,test}.beton."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from PIL import Image
 from diffult.cli import RunOption, main
 from diffult.config import DataConfig
 from diffult.data import Data, load_data
-from diffult.generation.synthetic import run_samples
 from diffult.parts import part_path
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import write
@@ -32,30 +28,20 @@ def stored_config(run: RunDir) -> DataConfig:
 
 
 def balance(run: RunDir, data: Data) -> None:
-    """Writes the four parts. `data` is at the diffusion model's size; where images are stored at another, it is read
-    again and samples are scaled (bicubic)."""
+    """Writes the three parts. `data` is at the diffusion model's size; where images are stored at another, it is read
+    again."""
     with run.stage("betons") as note:
         if note is None:
             return
         config = stored_config(run)
         stored = data if config == run.config.data else load_data(config)
-        samples = run_samples(run, data.train.counts())
         _write_part(run, note, "real", stored.train, stored.train.labels, config.image_size)
-        _write_part(run, note, "synthetic", samples, samples.labels, config.image_size, samples.indices)
         _write_part(run, note, "test", stored.test, stored.test.labels, config.image_size)
         if stored.val is not None:
             _write_part(run, note, "val", stored.val, stored.val.labels, config.image_size)
 
 
-def _write_part(
-    run: RunDir,
-    note: dict[str, Any],
-    name: str,
-    images: Readable,
-    labels: np.ndarray,
-    size: int,
-    index: np.ndarray | None = None,
-) -> None:
+def _write_part(run: RunDir, note: dict[str, Any], name: str, images: Readable, labels: np.ndarray, size: int) -> None:
     note[name] = len(images)
     path = part_path(run, name)
     if path.exists() or len(images) == 0:  # a part is written whole or not at all
@@ -64,8 +50,8 @@ def _write_part(
         path,
         _Scaled(images, size),
         labels=labels,
-        synthetic=np.full(len(images), name == "synthetic"),
-        index=np.arange(len(images)) if index is None else index,
+        synthetic=np.zeros(len(images), bool),
+        index=np.arange(len(images)),
     )
 
 
@@ -87,7 +73,7 @@ class _Scaled:
 
 
 def command(run: RunOption) -> None:
-    """Write real and synthetic images as .beton files for the classifier. Needs the generation stage."""
+    """Write real images as .beton files for the classifier."""
     run_dir = RunDir.open(run)
     balance(run_dir, load_data(run_dir.config.data))
 

@@ -33,8 +33,8 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     if file.exists() and (metrics := read_json(file)).get("config") == run.config.hash:
         return metrics
     run.require("classifier", "train_classifier")
-    run.require("synthetic", "generate")
-    generated = (run.done("synthetic") or {})["generation"]
+    run.require("generate", "generate")
+    generated = (run.done("generate") or {})["generation"]
     counts = np.bincount(open_part(run, "real").labels)
     groups = class_groups(counts, run.config.groups.many, run.config.groups.few)
     metrics = {"name": run.config.name, "config": run.config.hash, "seed": run.config.seed}
@@ -45,7 +45,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     metrics["generation"] = generated
     metrics["seconds"] = {
         stage: (run.done(stage) or {}).get("seconds", 0.0)
-        for stage in ("extractor", "diffusion", "synthetic", "betons", "classifier")
+        for stage in ("extractor", "diffusion", "generate", "betons", "classifier")
     }
     write_json(file, metrics)
     return metrics

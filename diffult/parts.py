@@ -1,4 +1,4 @@
-"""The balanced set's parts on disk: betons/{real,synthetic,val,test}, written by `balance`, read by what follows."""
+"""The balanced set's parts on disk: betons/{real,val,test}, written by `balance`, and generate/synthetic.beton."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from diffult.errors import UserError
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ImageSet, open_set, suffix
+from ffcv_writers import ImageSet, open_set
 
 
 def part_path(run: RunDir, name: str) -> Path:
     """Where a part lies: "real", "synthetic", "val" or "test"."""
-    return run.folder("betons") / f"{name}{suffix()}"
+    return run.folder("generate" if name == "synthetic" else "betons") / f"{name}.beton"
 
 
 def open_part(run: RunDir, *names: str) -> ImageSet:
@@ -21,8 +21,10 @@ def open_part(run: RunDir, *names: str) -> ImageSet:
         UserError: the stage is not finished, or a file is damaged.
     """
     run.require("betons", "balance")
-    sizes = run.done("betons") or {}
+    if "synthetic" in names:
+        run.require("generate", "generate")
+    paths = [part_path(run, name) for name in names]
     try:
-        return open_set([part_path(run, name) for name in names if sizes[name] or name != "synthetic"])
+        return open_set([path for path in paths if path.stem != "synthetic" or path.exists()])
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None

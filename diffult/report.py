@@ -22,10 +22,11 @@ from diffult.config import Config
 from diffult.data import ImageSet, load_data
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.generation.synthetic import quotas_to, run_samples
+from diffult.generation.shards import open_kept
 from diffult.longtail.methods import RECIPES, Method
 from diffult.longtail.metrics import COLUMNS, class_groups
-from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
+from diffult.longtail.quota import quotas_to
+from diffult.plots import MAX_CLASSES, NO_SAMPLES, Samples, class_histogram, evenly, first_images, image_strip
 from diffult.runs.files import read_json, write_text
 from diffult.runs.run_dir import RunDir
 
@@ -189,9 +190,10 @@ def write_report(run: RunDir) -> Path:
     metrics = read_json(file) if file.exists() else {}
     if metrics.get("config") != run.config.hash:
         raise UserError(f"{file}: no metrics of this run; run python -m diffult.evaluate --run {run.path}")
-    real = load_data(run.config.data).train
+    run.require("generate", "generate")
+    real, samples = load_data(run.config.data).train, open_kept(run.folder("generate")) or NO_SAMPLES
     path = run.path / "report.html"
-    write_text(path, render(run.config, metrics, real, run_samples(run, real.counts()), _machine()))
+    write_text(path, render(run.config, metrics, real, samples, _machine()))
     return path
 
 

@@ -76,7 +76,7 @@ def run_pipeline(run: RunDir, until: Stage = "report") -> None:
     stages = {
         "extractor": lambda: train_extractor(run, data),
         "diffusion": diffusion,
-        "synthetic": lambda: generate_stage(run, counts, classes),
+        "generate": lambda: generate_stage(run, counts, classes),
         "betons": lambda: balance(run, data),
         "classifier": lambda: train_classifier(run),
         "report": report,

@@ -15,16 +15,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diffult.artifacts import load_extractor
+from diffult.artifacts import build_unet, load_extractor
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data import Data, load_data
 from diffult.diffusion.posthoc_ema import KEPT, PowerAverages, snapshot_steps
+from diffult.diffusion.schedule import Schedule
 from diffult.diffusion.trainer import Trainer, build_trainer
-from diffult.engine.device import peak_flops, pick_device
+from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.engine.loop import Callback, LoopConfig, Losses, LRBackoff, train_loop
 from diffult.engine.tensorboard import TensorBoardCallback
-from diffult.generation.preview import Preview
+from diffult.generation.preview import Preview, preview_settings
+from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import parameters
 from diffult.runs.files import save_tensors
@@ -93,7 +95,7 @@ def _train(
         return losses
 
     go_back = config.on_divergence == "go_back"
-    preview = Preview(run, trainer, extractor, data.train.classes) if world.is_main else None
+    preview = _preview(run, trainer, data.train.classes) if world.is_main else None
     callbacks = [*callbacks, preview] if preview else callbacks
     train_loop(job, batches, step, parts, lr_backoff if go_back else None, callbacks)
     if preview:
@@ -101,6 +103,24 @@ def _train(
         save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
     note["images"] = config.steps * config.batch_size
     note["learning_rate_factor"] = lr_backoff.factor
+
+
+def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
+    config, device = run.config, trainer.device
+    dtype = compute_dtype(config.precision, device)
+    sampler = Sampler(
+        unet=build_unet(config, len(classes)).eval().requires_grad_(False).to(device, dtype),
+        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
+        prediction=config.diffusion.prediction,
+        settings=preview_settings(config.diffusion.timesteps),
+        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        null_label=len(classes),
+        seed=config.seed,
+        dtype=dtype,
+        device=device,
+    )
+    every, steps = config.diffusion.checkpoint_every, config.diffusion.steps
+    return Preview(sampler, trainer.optimizer, run.folder("diffusion"), classes, every, steps, trainer.micro_batch)
 
 
 def _order(run: RunDir, data: Data) -> Order:

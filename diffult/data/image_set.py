@@ -42,6 +42,10 @@ class ImageSet(ABC):
             UserError: the file does not decode.
         """
 
+    def image(self, i: int) -> np.ndarray:
+        """As `read`: what a set of `ffcv_writers` calls it."""
+        return self.read(i)
+
     @abstractmethod
     def subset(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices` (int (M,), repeats allowed), in that order."""

@@ -37,7 +37,7 @@ class UNet(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         _check_attention(config, image_size, sizes, widths)
         self.config = config
-        self.deep_shape = (widths[min(1, len(widths) - 1)], sizes[0], sizes[0])  # see `evaluate`
+        self.features_shape = (widths[min(1, len(widths) - 1)], sizes[0], sizes[0])  # see `forward_with_features`
 
         embed = 4 * config.channels
         self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
@@ -96,30 +96,30 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
+        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, cached_features: Tensor | None = None
     ) -> Tensor:
         """Predict from noisy images.
 
         x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
         y: int64 [B] in 0 .. num_classes, the last meaning no class.
         augment: float [B, augment_dim]; None is the same as zeros.
-        deep: what the levels below the first gave at another timestep, [B, *deep_shape]; None: they run.
+        cached_features: what the levels below the first gave at another timestep, [B, *features_shape]; None: they run.
         Computes in the type of its weights. Returns the shape and type of x, channels-last.
         """
-        return self.evaluate(x, t, y, augment, deep)[0]
+        return self.forward_with_features(x, t, y, augment, cached_features)[0]
 
-    def evaluate(
-        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
+    def forward_with_features(
+        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, cached_features: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, and beside the prediction what the levels below the first gave, which changes little from one
-        step of a sampler to the next: given to the next call as `deep`, they need not run (DeepCache, Ma et al. 2024).
+        """As `forward`, and beside the prediction what the levels below the first gave, [B, *features_shape]. It
+        changes little from one step of a sampler to the next: given to the next call as `cached_features`, those levels
+        need not run (DeepCache, Ma et al. 2024).
         """
         embedding = self._embed(t, y, augment)
         skips = self._first_level(x, embedding)
-        if deep is None:
-            deep = self._deep_levels(skips[-1], embedding)
-        h = self._last_level(deep, skips, embedding)
-        return h.to(x.dtype).contiguous(memory_format=torch.channels_last), deep
+        features = self._inner_levels(skips[-1], embedding) if cached_features is None else cached_features
+        h = self._last_level(features, skips, embedding)
+        return h.to(x.dtype).contiguous(memory_format=torch.channels_last), features
 
     def _embed(self, t: Tensor, y: Tensor, augment: Tensor | None) -> Tensor:
         dtype = self.conv_in.weight.dtype
@@ -129,14 +129,14 @@ class UNet(nn.Module):
         return F.silu(embedding)  # every block would begin with it
 
     def _first_level(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """The blocks at full resolution on the way down: what each gave, the head first."""
+        """The blocks at full resolution on the way down: what each gave, conv_in's first."""
         x = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch)
         skips = [self.conv_in(x.contiguous(memory_format=torch.channels_last))]
         for layer in self.down[: self.config.num_res_blocks]:
             skips.append(layer(skips[-1], embedding))
         return skips
 
-    def _deep_levels(self, h: Tensor, embedding: Tensor) -> Tensor:
+    def _inner_levels(self, h: Tensor, embedding: Tensor) -> Tensor:
         """Everything below the first level, down and up again to its resolution."""
         skips = []
         for layer in self.down[self.config.num_res_blocks :]:

@@ -1,6 +1,6 @@
 """A run directory: one configuration, a folder for each stage, and what is finished.
 
-    config.toml   extractor/   diffusion/   synthetic/   betons/   classifier/   metrics.json   report.html
+    config.toml   extractor/   diffusion/   generate/   betons/   classifier/   metrics.json   report.html
 
 A stage is finished when its folder holds done.json, which is written last. A finished stage is skipped, an interrupted
 one goes on from its own files.
@@ -8,7 +8,6 @@ one goes on from its own files.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from typing import Any, Literal
 from diffult.config import Config, differences, load_preset, read_config
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
-from diffult.runs.files import read_json, write_json, write_text
+from diffult.runs.files import lock_folder, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 _NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: these may be deleted, as may a stage's folders
 
-Stage = Literal["extractor", "diffusion", "synthetic", "betons", "classifier", "report"]
+Stage = Literal["extractor", "diffusion", "generate", "betons", "classifier", "report"]
 
 
 class RunDir:
@@ -108,27 +107,11 @@ class RunDir:
             return
         if world.is_main:
             self.start()
-            with self._alone():
+            with lock_folder(self.path):
                 yield from self._work(stage)
         else:
             yield {}
         world.barrier()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Holds the run directory for this process; the system lets go of it however the process ends.
-
-        Raises:
-            UserError: another process is at work in it.
-        """
-        with (self.path / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another process is at work in this run; wait for it, or stop it"
-                ) from None
-            yield
 
     def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
         self.folder(stage).mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def test_metrics_hold_what_the_contract_says(tiny_run):
 
 def test_weights_carry_the_configuration(tiny_run):
     for file in tiny_run.path.rglob("*.safetensors"):
-        if not file.name.startswith("shard"):
+        if file.name != "candidates.safetensors":
             with safe_open(file, framework="pt") as opened:
                 assert opened.metadata()["config"] == tiny_run.config.hash, file
 
@@ -153,7 +153,7 @@ def test_an_image_that_does_not_decode_is_named_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("file", ["diffusion/ema.safetensors", "betons/synthetic.beton", "classifier/ce.safetensors"])
+@pytest.mark.parametrize("file", ["diffusion/ema.safetensors", "generate/synthetic.beton", "classifier/ce.safetensors"])
 def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
     """As the error for a damaged file advises: delete it and type the same command again."""
     (copied_run / file).unlink()
@@ -163,13 +163,14 @@ def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
     assert comparable(copied_run) == comparable(tiny_run.path)
 
 
-def test_a_damaged_shard_found_late_is_told_and_drawn_again(copied_run, tiny_run):
-    shard = copied_run / "synthetic" / "shard-000-000000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:99])
-    (copied_run / "betons" / "synthetic.beton").unlink()
-    (copied_run / "metrics.json").unlink()
-    with pytest.raises(UserError, match=r"samples are damaged; run python -m diffult.generate"):
+def test_damaged_samples_are_named_and_drawn_again(copied_run, tiny_run):
+    samples = copied_run / "generate" / "synthetic.beton"
+    samples.write_bytes(samples.read_bytes()[:99])
+    for file in ("classifier/done.json", "classifier/diffult.safetensors", "metrics.json"):
+        (copied_run / file).unlink()
+    with pytest.raises(UserError, match=r"generate/synthetic.beton is damaged .*delete it and run the stage"):
         run_pipeline(RunDir.open(copied_run))
+    samples.unlink()
     run_pipeline(RunDir.open(copied_run))
     assert comparable(copied_run) == comparable(tiny_run.path)
 
@@ -192,7 +193,8 @@ def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     run.start()
     for module, missing in (
         ("train_diffusion", "extractor"),
-        ("balance", "synthetic"),
+        ("generate", "extractor"),
+        ("train_classifier", "betons"),
         ("evaluate", "classifier"),
     ):
         out = subprocess.run(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from plain_solver import solve
 
 from diffult.diffusion import samplers
 from diffult.diffusion.schedule import Schedule
@@ -100,7 +101,7 @@ def test_every_prediction_and_solver_is_such_coefficients(triton_kernels, predic
     """Whole trajectories of a made-up network, guided and clipped, against the textbook's way there in float64."""
     schedule, w, shape = Schedule("cosine", 1000), 1.5, (2, 3, 5, 4)
     grid = samplers.timestep_grid(1000, 6)
-    rows = samplers.solver_coefficients(sampler, grid, schedule.alphas_cumprod, eta=0.4)
+    rows = samplers.SAMPLERS[sampler](grid, schedule.alphas_cumprod, 0.4)
     labels, indices = (torch.tensor(v, device=triton_kernels) for v in ([3, 1], [0, 7]))
 
     def network(z, label_free):
@@ -119,7 +120,7 @@ def test_every_prediction_and_solver_is_such_coefficients(triton_kernels, predic
     def noise(step):
         return normal(SEED, labels, indices, step, shape[1:]).cpu().double()
 
-    exact = samplers.solve(denoise, noise(0), grid, rows, noise)
+    exact = solve(denoise, noise(0), grid, rows, noise)
     x, x0 = normal(SEED, labels, indices, 0, shape[1:]), None
     for i, t in enumerate(grid):
         out = torch.cat([network(x, False), network(x, True)])

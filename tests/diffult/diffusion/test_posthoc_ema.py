@@ -21,8 +21,7 @@ from diffult.diffusion.posthoc_ema import (
 )
 from diffult.engine import device
 from diffult.errors import UserError
-from diffult.generate import command
-from diffult.generation.generator import build_generator
+from diffult.generate import command, open_sampler
 from diffult.run import run_pipeline
 from diffult.runs.files import load_state, load_tensors
 from diffult.runs.run_dir import RunDir
@@ -146,7 +145,7 @@ def trained(tiny_run, tmp_path_factory) -> tuple[RunDir, dict[str, np.ndarray]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdamWEma, "step", recording)
-        run_pipeline(run, "synthetic")
+        run_pipeline(run, "generate")
     return run, {name: torch.stack([row[name] for row in seen]).numpy() for name in seen[0]}
 
 
@@ -163,10 +162,10 @@ def test_a_run_draws_with_the_length_that_is_chosen(trained):
         off = far(load_diffusion(run, CPU, ema_length=sigma_rel).state_dict(), wanted)
         last = far({name: torch.from_numpy(rows[-1]) for name, rows in weights.items()}, wanted)
         assert off < last / 10 and off < far(exponential, wanted), sigma_rel
-    own, drawing = load_diffusion(run, CPU), build_generator(run, run.config.generate, 0).unet
+    own, drawing = load_diffusion(run, CPU), open_sampler(run, run.config.generate, 0).unet
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), drawing.parameters(), strict=True))
     settings = run.config.generate.model_copy(update={"ema_length": 0.07})
-    other, drawing = load_diffusion(run, CPU, ema_length=0.07), build_generator(run, settings, 0).unet
+    other, drawing = load_diffusion(run, CPU, ema_length=0.07), open_sampler(run, settings, 0).unet
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), drawing.parameters(), strict=True))
     assert far(own.state_dict(), wanted) == pytest.approx(off)  # the run's own 0.15, the last of those above
     loaded = load_diffusion(run, CPU, ema_length=0.0).state_dict()
