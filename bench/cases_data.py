@@ -18,10 +18,10 @@ from torch import nn
 
 from bench import loaders, peers
 from bench.cases import sampler_config
-from bench.contestants import CLASSES, build_generator, build_model
+from bench.contestants import CLASSES, build_extractor, build_model, build_sampler
 from bench.race import Call, Work, race
 from diffult.engine.device import autocast, compute_dtype, pick_device
-from diffult.generate import fill
+from diffult.generation.fill import fill
 from diffult.generation.shards import ShardStore
 from diffult.longtail.quota import Quota
 from diffult.models.cost import forward_flops
@@ -56,14 +56,15 @@ def generation(folder: Path) -> Work:
     """DDIM, 20 steps: ours draws, judges by an extractor and writes shards; rivals draw as many and keep nothing."""
     config = sampler_config("generate.sampler='ddim'", "generate.steps=20", "generate.guidance=0.0")
     model = build_model(config)
-    generator = build_generator(model, config.generate)
+    sampler = build_sampler(model, config.generate)
+    extractor = build_extractor(config, CLASSES, model.device)
     numbers, batches = itertools.count(), 3
     wanted = np.bincount(np.arange(batches * model.size) % CLASSES, minlength=CLASSES)
 
     def ours() -> None:
         store = ShardStore(folder / f"shards-{next(numbers)}", {})
         with quiet():
-            result = fill(generator, store, Quota(wanted, 1.0), tuple(map(str, range(CLASSES))))
+            result = fill(sampler, extractor, store, Quota(wanted, 1.0), tuple(map(str, range(CLASSES))))
         assert result["accepted"] == batches * model.size
         shutil.rmtree(store.folder)
 
@@ -72,7 +73,7 @@ def generation(folder: Path) -> Work:
             for _ in range(batches):
                 x = torch.randn_like(model.inputs[0])
                 labels = model.inputs[2]
-                peers.sample(peer, config.diffusion, generator.schedule, "ddim", 20, x, labels).cpu().numpy()
+                peers.sample(peer, config.diffusion, sampler.schedule, "ddim", 20, x, labels).cpu().numpy()
 
         return run
 

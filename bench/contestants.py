@@ -1,4 +1,4 @@
-"""Ours and diffusers' of one configuration, built and ready: network, training step, generator, draw.
+"""Ours and diffusers' of one configuration, built and ready: network, training step, sampler, draw.
 
 Random images and weights stand for the real ones: no time depends on them. L_AID's extractor is a fresh network.
 """
@@ -18,16 +18,16 @@ import torch
 
 from bench import peers
 from bench.race import Call
-from diffult.artifacts import build_unet
 from diffult.config import Config, GenerateConfig
 from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.generation.generator import Generator
+from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
+from diffult.models.unet import build_unet
 from diffult.models.unet import UNet
 from kernels.adamw_ema import AdamWEma
 from kernels.random import normal
@@ -128,15 +128,14 @@ def build_peer_step(model: Model, peer: Any, plain: bool) -> Callable[[], torch.
     )  # fmt: skip
 
 
-def build_generator(model: Model, settings: GenerateConfig, compiled: bool = False) -> Generator:
-    """Draws from `model`; its extractor is fresh and accepts everything."""
+def build_sampler(model: Model, settings: GenerateConfig, compiled: bool = False) -> Sampler:
+    """Draws from `model`."""
     config = model.config
-    return Generator(
+    return Sampler(
         unet=model.unet,
         schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, model.device),
         prediction=config.diffusion.prediction,
-        settings=settings.model_copy(update={"filter": "distance", "batch_size": model.size}),
-        extractor=build_extractor(config, CLASSES, model.device),
+        settings=settings.model_copy(update={"batch_size": model.size}),
         shape=(config.data.channels, config.data.image_size, config.data.image_size),
         null_label=CLASSES,
         seed=0,
@@ -148,9 +147,9 @@ def build_generator(model: Model, settings: GenerateConfig, compiled: bool = Fal
 
 def our_draw(model: Model, settings: GenerateConfig, compiled: bool = False) -> Call:
     """One batch from noise to uint8 [B, H, W, C]."""
-    generator, labels = build_generator(model, settings, compiled), model.inputs[2]
+    sampler, labels = build_sampler(model, settings, compiled), model.inputs[2]
     indices = torch.arange(len(labels), device=model.device)
-    return lambda: generator.draw(labels, indices)
+    return lambda: sampler.draw(labels, indices)
 
 
 def peer_draw(model: Model, settings: GenerateConfig, peer: Any) -> Call:

@@ -78,15 +78,17 @@ def _load(count: int, file: Path) -> None:
 
 def _generate(count: int, folder: Path) -> None:
     from bench.cases import sampler_config
-    from bench.contestants import CLASSES, build_generator, build_model
-    from diffult.generate import fill
+    from bench.contestants import CLASSES, build_extractor, build_model, build_sampler
+    from diffult.generation.fill import fill
     from diffult.generation.shards import ShardStore
     from diffult.longtail.quota import Quota
 
     config = sampler_config("generate.steps=2", "diffusion.batch_size=64")
-    generator = build_generator(build_model(config), config.generate)
+    model = build_model(config)
+    sampler = build_sampler(model, config.generate)
+    extractor = build_extractor(config, CLASSES, model.device)
     quotas = np.bincount(np.arange(count) % CLASSES, minlength=CLASSES)
-    fill(generator, ShardStore(folder, {}), Quota(quotas, 1.0), tuple(map(str, range(CLASSES))))
+    fill(sampler, extractor, ShardStore(folder, {}), Quota(quotas, 1.0), tuple(map(str, range(CLASSES))))
 
 
 def _settings(folder: Path) -> list[str]:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffult.artifacts import load_extractor
 from diffult.engine.device import pick_device
-from diffult.generate import build_generator
-from diffult.longtail.extractor import Extractor
+from diffult.generate import open_sampler
+from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.pack import pack
 from diffult.runs.run_dir import RunDir
 from diffult.train_extractor import train_extractor
@@ -31,7 +30,7 @@ def train_judge(preset: str, overrides: list[str], folder: Path) -> Extractor:
     run = RunDir.open(folder, preset, [*overrides, *natural])
     pack(run)
     train_extractor(run)
-    return load_extractor(run, pick_device())
+    return load_extractor(run.folder("extractor"), pick_device())
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -69,15 +68,15 @@ def quality(run: RunDir, judge: Extractor, real: ImageSet, per_class: int) -> di
         the judge sees as the class they were drawn for.
     """
     settings = run.config.generate
-    generator = build_generator(run, settings, run.config.seed)
+    sampler = open_sampler(run, settings, run.config.seed)
     seen = _features(judge, torch.from_numpy(real.take(np.arange(len(real)))))
     distances, shares = [], []
     for c in range(int(real.labels.max()) + 1):
         indices = torch.arange(per_class).split(settings.batch_size)
-        drawn = [generator.draw(torch.full_like(i, c).to(generator.device), i.to(generator.device)) for i in indices]
+        drawn = [sampler.draw(torch.full_like(i, c).to(sampler.device), i.to(sampler.device)) for i in indices]
         features = _features(judge, torch.cat(drawn))
         with torch.inference_mode():
-            labels = judge.network.head(features.to(pick_device())).argmax(1).cpu()  # type: ignore[operator]
+            labels = judge.network.head(features.to(pick_device())).argmax(1).cpu()
         distances.append(frechet_distance(features.numpy(), seen[torch.from_numpy(real.labels) == c].numpy()))
         shares.append(float((labels == c).double().mean()))
     return {"frechet": distances, "labelled": shares}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,10 +18,11 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from diffult.data.config import DataConfig
-from diffult.diffusion.samplers import SamplerName, Spacing, Step, log_snr_grid, timestep_grid
-from diffult.diffusion.schedule import Prediction, Schedule, ScheduleName
-from diffult.errors import UserError
-from diffult.longtail.methods import check_method
+from diffult.diffusion.samplers import SAMPLERS, SPACINGS
+from diffult.diffusion.schedule import Prediction, ScheduleName
+from diffult.errors import UserError, nearest, one_of
+from diffult.longtail.filter import FILTERS
+from diffult.longtail.methods import METHODS
 from diffult.models.config import UNetConfig
 from diffult.strict_model import StrictModel
 
@@ -87,6 +88,12 @@ class DiffusionConfig(StrictModel):
     on_divergence: Literal["stop", "go_back"] = "stop"
 
 
+SamplerName = Annotated[str, AfterValidator(partial(one_of, SAMPLERS))]
+SpacingName = Annotated[str, AfterValidator(partial(one_of, SPACINGS))]
+FilterName = Annotated[str, AfterValidator(partial(one_of, FILTERS))]
+MethodName = Annotated[str, AfterValidator(partial(one_of, METHODS))]
+
+
 class GenerateConfig(StrictModel):
     """How many samples, and how they are drawn and judged."""
 
@@ -94,45 +101,17 @@ class GenerateConfig(StrictModel):
     sampler: SamplerName = "ddpm"
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
-    spacing: Spacing = "time"  # of the steps: equal in time, or in log-SNR
+    spacing: SpacingName = "time"  # of the steps: equal in time, or in log-SNR
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
-    # Shares of the timesteps, 0 the clean image, between which guidance acts (Kynkäänniemi et al. 2024).
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    # How x0 is kept in [-1, 1] at each step. 0: clipped; otherwise divided by this percentile of its |values| where
-    # that exceeds 1, then clipped (dynamic thresholding, Saharia et al. 2022, who take 0.995).
-    threshold: float = Field(0.0, ge=0, le=1)
-    # The whole network runs at every n-th step, between them its first level alone (DeepCache, Ma et al. 2024).
-    cache_interval: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
-    # What is dropped. distance: samples beyond twice their class's radius (DiffuLT). distance+label: also those that
-    # the extractor, its logits adjusted for class frequency, takes for another class.
-    filter: Literal["none", "distance", "distance+label"] = "distance"
+    # What is dropped: see diffult.longtail.filter.
+    filter: FilterName = "distance"
     max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
 
-    @model_validator(mode="after")
-    def _interval(self) -> Self:
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"guidance_interval = [{low}, {high}] is not two rising numbers in 0..1")
-        return self
-
-    def plan(self, schedule: Schedule) -> list[Step]:
-        """The sampler's steps. Where guidance begins the whole network runs: "no class" has nothing kept yet."""
-        if self.spacing == "time":
-            grid = timestep_grid(schedule.timesteps, self.steps)
-        else:
-            grid = log_snr_grid(schedule.alphas_cumprod, self.steps)
-        low, high = (share * schedule.timesteps for share in self.guidance_interval)
-        guided = [self.guidance > 0 and low <= t < high for t in grid]
-        begins = [now and not before for before, now in zip([False, *guided], guided, strict=False)]
-        whole = [i % self.cache_interval == 0 or begins[i] for i in range(self.steps)]
-        return [Step(*row) for row in zip(grid, guided, whole, strict=True)]
-
-    def evaluations(self, schedule: Schedule) -> tuple[int, int]:
-        """Evaluations of the network for one sample: all, and those of its first level alone among them. A step with
-        guidance takes two."""
-        plan = self.plan(schedule)
-        return sum(1 + step.guided for step in plan), sum(1 + step.guided for step in plan if not step.whole)
+    @property
+    def evaluations(self) -> int:
+        """Of the network for one sample; a step with guidance takes two."""
+        return self.steps * (1 + (self.guidance > 0))
 
 
 class ClassifierConfig(TrainingConfig):
@@ -144,7 +123,7 @@ class ClassifierConfig(TrainingConfig):
     # Re-sampling draws a class of n images in proportion to n^(1 - power): 1 all classes alike, 1/2 by the square root
     # (Kang et al. 2020).
     resample_power: float = Field(1.0, gt=0, le=1)
-    methods: tuple[Annotated[str, AfterValidator(check_method)], ...] = ("ce", "diffult")
+    methods: tuple[MethodName, ...] = ("ce", "diffult")
 
     @model_validator(mode="after")
     def _comparison(self) -> Self:
@@ -213,11 +192,6 @@ class Config(StrictModel):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def preset_names() -> list[str]:
     return sorted(
         entry.name[:-5] for entry in resources.files("diffult.presets").iterdir() if entry.name.endswith(".toml")
@@ -226,7 +200,7 @@ def preset_names() -> list[str]:
 
 def _preset_document(name: str) -> dict[str, Any]:
     if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}{_nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} (known: {', '.join(preset_names())})")
     document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
     if parent := document.pop("extends", None):
         return _merge(_preset_document(parent), document)
@@ -273,7 +247,7 @@ def _validate(document: Mapping[str, Any], origin: str) -> Config:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            hint = _nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
+            hint = nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
             raise UserError(f"{origin}: unknown key {where!r}{hint}") from None
         given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")

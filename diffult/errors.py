@@ -1,7 +1,28 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what its messages have in common."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, where, and what to do. Verbs print it and exit with 2."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'NAME'?`, or nothing where no name is near."""
+    close = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(names: Iterable[str], given: str) -> str:
+    """`given`, which must be one of the names.
+
+    Raises:
+        ValueError: it is not; the message lists them, and the nearest.
+    """
+    known = list(names)
+    if given not in known:
+        raise ValueError(f"expected one of {', '.join(known)}, got {given!r}{nearest(given, known)}")
+    return given

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffult.artifacts import load_classifier
 from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.longtail.classification import evaluation_loader, predict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
+from diffult.models.resnet import load_classifier
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import ImageSet
@@ -53,8 +53,8 @@ def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) ->
     loader = evaluation_loader(images, run.config.classifier, _BATCH, device)
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
-        model = load_classifier(run, method, device)
-        predictions, labels = predict(model, loader, run.config.classifier.image_size, dtype, device)
+        model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)
+        predictions, labels = predict(model, loader, model.image_size, dtype, device)
         result[method] = accuracies(predictions, labels, groups)
     return result
 

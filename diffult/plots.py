@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,11 +25,25 @@ _REAL, _SYNTHETIC = "#0072b2", "#e69f00"  # blue and orange of Okabe & Ito, told
 
 
 class Samples(Protocol):
-    """Labelled images: `labels` is int64 [N], `image(i)` gives uint8 (H, W, C)."""
+    """Labelled images, such as a set of `ffcv_writers`: `labels` is int64 [N], `image(i)` gives uint8 (H, W, C)."""
 
     labels: np.ndarray
 
-    def image(self, sample: int, /) -> np.ndarray: ...
+    def image(self, i: int, /) -> np.ndarray: ...
+
+
+@dataclass
+class ArraySamples:
+    """Samples in memory: images uint8 [N, H, W, C], labels int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def image(self, i: int, /) -> np.ndarray:
+        return self.images[i]
+
+
+NO_SAMPLES = ArraySamples(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64))
 
 
 def evenly(items: np.ndarray, limit: int) -> np.ndarray:

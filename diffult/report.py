@@ -22,10 +22,11 @@ from diffult.config import Config
 from diffult.data.packing import Packed
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
+from diffult.generation.shards import open_kept
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.longtail.quota import quotas_to
-from diffult.plots import MAX_CLASSES, Samples, class_histogram, evenly, first_images, image_strip
+from diffult.plots import MAX_CLASSES, NO_SAMPLES, Samples, class_histogram, evenly, first_images, image_strip
 from diffult.runs.files import read_json, write_text
 from diffult.runs.run_dir import RunDir
 
@@ -190,7 +191,8 @@ def write_report(run: RunDir) -> Path:
     if metrics.get("hash") != run.hash("evaluate"):
         raise UserError(f"{file}: no metrics of the present settings; run python -m diffult.evaluate --run {run.path}")
     path = run.path / "report.html"
-    write_text(path, render(run.config, metrics, run.packed(), synthetic_set(run), _machine()))
+    samples = open_kept(run.folder("generate")) or NO_SAMPLES
+    write_text(path, render(run.config, metrics, run.packed(), samples, _machine()))
     return path
 
 

@@ -15,8 +15,8 @@ from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.longtail.classification import Training, fit_all, training_loader
 from diffult.longtail.methods import METHODS, TrainingSet, class_counts
-from diffult.models.resnet import build_classifier
-from diffult.runs.files import metadata, save_tensors
+from diffult.models.resnet import build_classifier, save_classifier
+from diffult.runs.files import metadata
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import reads
 from ffcv_writers import Loader, open_set
@@ -71,8 +71,10 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
     for training in fit_all(trainings):
         if world.is_main:
             name = training.checkpoint.name.removesuffix(".state.pt")
-            info = {"hash": method_hash(run, name), "network": config.network, "num_classes": str(num_classes)}
-            save_tensors(folder / f"{name}.safetensors", training.model.state_dict(), info)
+            save_classifier(
+                folder / f"{name}.safetensors", training.model, config.network, run.config.data.channels,
+                config.image_size, training.config_hash,
+            )  # fmt: skip
 
 
 def _training(run: RunDir, name: str, loader: Loader, num_classes: int, world: World, device: torch.device) -> Training:

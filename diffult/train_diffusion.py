@@ -14,19 +14,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diffult.artifacts import load_extractor
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data.packing import Packed
+from diffult.diffusion.schedule import Schedule
 from diffult.diffusion.trainer import Trainer, build_trainer
-from diffult.engine.device import peak_flops, pick_device
+from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.engine.loop import Callback, LoopConfig, LRBackoff, train_loop
 from diffult.engine.tensorboard import TensorBoardCallback
-from diffult.generation.preview import Preview
-from diffult.longtail.extractor import Extractor
+from diffult.generation.preview import Preview, preview_settings
+from diffult.generation.sampler import Sampler
+from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.models.cost import parameters
-from diffult.models.unet import build_unet
-from diffult.runs.files import save_tensors
+from diffult.models.unet import build_unet, save_unet
 from diffult.runs.run_dir import RunDir
 
 _STAGE = 2  # its number among the seeds
@@ -54,7 +54,10 @@ def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False
 
 def _extractor(run: RunDir) -> Extractor | None:
     """phi0, where L_AID needs it."""
-    return load_extractor(run, pick_device()) if run.config.diffusion.aid else None
+    if not run.config.diffusion.aid:
+        return None
+    run.require("extractor")
+    return load_extractor(run.folder("extractor"), pick_device())
 
 
 def _train(
@@ -74,16 +77,33 @@ def _train(
         digest, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
         folder / "metrics.jsonl", world.is_main, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
-    preview = Preview(run, trainer, packed.classes) if world.is_main else None
+    preview = _preview(run, trainer, packed.classes) if world.is_main else None
     callbacks = [*callbacks, preview] if preview else callbacks
     go_back = lr_backoff if config.on_divergence == "go_back" else None
     train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks)
     if preview:
         preview.write()
-        info = {"hash": digest, "num_classes": str(len(packed.classes)), "unet": run.config.unet.model_dump_json()}
-        save_tensors(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), info)
+        save_unet(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), run.config, len(packed.classes), digest)
     record["images"] = config.steps * config.batch_size
     record["learning_rate_factor"] = lr_backoff.factor
+
+
+def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
+    config, device = run.config, trainer.device
+    dtype = compute_dtype(config.precision, device)
+    sampler = Sampler(
+        unet=build_unet(config, len(classes)).eval().requires_grad_(False).to(device, dtype),
+        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
+        prediction=config.diffusion.prediction,
+        settings=preview_settings(config.diffusion.timesteps),
+        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        null_label=len(classes),
+        seed=config.seed,
+        dtype=dtype,
+        device=device,
+    )
+    every, steps = config.diffusion.checkpoint_every, config.diffusion.steps
+    return Preview(sampler, trainer.optimizer, run.folder("diffusion"), classes, every, steps, trainer.micro_batch)
 
 
 def _log_flops(trainer: Trainer, batch_size: int) -> None:

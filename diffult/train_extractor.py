@@ -16,7 +16,7 @@ from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.longtail.classification import Training, evaluation_loader, extract_features, fit, training_loader
 from diffult.longtail.losses import CrossEntropy
 from diffult.longtail.statistics import class_statistics
-from diffult.models.resnet import build_classifier
+from diffult.models.resnet import build_classifier, save_classifier
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import Natural
@@ -58,9 +58,10 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     loader = evaluation_loader(images, config, config.batch_size, device)
     features, labels = extract_features(model, loader, config.image_size, dtype, device)
     statistics = class_statistics(features, labels, num_classes)
-    info = {"hash": digest, "network": config.network, "num_classes": str(num_classes)}
-    save_tensors(folder / "weights.safetensors", model.state_dict(), info)
-    save_tensors(folder / "statistics.safetensors", vars(statistics), info)
+    save_classifier(
+        folder / "weights.safetensors", model, config.network, run.config.data.channels, config.image_size, digest
+    )
+    save_tensors(folder / "statistics.safetensors", vars(statistics), {"hash": digest})
     record["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 

@@ -40,20 +40,6 @@ def predict_x0(x: Tensor, out: Tensor, coefficients: Tensor) -> Tensor:
     return p_x * x + p_out * out
 
 
-def dynamic_limit(x: Tensor, out: Tensor, coefficients: Tensor, percentile: float) -> Tensor:
-    """The limit of dynamic thresholding (Saharia et al. 2022, section 2.3), float32 [B].
-
-    max(1, q) with q the smallest |x0| of the sample that at least the share `percentile`, in (0, 1], does not exceed.
-    Other arguments as in `denoise_step`; the limits in the coefficients are not read.
-    """
-    if not 0 < percentile <= 1:
-        raise ValueError(f"percentile = {percentile} is not in (0, 1]")
-    sizes = predict_x0(x, out, coefficients).abs().flatten(1)
-    count = sizes.shape[1]
-    above = count - math.ceil(percentile * count) + 1
-    return sizes.topk(above).values[:, -1].clamp(min=1)  # torch.quantile refuses batches of over 2**24 numbers
-
-
 def reference_denoise_step(
     x: Tensor,
     out: Tensor,

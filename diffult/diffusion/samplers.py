@@ -1,12 +1,15 @@
-"""Solvers of the reverse process: each is a table of numbers, one row a step.
+"""All of a draw's mathematics: timesteps, solvers of the reverse process, and the loop that runs them.
 
 With the predicted clean image x0 every solver here takes the step
 
     x_next = c_x x + c_x0 x0 + c_previous (x0 of the step before) + c_noise z,    z standard normal
 
-so a solver is a function from the grid and abar to its rows (c_x, c_x0, c_previous, c_noise), float64 [steps, 4] on the
-host. `kernels.denoise_step` takes such rows; `solve` is the same loop over any denoiser. The grid is a falling list of
-timesteps; after the last one comes the clean image (abar = 1), so the last step returns x0 itself.
+so a solver is a function from the grid and abar to its coefficients (c_x, c_x0, c_previous, c_noise), float64
+[steps, 4] on the host. `sample` is the loop, over any denoiser and any way to do the update; `kernels.denoise_step` is
+the product's. The grid is a falling list of timesteps; after the last one comes the clean image (abar = 1), so the last
+step returns x0 itself.
+
+A new sampler is a function with the signature of `ddim` and a line in SAMPLERS; settings and --help follow from that.
 """
 
 from __future__ import annotations
@@ -14,25 +17,38 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
 
-Denoiser = Callable[[torch.Tensor, int], torch.Tensor]
-Noise = Callable[[int], torch.Tensor]
-SamplerName = Literal["ddim", "ddpm", "dpm++"]
-Spacing = Literal["time", "log_snr"]
-
-_LAST = (0.0, 1.0, 0.0, 0.0)
+Solver = Callable[[list[int], torch.Tensor, float], torch.Tensor]
+Spacing = Callable[[torch.Tensor, int], list[int]]
 
 
-class Step(NamedTuple):
-    """One step of a draw: its timestep, whether guidance acts, and whether the whole network runs or, with what its
-    deep levels gave before, its first level alone."""
+Evaluate = Callable[[torch.Tensor, int], torch.Tensor]
+Update = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]]
 
-    t: int
-    guided: bool
-    whole: bool
+
+def sample(
+    x: torch.Tensor, grid: list[int], coefficients: torch.Tensor, evaluate: Evaluate, update: Update
+) -> torch.Tensor:
+    """Runs a solver from noise to the sample.
+
+    Args:
+        x: initial noise, [B, C, H, W].
+        grid: falling timesteps.
+        coefficients: the solver's, float64 [steps, 4].
+        evaluate: (x, timestep) -> the network's output.
+        update: (number of the step from 0, x, output, x0 of the step before, with noise) -> (next x, x0). x0 of the
+            step before is None where c_previous is 0. Noise is asked for where c_noise is not 0; it is number + 1 of
+            the sample's, the initial one being 0.
+
+    Returns:
+        The sample, [B, C, H, W].
+    """
+    x0 = None
+    for i, (t, (_, _, c_previous, c_noise)) in enumerate(zip(grid, coefficients.tolist(), strict=True)):
+        x, x0 = update(i, x, evaluate(x, t), x0 if c_previous else None, c_noise != 0)
+    return x
 
 
 def timestep_grid(timesteps: int, steps: int) -> list[int]:
@@ -66,39 +82,10 @@ def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
     return grid
 
 
-def solver_coefficients(
-    sampler: SamplerName, grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0
-) -> torch.Tensor:
-    """The rows of the solver of this name, float64 [steps, 4]; eta is for ddim alone."""
-    if sampler == "ddim":
-        return ddim(grid, alphas_cumprod, eta)
-    return ddpm(grid, alphas_cumprod) if sampler == "ddpm" else dpm_solver_pp(grid, alphas_cumprod)
-
-
-def solve(denoise: Denoiser, x: torch.Tensor, grid: list[int], rows: torch.Tensor, noise: Noise) -> torch.Tensor:
-    """Runs a solver.
-
-    Args:
-        denoise: (x_t [B, C, H, W], t) -> the predicted clean image, same shape; guidance and clipping live in it.
-        x: initial noise, [B, C, H, W].
-        grid: falling timesteps.
-        rows: the solver's, float64 [steps, 4].
-        noise: step number (1 for the first) -> standard normal [B, C, H, W]; called only where c_noise is not 0.
-
-    Returns:
-        The sample, [B, C, H, W].
-    """
-    previous = None
-    for i, t in enumerate(grid):
-        c_x, c_x0, c_previous, c_noise = rows[i].tolist()
-        x0 = denoise(x, t)
-        x = c_x * x + c_x0 * x0
-        if previous is not None:
-            x = x + c_previous * previous
-        if c_noise:
-            x = x + c_noise * noise(i + 1)
-        previous = x0
-    return x
+SPACINGS: dict[str, Spacing] = {
+    "time": lambda alphas_cumprod, steps: timestep_grid(len(alphas_cumprod), steps),
+    "log_snr": log_snr_grid,
+}
 
 
 def _levels(alphas_cumprod: torch.Tensor, grid: list[int]) -> list[tuple[float, float]]:
@@ -106,8 +93,9 @@ def _levels(alphas_cumprod: torch.Tensor, grid: list[int]) -> list[tuple[float, 
     return [(math.sqrt(abar), math.sqrt(1 - abar)) for abar in (float(alphas_cumprod[t]) for t in grid)]
 
 
-def _rows(rows: list[tuple[float, float, float, float]]) -> torch.Tensor:
-    return torch.tensor([*rows, _LAST], dtype=torch.float64)
+def _coefficients(rows: list[tuple[float, float, float, float]]) -> torch.Tensor:
+    """With those of the last step, which returns x0."""
+    return torch.tensor([*rows, (0.0, 1.0, 0.0, 0.0)], dtype=torch.float64)
 
 
 def ddim(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
@@ -126,25 +114,26 @@ def ddim(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> tor
         sigma = eta * (s_next / s) * math.sqrt(max(0.0, 1 - (a / a_next) ** 2))
         c_eps = math.sqrt(max(0.0, s_next**2 - sigma**2))  # of eps = (x - a x0) / s
         rows.append((c_eps / s, a_next - c_eps * a / s, 0.0, sigma))
-    return _rows(rows)
+    return _coefficients(rows)
 
 
-def ddpm(grid: list[int], alphas_cumprod: torch.Tensor) -> torch.Tensor:
+def ddpm(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 7) with the large variance beta_t, on any grid.
 
-    Arguments and result as in `ddim`.
+    Arguments and result as in `ddim`; eta does nothing.
     """
     levels, rows = _levels(alphas_cumprod, grid), []
     for (a, s), (a_next, s_next) in itertools.pairwise(levels):
         beta = 1 - (a / a_next) ** 2
         rows.append(((a / a_next) * s_next**2 / s**2, a_next * beta / s**2, 0.0, math.sqrt(beta)))
-    return _rows(rows)
+    return _coefficients(rows)
 
 
-def dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor) -> torch.Tensor:
+def dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in the half log-SNR, one evaluation a step.
 
-    Arguments and result as in `ddim`; it draws no noise. The first and the last step are of first order.
+    Arguments and result as in `ddim`; it draws no noise, eta does nothing. The first and the last step are of first
+    order.
     """
     levels, rows, h_previous = _levels(alphas_cumprod, grid), [], math.inf
     for (a, s), (a_next, s_next) in itertools.pairwise(levels):
@@ -153,4 +142,7 @@ def dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor) -> torch.Tensor
         c_direction = -a_next * math.expm1(-h)  # of (1 + weight) x0 - weight x0_previous
         rows.append((s_next / s, c_direction * (1 + weight), -c_direction * weight, 0.0))
         h_previous = h
-    return _rows(rows)
+    return _coefficients(rows)
+
+
+SAMPLERS: dict[str, Solver] = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}

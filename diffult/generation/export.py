@@ -1,23 +1,25 @@
-"""Kept samples in the formats that other tools read."""
+"""Kept samples in the formats that other tools read: each is a function and a line of FORMATS.
+
+A format writes the samples into a folder and returns the file or folder made; a file there before is replaced whole.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from diffult.generation.shards import KeptSamples
 from diffult.runs.files import atomic_write
-from ffcv_writers import suffix, write
+from ffcv_writers import ImageSet
 
-Format = Literal["imagefolder", "npz", "zip", "wds", "beton"]
+Format = Callable[[ImageSet, tuple[str, ...], Path], Path]
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -26,13 +28,13 @@ def _png(image: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def _pngs(samples: KeptSamples) -> Iterator[tuple[int, int, bytes]]:
+def _pngs(samples: ImageSet) -> Iterator[tuple[int, int, bytes]]:
     """(label, index, PNG file) of every sample."""
-    for i, (label, index) in enumerate(zip(samples.labels.tolist(), samples.indices.tolist(), strict=True)):
-        yield label, index, _png(samples.read(i))
+    for i, (label, index) in enumerate(zip(samples.labels.tolist(), samples.index.tolist(), strict=True)):
+        yield label, index, _png(samples.image(i))
 
 
-def _imagefolder(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+def _imagefolder(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """CLASS/INDEX.png, as torchvision's ImageFolder reads it."""
     root = folder / "images"
     for label, index, content in _pngs(samples):
@@ -42,22 +44,21 @@ def _imagefolder(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -
     return root
 
 
-def _npz(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+def _npz(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """images uint8 [N, H, W, C], labels and indices int64 [N], classes. All images are in memory at once."""
     file = folder / "samples.npz"
-    images = [samples.read(i) for i in range(len(samples))]
     with atomic_write(file) as temporary, temporary.open("wb") as out:
         np.savez(
             out,
-            images=np.array(images, np.uint8),
+            images=samples.take(np.arange(len(samples))),
             labels=samples.labels,
-            indices=samples.indices,
+            indices=samples.index,
             classes=np.array(classes),
         )
     return file
 
 
-def _zip(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+def _zip(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """PNGs and dataset.json with their labels, as EDM's and StyleGAN's training read it (Karras et al. 2022)."""
     file = folder / "samples.zip"
     names = []
@@ -70,7 +71,7 @@ def _zip(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
     return file
 
 
-def _wds(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
+def _wds(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """KEY.png and KEY.cls in a tar, as WebDataset reads it."""
     file = folder / "samples.tar"
     with atomic_write(file) as temporary, tarfile.open(temporary, "w") as out:
@@ -82,18 +83,12 @@ def _wds(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
     return file
 
 
-def _beton(samples: KeptSamples, classes: tuple[str, ...], folder: Path) -> Path:
-    """Fields image, label, synthetic (1) and index."""
-    file = folder / f"samples{suffix()}"
-    write(file, samples, labels=samples.labels, synthetic=np.ones_like(samples.labels), index=samples.indices)
+def _beton(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
+    """synthetic.beton under the name that the other formats have."""
+    file = folder / "samples.beton"
+    with atomic_write(file) as temporary:
+        shutil.copyfile(samples.paths[0], temporary)
     return file
 
 
-FORMATS: dict[Format, Callable[[KeptSamples, tuple[str, ...], Path], Path]] = {
-    "imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds, "beton": _beton,
-}  # fmt: skip
-
-
-def export(samples: KeptSamples, classes: tuple[str, ...], folder: Path, name: Format) -> Path:
-    """Writes the samples into `folder` and returns the file or folder made; a file there before is replaced whole."""
-    return FORMATS[name](samples, classes, folder)
+FORMATS: dict[str, Format] = {"imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds, "beton": _beton}

@@ -1,47 +1,79 @@
-"""Generated samples on disk: safetensors shards, a manifest that says what made them, and the kept set as an image set.
+"""A generation run on disk: shards while it is drawn, one .beton and a table of all candidates when it is done.
 
-A shard holds one batch: for every candidate its label, index, distance and verdict, and the images of those that
-passed. Shards are whole or absent, so whatever is there after a kill is good, and what is missing is drawn again.
+    manifest.json             what makes the samples: weights, settings, seed, quotas
+    shard-RANK-NUMBER...      working state: candidates so far, with the images of those that passed
+    synthetic.beton           the kept samples in the order (class, index); not there where none is kept
+    candidates.safetensors    labels, indices, distance and verdict of every candidate; written last
+
+Files are whole or absent. What a kill loses, at most the last shard's worth, is drawn again; shards are removed when
+candidates.safetensors is on disk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
+from diffult.config import GenerateConfig
 from diffult.errors import UserError
+from diffult.generation.candidates import CandidateBatch
+from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, read_json, save_tensors, write_json
+from ffcv_writers import ImageSet, open_set, write
 
 log = logging.getLogger(__name__)
 
+# A shard is written when its images have so many bytes, or the last one is so old: the larger of this and of the share
+# of the time so far. Small batches share a shard, and a long run has some hundred of them.
+SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
 
-@dataclass(frozen=True)
-class CandidateBatch:
-    """One batch of candidates.
 
-    labels, indices: int64 [B]. distance: float32 [B] to the class centre. verdict: uint8 [B], `Verdict` values.
-    passed: bool [B]. images: uint8 [passed.sum(), H, W, C], of those that passed, in order.
+def manifest(settings: GenerateConfig, quotas: np.ndarray, seed: int, weights: Mapping[str, Path]) -> dict[str, Any]:
+    """What makes the samples. The batch size is no part of it, so it may change between attempts.
+
+    Args:
+        weights: safetensors files of the networks, by their names in the manifest.
     """
+    sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to"})
+    fingerprints = {name: _fingerprint(file) for name, file in weights.items()}
+    return fingerprints | sampling | {"seed": seed, "quotas": quotas.tolist()}
 
-    labels: np.ndarray
-    indices: np.ndarray
-    distance: np.ndarray
-    verdict: np.ndarray
-    passed: np.ndarray
-    images: np.ndarray
+
+def _fingerprint(weights: Path) -> str:
+    """Of the tensors alone: the file's header orders its metadata anew at each writing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tensors(weights)[0].items()):
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_kept(folder: Path) -> ImageSet | None:
+    """The kept samples of a finished run, in the order (class, index); `index` is the sample's. None where none is
+    kept.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / "synthetic.beton"
+    try:
+        return open_set([file]) if file.exists() else None
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from None
 
 
 class ShardStore:
-    """The shards of one generation run in a folder."""
+    """The folder of one generation run."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:
-        """Opens the folder, or starts it with this manifest.
+        """Opens the folder, or starts it with this manifest. The first process also removes what a kill left.
 
         Args:
             rank: of the process that adds; each has its own numbers, so none waits for another.
@@ -50,6 +82,9 @@ class ShardStore:
             UserError: the folder holds samples made by another model or other settings.
         """
         self.folder, self.rank = folder, rank
+        self._candidates = folder / "candidates.safetensors"
+        self._pending: list[CandidateBatch] = []
+        self._opened = self._written = time.monotonic()
         file = folder / "manifest.json"
         if file.exists():
             before = read_json(file)
@@ -62,23 +97,48 @@ class ShardStore:
                 )
         else:
             write_json(file, manifest)
+        if rank == 0:
+            self._clean()
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("shard-*.safetensors"))
+    def _clean(self) -> None:
+        for orphan in self.folder.glob(".*.tmp"):
+            orphan.unlink()
+        if self.finished:
+            self._remove_shards()
+        else:
+            self._candidates.unlink(missing_ok=True)  # verdicts on samples that are gone
 
-    def add(self, wave: CandidateBatch) -> None:
-        """Writes one shard."""
-        files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
-        number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
-        tensors = {
-            name: torch.from_numpy(getattr(wave, name))
-            for name in ("labels", "indices", "distance", "verdict", "passed", "images")
-        }
-        save_tensors(self.folder / f"shard-{self.rank:03d}-{number:06d}.safetensors", tensors, {})
+    @property
+    def finished(self) -> bool:
+        """Whether the kept samples are all in synthetic.beton."""
+        if not self._candidates.exists():
+            return False
+        return (self.folder / "synthetic.beton").exists() or load_tensors(self._candidates)[1]["kept"] == "0"
 
-    def waves(self) -> Iterator[tuple[Path, CandidateBatch]]:
+    def add(self, batch: CandidateBatch) -> None:
+        """Takes a batch; it is on disk when the shard is large or old enough, or with `flush`."""
+        self._pending.append(batch)
+        now = time.monotonic()
+        due = now - self._written >= max(SHARD_SECONDS, SHARD_SHARE * (now - self._opened))
+        if due or sum(batch.images.nbytes for batch in self._pending) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added since the last shard as one shard."""
+        pending, self._pending = self._pending, []
+        if pending:
+            files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
+            number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
+            tensors = {
+                name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in pending]))
+                for name in ("labels", "indices", "distance", "verdict", "passed", "images")
+            }
+            save_tensors(self.folder / f"shard-{self.rank:03d}-{number:06d}.safetensors", tensors, {})
+            self._written = time.monotonic()
+
+    def shards(self) -> Iterator[tuple[Path, CandidateBatch]]:
         """Whole shards with their files, in order, one in memory at a time. A damaged one is named and set aside."""
-        for file in self._files():
+        for file in sorted(self.folder.glob("shard-*.safetensors")):
             try:
                 tensors, _ = load_tensors(file)
             except UserError:
@@ -88,39 +148,71 @@ class ShardStore:
                 continue
             yield file, CandidateBatch(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
+    def resume(self, quota: Quota) -> None:
+        """Enters the verdicts of all candidates on disk."""
+        if self.finished:
+            table, _ = load_tensors(self._candidates)
+            quota.record(*(table[name].numpy() for name in ("labels", "indices", "verdict")))
+        else:
+            for _, shard in self.shards():
+                quota.record(shard.labels, shard.indices, shard.verdict)
+
+    def finish(self, quota: Quota) -> None:
+        """Writes synthetic.beton and candidates.safetensors, and removes the shards. For one process, when every
+        process has flushed.
+
+        Raises:
+            UserError: a shard was damaged meanwhile, or the disk is full.
+        """
+        if self.finished:
+            return
+        kept, beton = KeptSamples(self, quota), self.folder / "synthetic.beton"
+        if len(kept):
+            write(beton, kept, labels=kept.labels, synthetic=np.ones_like(kept.labels), index=kept.indices)
+        else:
+            beton.unlink(missing_ok=True)
+        save_tensors(self._candidates, self._table(), {"kept": str(len(kept))})
+        self._remove_shards()
+
+    def _table(self) -> dict[str, torch.Tensor]:
+        """Of every candidate on disk, in the order (class, index)."""
+        names = ("labels", "indices", "distance", "verdict")
+        columns = [[getattr(shard, name) for name in names] for _, shard in self.shards()]
+        if not columns:
+            return {name: torch.empty(0) for name in names}
+        table = dict(zip(names, map(np.concatenate, zip(*columns, strict=True)), strict=True))
+        order = np.lexsort((table["indices"], table["labels"]))
+        return {name: torch.from_numpy(column[order]) for name, column in table.items()}
+
+    def _remove_shards(self) -> None:
+        for file in self.folder.glob("shard-*.safetensors"):
+            file.unlink()
+
 
 class KeptSamples:
-    """The kept samples of a store in the order (class, index), read shard by shard.
+    """The kept samples in a store's shards, in the order (class, index), for `ffcv_writers.write`.
 
-    `labels` and `indices` are int64 [N]; `read(i)` gives uint8 [H, W, C].
+    `labels` and `indices` are int64 [N]; item i is uint8 [H, W, C], read when it is asked for.
     """
 
-    def __init__(self, store: ShardStore, kept: list[list[int]]) -> None:
-        """
-        Args:
-            kept: for each class, the indices that are kept (`Quota.kept`).
-        """
-        wanted = {(c, i) for c, indices in enumerate(kept) for i in indices}
-        place: dict[tuple[int, int], tuple[Path, int]] = {}
-        for file, wave in store.waves():
-            names = zip(wave.labels[wave.passed].tolist(), wave.indices[wave.passed].tolist(), strict=True)
-            for row, name in enumerate(names):
-                if name in wanted:
-                    place.setdefault(name, (file, row))
-        names_in_order = sorted(wanted)
-        self.labels = np.array([c for c, _ in names_in_order], dtype=np.int64)
-        self.indices = np.array([i for _, i in names_in_order], dtype=np.int64)
-        self._place = [place[name] for name in names_in_order]
-        self._open: tuple[Path, np.ndarray] | None = None  # neighbours mostly share a shard
+    def __init__(self, store: ShardStore, quota: Quota) -> None:
+        names = [(c, i) for c in range(len(quota.quotas)) for i in quota.kept(c)]
+        wanted, place = set(names), dict[tuple[int, int], tuple[Path, int]]()
+        for file, shard in store.shards():
+            passed = zip(shard.labels[shard.passed].tolist(), shard.indices[shard.passed].tolist(), strict=True)
+            place |= {name: (file, row) for row, name in enumerate(passed) if name in wanted}
+        if len(place) < len(names):
+            raise UserError(f"{store.folder}: samples are damaged; type the same command again to draw them anew")
+        self.labels = np.array([c for c, _ in names], dtype=np.int64)
+        self.indices = np.array([i for _, i in names], dtype=np.int64)
+        self._place = [place[name] for name in names]
+        self._open: tuple[Path, Any] | None = None  # neighbours mostly share a shard
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int, /) -> np.ndarray:
-        return self.read(i)
-
-    def read(self, i: int) -> np.ndarray:
         file, row = self._place[i]
         if self._open is None or self._open[0] != file:
-            self._open = file, load_tensors(file)[0]["images"].numpy()
+            self._open = file, safe_open(file, framework="np").get_slice("images")
         return self._open[1][row]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -163,15 +162,3 @@ METHODS = {
     "diffult+resample": Method("DiffuLT + re-sampling", True, resampled, cross_entropy),
     "diffult+logit_adjust": Method("DiffuLT + logit adjustment", True, natural, logit_adjusted),
 }
-
-
-def check_method(name: str) -> str:
-    """The name, if it is in METHODS.
-
-    Raises:
-        ValueError: it is not; the message names the nearest one.
-    """
-    if name not in METHODS:
-        nearest = get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown method {name!r}; did you mean {nearest!r}? (known: {', '.join(METHODS)})")
-    return name

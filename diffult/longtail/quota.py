@@ -1,4 +1,4 @@
-"""Which samples to draw next, and which of those drawn are kept.
+"""Which samples to draw next, and which of those that the filter accepts are kept.
 
 A sample is named (class, index). The kept set of a class is its lowest indices that pass the filter, up to the quota,
 so it depends on neither the batch size nor the order of the work nor on restarts.
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffult.longtail.filter import Verdict
+from diffult.longtail.filter import FILTERS, Filter, Verdict
+
+
+def quotas_to(target: int, counts: np.ndarray) -> np.ndarray:
+    """How many samples each class lacks to have `target` images, int64 [num_classes]."""
+    return np.maximum(target - counts, 0)
 
 
 class Quota:
@@ -19,14 +24,14 @@ class Quota:
     pass ends short, it never loops for ever.
     """
 
-    def __init__(self, quotas: np.ndarray, max_draws: float, keep_ood: bool = False) -> None:
+    def __init__(self, quotas: np.ndarray, max_draws: float, filter: Filter = FILTERS["distance"]) -> None:
         """
         Args:
             quotas: int64 [num_classes], how many accepted samples each class needs.
             max_draws: at most ceil(quota * max_draws) candidates are drawn for a class.
-            keep_ood: every sample passes, whatever its verdict: the run without a filter.
+            filter: says which verdicts are accepted.
         """
-        self.keep_ood = keep_ood
+        self.filter = filter
         self.quotas = np.asarray(quotas, dtype=np.int64)
         self.limits = np.ceil(self.quotas * max_draws).astype(np.int64)
         self._verdicts: list[dict[int, int]] = [{} for _ in self.quotas]
@@ -63,20 +68,13 @@ class Quota:
             self._next[c] += 1
         return taken
 
-    def passes(self, verdict: np.ndarray) -> np.ndarray:
-        """Here a sample is accepted or dropped: bool [B] from `Verdict` values."""
-        return np.array([self._accepts(v) for v in verdict.tolist()], dtype=bool)
-
-    def _accepts(self, verdict: int) -> bool:
-        return self.keep_ood or verdict != Verdict.OOD
-
     def record(self, labels: np.ndarray, indices: np.ndarray, verdict: np.ndarray) -> None:
         """Enters the verdicts of candidates: int64 [B], int64 [B], `Verdict` values [B]."""
         for c, i, judged in zip(labels.tolist(), indices.tolist(), verdict.tolist(), strict=True):
             self._verdicts[c].setdefault(i, judged)
         for c in np.unique(labels).tolist():
             while (judged := self._verdicts[c].get(self._settled[c])) is not None:
-                self._passed[c] += self._accepts(judged)
+                self._passed[c] += judged in self.filter.keeps
                 self._settled[c] += 1
 
     @property
@@ -97,7 +95,7 @@ class Quota:
 
     def kept(self, c: int) -> list[int]:
         """The kept indices of class c: the lowest that passed, up to the quota."""
-        passed = (i for i, v in self._verdicts[c].items() if self._accepts(v))
+        passed = (i for i, v in self._verdicts[c].items() if v in self.filter.keeps)
         return sorted(passed)[: int(self.quotas[c])]
 
     def tally(self, c: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffult.errors import UserError
+from diffult.runs.files import load_tensors, save_tensors
 
 
 class Classifier(nn.Module):
     """A trunk that ends in global pooling, and a linear head.
 
-    `trunk` maps float images [B, C, H, W] to [B, feature_dim].
+    `trunk` maps float images [B, C, H, W] to [B, feature_dim]; `image_size` is the H and W that it is made for.
     """
 
-    def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int) -> None:
+    def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.feature_dim = feature_dim
+        self.image_size = image_size
         self.head = nn.Linear(feature_dim, num_classes)
         self.to(memory_format=torch.channels_last)
 
@@ -50,10 +53,38 @@ def build_classifier(name: str, num_classes: int, channels: int, image_size: int
             f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, not {image_size}: "
             "take smallcnn or resnet32"
         )
-    model = Classifier(entry.trunk(channels), entry.feature_dim, num_classes)
+    model = Classifier(entry.trunk(channels), entry.feature_dim, num_classes, image_size)
     if name == "resnet32":
         nn.init.kaiming_normal_(model.head.weight)
     return model
+
+
+def save_classifier(file: Path, model: Classifier, name: str, channels: int, image_size: int, digest: str) -> None:
+    """Writes a classifier's weights with all that `load_classifier` needs.
+
+    Args:
+        name, channels, image_size: as `build_classifier` was given them.
+        digest: of the settings that it was trained with.
+
+    Raises:
+        UserError: the system refuses, for a full disk for one.
+    """
+    sizes = {"num_classes": model.head.out_features, "channels": channels, "image_size": image_size}
+    info = {"hash": digest, "network": name} | {key: str(value) for key, value in sizes.items()}
+    save_tensors(file, model.state_dict(), info)
+
+
+def load_classifier(file: Path, device: torch.device) -> Classifier:
+    """The classifier of `save_classifier`, in evaluation mode; its `image_size` is what it was trained on.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    weights, info = load_tensors(file)
+    sizes = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
+    model = build_classifier(info["network"], *sizes)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False).to(device)
 
 
 class CifarResNet(nn.Module):

@@ -8,6 +8,8 @@ inside residual blocks. Activations are torch.channels_last throughout.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +22,7 @@ from diffult.errors import UserError
 from diffult.models.config import UNetConfig
 from diffult.models.dropout import Dropout
 from diffult.models.norm import GroupNorm
+from diffult.runs.files import load_tensors, save_tensors
 from kernels.attention import attention
 
 Resample = Literal["", "down", "up"]
@@ -38,7 +41,6 @@ class UNet(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         _check_attention(config, image_size, sizes, widths)
         self.config = config
-        self.deep_shape = (widths[min(1, len(widths) - 1)], sizes[0], sizes[0])  # see `evaluate`
 
         embed = 4 * config.channels
         self.time_embedding = nn.Sequential(nn.Linear(config.channels, embed), nn.SiLU(), nn.Linear(embed, embed))
@@ -96,31 +98,31 @@ class UNet(nn.Module):
                 nn.init.zeros_(module.out.weight)
         nn.init.zeros_(self.conv_out.weight)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
 
         x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
         y: int64 [B] in 0 .. num_classes, the last meaning no class.
         augment: float [B, augment_dim]; None is the same as zeros.
-        deep: what the levels below the first gave at another timestep, [B, *deep_shape]; None: they run.
         Computes in the type of its weights. Returns the shape and type of x, channels-last.
         """
-        return self.evaluate(x, t, y, augment, deep)[0]
-
-    def evaluate(
-        self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None, deep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, and beside the prediction what the levels below the first gave, which changes little from one
-        step of a sampler to the next: given to the next call as `deep`, they need not run (DeepCache, Ma et al. 2024).
-        """
         embedding = self._embed(t, y, augment)
-        skips = self._first_level(x, embedding)
-        if deep is None:
-            deep = self._deep_levels(skips[-1], embedding)
-        h = self._last_level(deep, skips, embedding)
-        return h.to(x.dtype).contiguous(memory_format=torch.channels_last), deep
+        h = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for level in range(len(self.config.multipliers)):
+            blocks = self.config.num_res_blocks + 1
+            for layer in self.up[level * blocks : (level + 1) * blocks]:
+                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            if level < len(self.upsample):
+                h = self.upsample[level](h, embedding)
+        h = F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.config.patch)
+        return h.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
     def _embed(self, t: Tensor, y: Tensor, augment: Tensor | None) -> Tensor:
         dtype = self.conv_in.weight.dtype
@@ -129,39 +131,34 @@ class UNet(nn.Module):
             embedding = embedding + self.augment_embedding(augment.to(dtype))
         return F.silu(embedding)  # every block would begin with it
 
-    def _first_level(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """The blocks at full resolution on the way down: what each gave, the head first."""
-        x = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch)
-        skips = [self.conv_in(x.contiguous(memory_format=torch.channels_last))]
-        for layer in self.down[: self.config.num_res_blocks]:
-            skips.append(layer(skips[-1], embedding))
-        return skips
-
-    def _deep_levels(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """Everything below the first level, down and up again to its resolution."""
-        skips = []
-        for layer in self.down[self.config.num_res_blocks :]:
-            h = layer(h, embedding)
-            skips.append(h)
-        for layer in self.middle:
-            h = layer(h, embedding)
-        ups = self.config.num_res_blocks + 1  # blocks a level
-        for level, upsample in enumerate(self.upsample):
-            for layer in self.up[level * ups : (level + 1) * ups]:
-                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
-            h = upsample(h, embedding)
-        return h
-
-    def _last_level(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        """The blocks at full resolution on the way up, and the output."""
-        for layer in self.up[-self.config.num_res_blocks - 1 :]:
-            h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.config.patch)
-
 
 def build_unet(config: Config, num_classes: int) -> UNet:
     """The freshly initialised UNet of a configuration."""
     return UNet(config.unet, config.data.image_size, config.data.channels, num_classes)
+
+
+def save_unet(file: Path, weights: Mapping[str, Tensor], config: Config, num_classes: int, digest: str) -> None:
+    """Writes the weights of a configuration's UNet with all that `load_unet` needs; `digest` is of its settings.
+
+    Raises:
+        UserError: the system refuses, for a full disk for one.
+    """
+    sizes = {"image_size": config.data.image_size, "channels": config.data.channels, "num_classes": num_classes}
+    info = {"hash": digest, "unet": config.unet.model_dump_json()} | {key: str(value) for key, value in sizes.items()}
+    save_tensors(file, weights, info)
+
+
+def load_unet(file: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
+    """The UNet of `save_unet` in evaluation mode, computing in `dtype`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    weights, info = load_tensors(file)
+    sizes = (int(info[key]) for key in ("image_size", "channels", "num_classes"))
+    model = UNet(UNetConfig.model_validate_json(info["unet"]), *sizes)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 class ResBlock(nn.Module):

@@ -9,7 +9,6 @@ is skipped, an interrupted one resumes from its own files, one that read other s
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from diffult.config import Config, differences, load_preset, override, read_conf
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
-from diffult.runs.files import read_json, write_json, write_text
+from diffult.runs.files import lock_folder, read_json, write_json, write_text
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ class RunDir:
             return
         if world.is_main:
             self.start()
-            with self.locked():
+            with lock_folder(self.path):
                 self._clear_outdated(stage, keep)
                 world.barrier()  # the others look for checkpoints only now
                 yield from self._work(stage)
@@ -159,22 +158,6 @@ class RunDir:
             world.barrier()
             yield {}
         world.barrier()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run directory for this process; the system lets go of it however the process ends.
-
-        Raises:
-            UserError: another process is at work in it.
-        """
-        with (self.path / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another process is at work in this run; wait for it, or stop it"
-                ) from None
-            yield
 
     def _clear_outdated(self, stage: Stage, keep: Callable[[Path], bool]) -> None:
         folder, started = self.folder(stage), self.folder(stage) / "started.json"

@@ -7,7 +7,6 @@ import torch
 
 from bench.kernel_cases import cases
 from bench.kernel_shapes import SMOKE, WORKLOADS, Spec, Workload, asked
-from diffult.artifacts import build_unet
 from diffult.models.norm import GroupNorm
 
 CIFAR = Workload("cifar10-lt-100")

@@ -15,7 +15,7 @@ from diffult.artifacts import load_extractor
 from diffult.data import load_data
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.generate import build_generator
+from diffult.generate import open_sampler
 from diffult.runs.run_dir import RunDir
 from tests.conftest import TINY
 
@@ -40,10 +40,9 @@ def test_quality_counts_what_the_judge_sees(tiny_run: RunDir) -> None:
     judge, real = load_extractor(tiny_run, pick_device()), load_data(tiny_run.config.data).val
     assert real is not None
     seen = quality.quality(tiny_run, judge, real, per_class=8)
-    generator = build_generator(tiny_run, tiny_run.config.generate, tiny_run.config.seed)
+    sampler = open_sampler(tiny_run, tiny_run.config.generate, tiny_run.config.seed)
     for c in (0, 9):
-        wave_labels, wave_indices = np.full(8, c), np.arange(8)
-        images = generator.draw(torch.from_numpy(wave_labels), torch.from_numpy(wave_indices))
+        images = sampler.draw(torch.full((8,), c), torch.arange(8))
         logits = judge.network((images.float() / 127.5 - 1).permute(0, 3, 1, 2))
         assert seen["labelled"][c] == pytest.approx(float((logits.argmax(1) == c).float().mean()))
         assert seen["frechet"][c] > 0

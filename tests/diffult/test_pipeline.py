@@ -164,6 +164,18 @@ def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
     assert comparable(copied_run) == comparable(tiny_run.path)
 
 
+def test_damaged_samples_are_named_and_drawn_again(copied_run, tiny_run):
+    samples = copied_run / "generate" / "synthetic.beton"
+    samples.write_bytes(samples.read_bytes()[:99])
+    for file in ("classifier/done.json", "classifier/diffult.safetensors", "metrics.json"):
+        (copied_run / file).unlink()
+    with pytest.raises(UserError, match=r"generate/synthetic.beton is damaged .*delete it and run the stage"):
+        run_pipeline(RunDir.open(copied_run))
+    samples.unlink()
+    run_pipeline(RunDir.open(copied_run))
+    assert comparable(copied_run) == comparable(tiny_run.path)
+
+
 def test_killed_before_its_first_file_it_starts_again(tmp_path):
     (tmp_path / ".config.toml.1.tmp").write_text("")
     RunDir.open(tmp_path, "digits-lt").start()
@@ -188,6 +200,7 @@ def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     for module, missing in (
         ("train_extractor", "pack"),
         ("generate", "pack"),
+        ("train_classifier", "pack"),
         ("evaluate", "classifier"),
     ):
         out = subprocess.run(

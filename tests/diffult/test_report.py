@@ -13,20 +13,19 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diffult.cli import duration
 from diffult.config import Config, load_preset
 from diffult.data import ArrayImages, load_data
 from diffult.errors import UserError
-from diffult.generation.shards import CandidateBatch
-from diffult.generation.synthetic import open_store, quotas_to
 from diffult.longtail.metrics import class_groups
+from diffult.longtail.quota import quotas_to
 from diffult.plots import class_histogram, evenly, image_strip, sample_grid
 from diffult.report import accuracy_rows, generation_rows, render, timing_rows, write_report
-from diffult.runs.files import save_tensors, write_json
+from diffult.runs.files import write_json
 from diffult.runs.run_dir import RunDir
+from ffcv_writers import write
 
 CLASSES = ("cat", '<b>"R&D"</b>', "tail")
 COUNTS = np.array([12, 40, 3])
@@ -194,7 +193,7 @@ def example_metrics(config: Config) -> dict[str, Any]:
         "ce": dict(zip(names, (70.04, 91.0, 70.0, 48.14), strict=True)),
         "validation": {"ce": dict.fromkeys(names, 61.5), "diffult": dict.fromkeys(names, 62.5)},
         "generation": totals | {"images_per_s": 71.4, "nfe": 20, "by_class": by_class},
-        "seconds": {"extractor": 10.0, "diffusion": 75.0, "synthetic": 15.0},
+        "seconds": {"extractor": 10.0, "diffusion": 75.0, "generate": 15.0},
     }
 
 
@@ -295,20 +294,16 @@ def test_times() -> None:
 
 @pytest.fixture
 def finished_run(tmp_path: Path) -> RunDir:
-    """A run whose tail was filled up to five images with flat grey ones: shards without any network."""
+    """A run whose tail was filled up to five images with flat grey ones."""
     run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5"])
     run.start()
-    for file in ("diffusion/ema.safetensors", "extractor/weights.safetensors"):
-        save_tensors(run.path / file, {"weight": torch.zeros(1)}, {})
     quotas = quotas_to(5, load_data(run.config.data).train.counts())
     labels = np.repeat(np.arange(10), quotas)
     indices = np.concatenate([np.arange(quota) for quota in quotas])
-    with run.stage("synthetic"):
-        store = open_store(run.folder("synthetic"), run, run.config.generate, quotas, run.config.seed)
-        count = len(labels)
-        images = np.full((count, 8, 8, 1), 77, np.uint8)
-        verdict = np.zeros(count, np.uint8)
-        store.add(CandidateBatch(labels, indices, np.zeros(count, np.float32), verdict, np.full(count, True), images))
+    with run.stage("generate"):
+        images = np.full((len(labels), 8, 8, 1), 77, np.uint8)
+        file = run.folder("generate") / "synthetic.beton"
+        write(file, images, labels=labels, synthetic=np.ones_like(labels), index=indices)
     return run
 
 

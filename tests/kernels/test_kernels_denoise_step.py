@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from plain_solver import solve
 
 from diffult.diffusion import samplers
 from diffult.diffusion.schedule import Schedule
 from kernels import denoise_step as module
-from kernels.denoise_step import COLUMNS, denoise_step, dynamic_limit, reference_denoise_step
+from kernels.denoise_step import COLUMNS, denoise_step, reference_denoise_step
 from kernels.random import normal
 
 SEED = 2**63 + 12345
@@ -100,7 +101,7 @@ def test_every_prediction_and_solver_is_such_coefficients(triton_kernels, predic
     """Whole trajectories of a made-up network, guided and clipped, against the textbook's way there in float64."""
     schedule, w, shape = Schedule("cosine", 1000), 1.5, (2, 3, 5, 4)
     grid = samplers.timestep_grid(1000, 6)
-    rows = samplers.solver_coefficients(sampler, grid, schedule.alphas_cumprod, eta=0.4)
+    rows = samplers.SAMPLERS[sampler](grid, schedule.alphas_cumprod, 0.4)
     labels, indices = (torch.tensor(v, device=triton_kernels) for v in ([3, 1], [0, 7]))
 
     def network(z, label_free):
@@ -119,7 +120,7 @@ def test_every_prediction_and_solver_is_such_coefficients(triton_kernels, predic
     def noise(step):
         return normal(SEED, labels, indices, step, shape[1:]).cpu().double()
 
-    exact = samplers.solve(denoise, noise(0), grid, rows, noise)
+    exact = solve(denoise, noise(0), grid, rows, noise)
     x, x0 = normal(SEED, labels, indices, 0, shape[1:]), None
     for i, t in enumerate(grid):
         out = torch.cat([network(x, False), network(x, True)])
@@ -141,31 +142,6 @@ def test_a_batch_may_hold_different_steps(triton_kernels):
         names = (SEED, case.labels[one], case.indices[one], int(case.steps[i]))
         alone = denoise_step(case.x[one], out, case.coefficients[one], case.previous[one], *names, with_noise=True)
         assert torch.equal(alone[0][0], whole[0][i]) and torch.equal(alone[1][0], whole[1][i])
-
-
-@pytest.mark.parametrize("percentile", [0.995, 0.9, 0.31, 1.0])
-def test_dynamic_limit_is_a_quantile_of_at_least_one(triton_kernels, percentile):
-    case = Case((3, 3, 9, 7), True, False, device=triton_kernels)
-    case.coefficients[0, :2] = torch.tensor([0.01, 0.02])  # stays inside: limit 1
-    case.coefficients[1, :2] = torch.tensor([4.0, -3.0])
-    limit = dynamic_limit(case.x, case.out, case.coefficients, percentile)
-    case.coefficients[:, LIMIT] = 0
-    unclipped = case.exact(False)[1].abs().flatten(1).numpy()
-    quantile = np.quantile(unclipped, percentile, axis=1, method="inverted_cdf")
-    np.testing.assert_allclose(limit.cpu(), np.maximum(quantile, 1), rtol=1e-5)
-    assert limit[0] == 1 and limit[1] > 1
-
-    case.coefficients[:, LIMIT] = limit
-    x0 = denoise_step(*case.arguments(), with_noise=False)[1].cpu()
-    expected = np.clip(unclipped / np.maximum(quantile, 1)[:, None], None, 1)
-    np.testing.assert_allclose(x0.abs().flatten(1), expected, rtol=1e-4, atol=1e-5)
-    assert x0.abs().max() <= 1
-
-
-def test_impossible_percentile_is_refused():
-    case = Case((1, 1, 2, 2))
-    with pytest.raises(ValueError, match="percentile"):
-        dynamic_limit(case.x, case.out, case.coefficients, 0.0)
 
 
 def test_values_that_are_no_numbers_show(triton_kernels):

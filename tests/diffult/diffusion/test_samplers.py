@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from plain_solver import solve
 
 from diffult.config import GenerateConfig
-from diffult.diffusion.samplers import ddim, ddpm, log_snr_grid, solve, solver_coefficients, timestep_grid
+from diffult.diffusion.samplers import SAMPLERS, ddim, ddpm, log_snr_grid, timestep_grid
 from diffult.diffusion.schedule import Schedule
-from diffult.generation.generator import Generator
+from diffult.generation.sampler import Sampler
 from kernels.random import normal
 
 MEAN, STD = 0.7, 0.3
@@ -52,7 +53,7 @@ def test_order_of_convergence(solver, order):
             seen[t] = z
             return gaussian_denoiser(abar)(z, t)
 
-        solve(denoise, x, grid, solver_coefficients(solver, grid, abar), no_noise)
+        solve(denoise, x, grid, SAMPLERS[solver](grid, abar, 0.0), no_noise)
         exact = exact_flow(x, float(abar[start]), float(abar[end]))
         errors.append(float((seen[end] - exact).abs().max()))
     rates = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
@@ -69,9 +70,7 @@ def test_order_of_convergence_in_distribution(solver, eta):
     for steps in (32, 64, 128):
         grid = [round(start + (end - start) * i / steps) for i in range(steps + 1)]
         variance = float(abar[start]) * STD**2 + 1 - float(abar[start])
-        for t, (c_x, c_x0, _, c_noise) in zip(
-            grid[:-1], solver_coefficients(solver, grid, abar, eta).tolist(), strict=False
-        ):
+        for t, (c_x, c_x0, _, c_noise) in zip(grid[:-1], SAMPLERS[solver](grid, abar, eta).tolist(), strict=False):
             slope = float(gaussian_denoiser(abar)(1.0, t) - gaussian_denoiser(abar)(0.0, t))
             variance = (c_x + c_x0 * slope) ** 2 * variance + c_noise**2
         exact = float(abar[end]) * STD**2 + 1 - float(abar[end])
@@ -91,7 +90,7 @@ def test_samples_have_the_mean_and_deviation_of_the_data(solver):
     def noise(step):
         return torch.randn(20_000, generator=g, dtype=torch.float64)
 
-    rows = solver_coefficients(solver, grid, abar)
+    rows = SAMPLERS[solver](grid, abar, 0.0)
     out = solve(denoise, x, grid, rows, noise if solver == "ddpm" else no_noise)
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.015)
     assert float(out.std()) == pytest.approx(STD, abs=0.03)
@@ -172,7 +171,7 @@ def test_dpm_solver_pp_2m_step_is_the_papers():
         seen.append(value)
         return x0[grid.index(t)]
 
-    out = solve(denoise, x, grid, solver_coefficients("dpm++", grid, abar), no_noise)
+    out = solve(denoise, x, grid, SAMPLERS["dpm++"](grid, abar, 0.0), no_noise)
     first = sigma[500] / sigma[800] * x - alpha[500] * (torch.exp(-h[0]) - 1) * x0[0]
     r = h[0] / h[1]
     d = (1 + 1 / (2 * r)) * x0[1] - 1 / (2 * r) * x0[0]
@@ -187,7 +186,7 @@ def test_dpm_solver_pp_2m_step_is_the_papers():
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_the_last_step_returns_the_clean_image_itself(solver, steps, eta):
     abar = Schedule("linear", 1000).alphas_cumprod
-    rows = solver_coefficients(solver, timestep_grid(1000, steps), abar, eta)
+    rows = SAMPLERS[solver](timestep_grid(1000, steps), abar, eta)
     assert rows.shape == (steps, 4) and rows.dtype == torch.float64
     assert rows[-1].tolist() == [0, 1, 0, 0]
     assert rows[0, 2] == 0  # there is no x0 before the first
@@ -208,9 +207,9 @@ def test_impossible_grid_is_refused(steps):
 
 
 class Network(torch.nn.Module):
-    """A made-up network that predicts v and tells labels (9: no class) and times apart; it has no deep levels."""
+    """A made-up network that predicts v and tells labels (9: no class) and times apart; it has one level."""
 
-    def evaluate(self, x, t, labels, deep=None):
+    def forward_with_features(self, x, t, labels, cached_features=None):
         return self(x, t, labels), x
 
     def forward(self, x, t, labels):
@@ -225,7 +224,7 @@ def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance, thr
     settings = GenerateConfig(
         balance_to=0, sampler=sampler, steps=steps, eta=0.3, guidance=guidance, threshold=threshold
     )
-    engine = Generator(Network(), schedule, "v", settings, None, shape, 9, 11, torch.float32, torch.device("cpu"))
+    engine = Sampler(Network(), schedule, "v", settings, shape, 9, 11, torch.float32, torch.device("cpu"))
 
     def denoise(x, t):
         abar, times = schedule.alphas_cumprod[t], torch.full((3,), t)
@@ -241,7 +240,7 @@ def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance, thr
         return normal(11, labels, indices, step, shape).double()
 
     grid = timestep_grid(1000, steps)
-    exact = solve(denoise, noise(0), grid, solver_coefficients(sampler, grid, schedule.alphas_cumprod, 0.3), noise)
+    exact = solve(denoise, noise(0), grid, SAMPLERS[sampler](grid, schedule.alphas_cumprod, 0.3), noise)
     grey = (exact.permute(0, 2, 3, 1) + 1) * 127.5
     difference = engine.draw(labels, indices).double() - grey
     assert difference.abs().max() < 0.51  # rounding to whole grey levels
@@ -310,5 +309,5 @@ def test_dpm_solver_pp_2m_is_diffusers(schedule, steps, noisy):
     scheduler.set_timesteps(timesteps=grid)
     denoise = gaussian_denoiser(abar)
     theirs = solve_with(scheduler, denoise, noisy[0])
-    ours = solve(denoise, noisy[0], grid, solver_coefficients("dpm++", grid, abar), no_noise)
+    ours = solve(denoise, noisy[0], grid, SAMPLERS["dpm++"](grid, abar, 0.0), no_noise)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

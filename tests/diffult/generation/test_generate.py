@@ -1,5 +1,6 @@
 """Generation: exact counts, the same samples whatever the batch, damaged shards, refusals."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,12 +16,17 @@ from PIL import Image
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
+from diffult.artifacts import load_extractor
 from diffult.errors import UserError
-from diffult.generate import command, fill, parse_classes, read_counts
-from diffult.generation.export import FORMATS, export
-from diffult.generation.generator import build_generator
-from diffult.generation.shards import ShardStore
-from diffult.generation.synthetic import kept_samples, open_store, read_quota
+from diffult.generate import command, open_sampler, open_store, parse_classes, read_counts
+from diffult.generation import shards
+from diffult.generation.candidates import CandidateBatch
+from diffult.generation.export import FORMATS
+from diffult.generation.fill import fill
+from diffult.generation.shards import ShardStore, open_kept
+from diffult.longtail.filter import Filter
+from diffult.longtail.quota import Quota
+from diffult.runs.files import load_tensors, lock_folder
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import Loader, open_set
 
@@ -28,14 +34,22 @@ CLASSES = tuple("0123456789")
 QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
 
 
-def draw(run: RunDir, folder: Path, batch_size: int, **settings):
+def fill_folder(run: RunDir, folder: Path, batch_size: int, **settings):
     s = run.config.generate.model_copy(update={"batch_size": batch_size, "max_draws": 6.0, **settings})
-    store = open_store(folder, run, s, QUOTAS, seed=3)
-    quota = read_quota(store, s, QUOTAS)
-    result = fill(build_generator(run, s, 3), store, quota, CLASSES)
-    samples = kept_samples(store, quota)
-    images = np.stack([samples.read(i) for i in range(len(samples))])
-    return result, list(zip(samples.labels.tolist(), samples.indices.tolist(), strict=True)), images
+    store, quota = open_store(folder, run, s, QUOTAS, seed=3), Quota(QUOTAS, s.max_draws)
+    store.resume(quota)
+    return fill(open_sampler(run, s, 3), load_extractor(run, torch.device("cpu")), store, quota, CLASSES)
+
+
+def draw(run: RunDir, folder: Path, batch_size: int, **settings):
+    return fill_folder(run, folder, batch_size, **settings), *kept(folder)
+
+
+def kept(folder: Path) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Names and images of what is kept."""
+    samples = open_kept(folder)
+    names = list(zip(samples.labels.tolist(), samples.index.tolist(), strict=True))
+    return names, samples.take(np.arange(len(samples)))
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [("dpm++", 0.0), ("ddpm", 1.0), ("ddim", 0.0)])
@@ -53,14 +67,18 @@ def test_the_same_samples_whatever_the_batch_size(tiny_run, tmp_path, sampler, g
 
 
 def test_bits_are_the_same_at_one_batch_shape(tiny_run):
-    generator = build_generator(tiny_run, tiny_run.config.generate, 5)
+    sampler = open_sampler(tiny_run, tiny_run.config.generate, 5)
     labels, indices = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8]), torch.arange(8)
     turned = torch.arange(7, -1, -1)
-    assert torch.equal(generator.draw(labels, indices)[turned], generator.draw(labels[turned], indices[turned]))
+    assert torch.equal(sampler.draw(labels, indices)[turned], sampler.draw(labels[turned], indices[turned]))
 
 
-def test_damaged_shard_is_set_aside_and_drawn_again(tiny_run, tmp_path):
-    _, names, images = draw(tiny_run, tmp_path / "s", 8)
+def test_damaged_shard_is_set_aside_and_drawn_again(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 0)
+    _, names, images = draw(tiny_run, tmp_path / "whole", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardStore, "finish", lambda *_: None)
+        fill_folder(tiny_run, tmp_path / "s", 8)
     shard = sorted((tmp_path / "s").glob("shard-*"))[1]
     shard.write_bytes(shard.read_bytes()[:100])
     _, again, images_again = draw(tiny_run, tmp_path / "s", 8)
@@ -69,15 +87,85 @@ def test_damaged_shard_is_set_aside_and_drawn_again(tiny_run, tmp_path):
     assert shard.with_suffix(".damaged").exists()
 
 
-def test_hopeless_class_warns_and_ends(tiny_run, tmp_path, caplog, monkeypatch):
-    def all_out(self, images, labels):
+def test_a_finished_folder_holds_the_kept_samples_and_every_candidate(tiny_run, tmp_path):
+    result, names, _ = draw(tiny_run, tmp_path, 8)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"manifest.json", "synthetic.beton", "candidates.safetensors"}
+    table, _ = load_tensors(tmp_path / "candidates.safetensors")
+    candidates = list(zip(table["labels"].tolist(), table["indices"].tolist(), strict=True))
+    assert candidates == sorted(set(candidates)) and len(candidates) >= result["drawn"]
+    radii = load_extractor(tiny_run, torch.device("cpu")).statistics.radii[table["labels"]]
+    within = (table["distance"] > radii).long() + (table["distance"] > 2 * radii).long()
+    assert table["verdict"].tolist() == within.tolist()
+    passing = [name for name, verdict in zip(candidates, within.tolist(), strict=True) if verdict < 2]
+    assert names == [name for c in range(10) for name in [p for p in passing if p[0] == c][: QUOTAS[c]]]
+    assert open_kept(tmp_path).synthetic.all()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert draw(tiny_run, tmp_path, 8)[0] == result | {"images_per_s": None}
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+
+
+def test_small_batches_share_a_shard_and_old_ones_do_not_wait(tmp_path, monkeypatch):
+    now, numbers = 100.0, itertools.count()
+    monkeypatch.setattr(shards.time, "monotonic", lambda: now)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5 * 2 * 64)
+    store = ShardStore(tmp_path, {})
+
+    def add(batches: int) -> list[int]:
+        """Batches of four candidates of which two passed, 64 bytes an image; returns the candidates in each shard."""
+        for _ in range(batches):
+            names = np.arange(4) + 4 * next(numbers)
+            images = names[::2, None, None, None] * np.ones((1, 8, 8, 1))
+            passed = np.array([True, False, True, False])
+            verdict = np.where(passed, 0, 2).astype(np.uint8)
+            store.add(CandidateBatch(0 * names, names, 0.5 * names, verdict, passed, images.astype(np.uint8)))
+        return [len(shard.labels) for _, shard in store.shards()]
+
+    assert add(4) == []
+    assert add(3) == [20]  # by size
+    now += shards.SHARD_SECONDS
+    assert add(1) == [20, 12]  # by age
+    now = 100.0 + 200 * shards.SHARD_SECONDS  # half an hour on
+    assert add(1) == [20, 12, 4]
+    now += 1.9 * shards.SHARD_SECONDS
+    assert add(1) == [20, 12, 4]  # a share of the time so far
+    now += 0.2 * shards.SHARD_SECONDS
+    assert add(1) == [20, 12, 4, 8]
+    store.flush()
+    assert add(0) == [20, 12, 4, 8]
+    for _, shard in store.shards():
+        assert np.array_equal(shard.images[:, 0, 0, 0], shard.indices[shard.passed])
+        assert np.array_equal(shard.distance, 0.5 * shard.indices)
+
+
+def test_where_no_sample_is_kept_there_is_no_file_and_nothing_to_export(tiny_run, tmp_path, caplog, monkeypatch):
+    def all_out(self, extractor, images, labels):
         return torch.full((len(images),), 9.0), torch.full((len(images),), 2, dtype=torch.uint8)
 
-    monkeypatch.setattr("diffult.generation.generator.Generator.judge", all_out)
+    monkeypatch.setattr(Filter, "judge", all_out)
+    options = {"run": tiny_run.path, "fast": True, "steps": 1, "per_class": 1, "classes": "3", "out": tmp_path / "out"}
+    for _ in range(2):
+        with caplog.at_level("INFO"):
+            command(**options, export_="zip")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {".lock", "manifest.json", "candidates.safetensors", "summary.json", "grid.png"}
+    assert caplog.text.count("no sample was kept") == 2
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tiny_run, tmp_path):
+    with lock_folder(tmp_path / "out"), pytest.raises(UserError, match=r"out: another process writes to it; wait"):
+        command(run=tiny_run.path, fast=True, steps=1, per_class=1, out=tmp_path / "out")
+
+
+def test_hopeless_class_warns_and_ends(tiny_run, tmp_path, caplog, monkeypatch):
+    def all_out(self, extractor, images, labels):
+        return torch.full((len(images),), 9.0), torch.full((len(images),), 2, dtype=torch.uint8)
+
+    monkeypatch.setattr(Filter, "judge", all_out)
     settings = tiny_run.config.generate.model_copy(update={"max_draws": 2.0})
     store = open_store(tmp_path, tiny_run, settings, QUOTAS, 0)
-    quota = read_quota(store, settings, QUOTAS)
-    result = fill(build_generator(tiny_run, settings, 0), store, quota, CLASSES)
+    extractor = load_extractor(tiny_run, torch.device("cpu"))
+    result = fill(open_sampler(tiny_run, settings, 0), extractor, store, Quota(QUOTAS, 2.0), CLASSES)
     assert (result["drawn"], result["accepted"], result["ood"]) == (44, 0, 44)
     assert "class 3: only 0 of 5 samples after 10 candidates" in caplog.text
 
@@ -103,14 +191,14 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
 
 
 def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, front_end_alone, caplog):
-    kept = {}
+    bits = {}
     for compiled in (False, True):
         out = tmp_path / str(compiled)
         with caplog.at_level("INFO"):
             command(run=tiny_run.path, fast=True, steps=2, per_class=2, classes="3,7", out=out, compile_=compiled)
         assert caplog.text.count("network compiled in") == compiled
-        kept[compiled] = [file.read_bytes() for file in sorted(out.glob("shard-*"))]
-    assert kept[True] == kept[False] != []
+        bits[compiled] = kept(out)[1]
+    assert np.array_equal(bits[True], bits[False])
 
 
 def test_without_a_compiler_compiling_ends_in_one_line(tiny_run, tmp_path, monkeypatch):
@@ -165,24 +253,32 @@ def test_three_processes_keep_what_one_keeps(tiny_run, tmp_path):
         arguments = [*start, "diffult.generate", *options, "--out", str(tmp_path / name)]
         out = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
         assert out.returncode == 0, out.stderr[-2000:]
-        store = ShardStore(tmp_path / name, json.loads((tmp_path / name / "manifest.json").read_text()))
-        quota = read_quota(store, tiny_run.config.generate, np.full(10, 9))
-        kept = kept_samples(store, quota)
-        names = list(zip(kept.labels.tolist(), kept.indices.tolist(), strict=True))
-        results.append((names, [quota.tally(c) for c in range(10)], np.stack([kept[i] for i in range(len(kept))])))
-    assert {file.name[6:9] for file in (tmp_path / "three").glob("shard-*")} == {"000", "001", "002"}
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        results.append((summary["by_class"], *kept(tmp_path / name)))
+        assert not list((tmp_path / name).glob("shard-*"))
     assert results[0][:2] == results[1][:2]
     assert np.array_equal(results[0][2], results[1][2])
 
 
+def test_a_sample_is_found_in_the_shards_of_every_process(tmp_path):
+    quota, stores = Quota(np.array([9]), 1.0), [ShardStore(tmp_path, {}, rank) for rank in range(3)]
+    for rank, store in enumerate(stores):
+        names = np.arange(rank, 9, 3)
+        images = np.full((3, 4, 4, 1), 10, np.uint8) * names[:, None, None, None].astype(np.uint8)
+        verdict = np.zeros(3, np.uint8)
+        store.add(CandidateBatch(names * 0, names, verdict.astype(np.float32), verdict, verdict == 0, images))
+        store.flush()
+        quota.record(names * 0, names, verdict)
+    assert len(list(tmp_path.glob("shard-*"))) == 3
+    stores[0].finish(quota)
+    names, images = kept(tmp_path)
+    assert names == [(0, i) for i in range(9)] and images[:, 0, 0, 0].tolist() == list(range(0, 90, 10))
+
+
 def test_exports_hold_the_kept_samples(tiny_run, tmp_path):
-    settings = tiny_run.config.generate.model_copy(update={"max_draws": 6.0})
-    store = open_store(tmp_path, tiny_run, settings, QUOTAS, seed=3)
-    quota = read_quota(store, settings, QUOTAS)
-    fill(build_generator(tiny_run, settings, 3), store, quota, CLASSES)
-    kept = kept_samples(store, quota)
-    images, labels = np.stack([kept[i] for i in range(len(kept))])[..., 0], kept.labels.tolist()
-    made = {name: export(kept, CLASSES, tmp_path, name) for name in FORMATS}
+    _, names, images = draw(tiny_run, tmp_path, 8)
+    images, labels = images[..., 0], [label for label, _ in names]
+    made = {name: write(open_kept(tmp_path), CLASSES, tmp_path) for name, write in FORMATS.items()}
 
     files = sorted(made["imagefolder"].glob("*/*.png"))
     assert [int(file.parent.name) for file in files] == labels
@@ -219,7 +315,8 @@ def test_parse_classes():
     ("options", "message"),
     [
         ({"balance_to": 3, "per_class": 4}, "exclude each other"),
-        ({"sampler": "euler"}, "expected one of ddim, ddpm, dpm"),
+        ({"sampler": "euler"}, "--sampler: expected one of ddim, ddpm, dpm"),
+        ({"sampler": "dmp++"}, r"did you mean 'dpm\+\+'"),
         ({"steps": 2000}, "the model has 1000 timesteps"),
         ({"classes": "11"}, "no class 11"),
         ({"export_": "gif"}, "expected one of imagefolder, npz"),

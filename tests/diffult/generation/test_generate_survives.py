@@ -14,29 +14,48 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffult.generation.shards import ShardStore
-from diffult.generation.synthetic import kept_samples, read_quota
+from diffult.generation.shards import open_kept
+from diffult.runs.files import load_tensors
 from diffult.runs.run_dir import RunDir
 
-# Imports the command once and forks a child for each line `[arguments, file for what it says, file size limit]`: a real
-# process with a real exit code, without the seconds of importing. It never computes, so it may fork. A child that has
-# ended keeps its number until an empty line asks for its exit code.
+# Imports the command once and forks a child for each line `[arguments, log, file size limit, file]`: a real process
+# with a real exit code, without the seconds of importing. It never computes, so it may fork. A child that has ended
+# keeps its number until an empty line asks for its exit code. Every batch gets a shard of its own. A child dies by
+# SIGKILL when it is about to rename to or to remove the file named last, where one is.
 NURSERY = """
 import json, os, resource, sys
 import sklearn.datasets
+import signal
+from pathlib import Path
 from diffult import cli, generate
+from diffult.generation import shards
+
+shards.SHARD_BYTES = 0
+
+def die_before(name):
+    replace, unlink = os.replace, Path.unlink
+
+    def dying_replace(a, b):
+        os.kill(os.getpid(), signal.SIGKILL) if Path(b).name == name else replace(a, b)
+
+    def dying_unlink(path, missing_ok=False):
+        os.kill(os.getpid(), signal.SIGKILL) if path.name == name else unlink(path, missing_ok)
+
+    os.replace, Path.unlink = dying_replace, dying_unlink
 
 for line in sys.stdin:
     if line == "\\n":
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
         continue
-    arguments, told, limit = json.loads(line)
+    arguments, told, limit, fatal = json.loads(line)
     pid = os.fork()
     if pid == 0:
         out = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if fatal:
+            die_before(fatal)
         sys.argv = ["generate", *arguments]
         code = 1
         try:
@@ -51,14 +70,15 @@ for line in sys.stdin:
 
 
 class Nursery:
-    """Starts commands, one at a time, and tells their exit codes, negative where a signal ended them."""
+    """Starts commands, one at a time, and reports their exit codes, negative where a signal ended them."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
 
-    def start(self, arguments: list[object], told: Path, file_size: int = 0) -> int:
-        """The process; what it says goes to the file `told`; it can write no file over `file_size`, where given."""
-        return self._ask(json.dumps([[str(a) for a in arguments], str(told), file_size]))
+    def start(self, arguments: list[object], told: Path, file_size: int = 0, fatal: str = "") -> int:
+        """The process; what it prints goes to the file `told`; it can write no file over `file_size`, where given, and
+        dies before it renames or removes the file `fatal`."""
+        return self._ask(json.dumps([[str(a) for a in arguments], str(told), file_size, fatal]))
 
     def wait(self) -> int:
         return self._ask("")
@@ -100,12 +120,12 @@ def work(run: RunDir, out: Path) -> list[object]:
 
 
 def result(run: RunDir, out: Path) -> tuple[list, list, np.ndarray]:
-    """Names, tallies and images of what is kept."""
-    store = ShardStore(out, json.loads((out / "manifest.json").read_text()))
-    quota = read_quota(store, run.config.generate, np.full(10, PER_CLASS))
-    kept = kept_samples(store, quota)
-    names = list(zip(kept.labels.tolist(), kept.indices.tolist(), strict=True))
-    return names, [quota.tally(c) for c in range(10)], np.stack([kept[i] for i in range(len(kept))])
+    """Names, tallies and images of what is kept. No shard is left."""
+    assert not shards(out) and not list(out.glob(".*.tmp"))
+    kept = open_kept(out)
+    names = list(zip(kept.labels.tolist(), kept.index.tolist(), strict=True))
+    tallies = json.loads((out / "summary.json").read_text())["by_class"]
+    return names, tallies, kept.take(np.arange(len(kept)))
 
 
 def same(a, b) -> bool:
@@ -114,6 +134,11 @@ def same(a, b) -> bool:
 
 def shards(out: Path) -> int:
     return len(list(out.glob("shard-*.safetensors")))
+
+
+def batches(out: Path) -> int:
+    """How many batches a finished command drew."""
+    return len(load_tensors(out / "candidates.safetensors")[0]["labels"]) // 4
 
 
 def wait_for_shards(out: Path, count: int) -> None:
@@ -131,17 +156,17 @@ def unbroken(run, nursery, tmp_path_factory):
 
 
 def test_killed_ten_times_at_random_it_keeps_the_same(run, unbroken, nursery, tmp_path):
-    """Each time a random number of waves on, and a random moment after: while starting, drawing, writing."""
+    """Each time a random number of batches on, and a random moment after: while starting, drawing, writing."""
     expected, whole = unbroken
     out, rng = tmp_path / "out", np.random.default_rng(0)
-    assert shards(whole) > 10 * 5  # it cannot be done before it was killed so often
+    assert batches(whole) > 10 * 5  # it cannot be done before it was killed so often
     for _ in range(10):
-        process, waves = nursery.start(work(run, out), tmp_path / "told"), int(rng.integers(0, 5))
-        wait_for_shards(out, shards(out) + waves)
-        time.sleep(rng.uniform(0, 0.02 if waves else 0.3))
+        process, more = nursery.start(work(run, out), tmp_path / "told"), int(rng.integers(0, 5))
+        wait_for_shards(out, shards(out) + more)
+        time.sleep(rng.uniform(0, 0.02 if more else 0.3))
         os.kill(process, signal.SIGKILL)
         assert nursery.wait() == -signal.SIGKILL
-    assert 0 < shards(out) < shards(whole)
+    assert 0 < shards(out) < batches(whole)
     assert nursery.run(work(run, out), tmp_path / "told")[0] == 0
     assert same(result(run, out), expected)
 
@@ -157,19 +182,51 @@ def test_interrupted_it_says_so_and_loses_nothing(run, unbroken, nursery, tmp_pa
         text.strip().splitlines()[-1] == "interrupted; the same command goes on from here" and "Traceback" not in text
     )
     there = {file: file.read_bytes() for file in out.glob("shard-*")}
-    assert 3 <= len(there) < shards(unbroken[1]) and not list(out.glob(".*.tmp"))
+    assert 3 <= len(there) < batches(unbroken[1]) and not list(out.glob(".*.tmp"))
+    nursery.start(work(run, out), told, fatal="synthetic.beton")
+    assert nursery.wait() == -signal.SIGKILL
+    assert all(file.read_bytes() == content for file, content in there.items())
     assert nursery.run(work(run, out), told)[0] == 0
     assert same(result(run, out), unbroken[0])
-    assert all(file.read_bytes() == content for file, content in there.items())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "manifest.json", "shard-000-000004.safetensors", "synthetic.beton", "candidates.safetensors", "grid.png",
+        "summary.json",
+    ],
+)  # fmt: skip
+def test_killed_at_any_file_it_writes_or_removes_it_ends_with_the_same(run, unbroken, nursery, tmp_path, file):
+    out, told = tmp_path / "out", tmp_path / "told"
+    nursery.start(work(run, out), told, fatal=file)
+    assert nursery.wait() == -signal.SIGKILL
+    assert nursery.run(work(run, out), told)[0] == 0
+    assert same(result(run, out), unbroken[0])
+
+
+def test_killed_while_shards_are_removed_it_is_finished(run, unbroken, nursery, tmp_path):
+    out, told = tmp_path / "out", tmp_path / "told"
+    nursery.start(work(run, out), told, fatal="synthetic.beton")
+    assert nursery.wait() == -signal.SIGKILL
+    nursery.start(work(run, out), told, fatal=sorted(out.glob("shard-*"))[5].name)
+    assert nursery.wait() == -signal.SIGKILL
+    assert 0 < shards(out) < batches(unbroken[1])
+    written = (out / "synthetic.beton").stat().st_mtime_ns
+    assert nursery.run(work(run, out), told)[0] == 0
+    assert same(result(run, out), unbroken[0])
+    assert (out / "synthetic.beton").stat().st_mtime_ns == written
 
 
 def test_a_file_that_cannot_grow_ends_it_in_one_line_and_it_goes_on(run, unbroken, nursery, tmp_path):
     out, told = tmp_path / "out", tmp_path / "told"
-    size = max(file.stat().st_size for file in unbroken[1].glob("shard-*"))
+    nursery.start(work(run, tmp_path / "shards"), told, fatal="synthetic.beton")
+    nursery.wait()
+    size = max(file.stat().st_size for file in (tmp_path / "shards").glob("shard-*"))
     code, last = nursery.run(work(run, out), told, file_size=size - 8)  # enough for the manifest
     assert code == 2
     assert last.startswith(f"error: {out}/shard-000-") and "make room" in last
-    assert shards(out) < shards(unbroken[1]) and not list(out.glob(".*.tmp"))
+    assert shards(out) < batches(unbroken[1]) and not list(out.glob(".*.tmp"))
     assert nursery.run(work(run, out), told)[0] == 0
     assert same(result(run, out), unbroken[0])
 
@@ -179,7 +236,7 @@ def test_a_full_disk_ends_it_in_one_line_and_it_goes_on_with_room(run, unbroken,
     code, last = nursery.run(work(run, out), told)
     assert code == 2 and last.startswith("error: ") and "No space left" in last and "make room" in last
     kept = shards(out)
-    assert 0 < kept < shards(unbroken[1]) and not list(out.glob(".*.tmp"))
+    assert 0 < kept < batches(unbroken[1]) and not list(out.glob(".*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert nursery.run(work(run, out), told)[0] == 0
     assert same(result(run, out), unbroken[0])
@@ -222,40 +279,43 @@ def test_a_class_that_never_passes_ends_with_a_warning_and_all_else(run, nursery
     assert "class 3: only 0 of 4 samples after 12 candidates" in (tmp_path / "told").read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["by_class"]["2"]["accepted"] == 4 and summary["by_class"]["3"]["accepted"] == 0
-    files = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    files = {path: path.stat().st_mtime_ns for path in (out / "synthetic.beton", out / "candidates.safetensors")}
     assert nursery.run(arguments, tmp_path / "told")[0] == 0  # nor does it draw for ever when asked again
-    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == files
+    assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-# Draws 256 and 2560 images of 64 pixels with a network that costs nothing, each in a child of its own, and tells the
-# peaks of memory in KiB.
+# Draws 256 and 2560 images of 64 pixels with a network that costs nothing, each in a child of its own, to shards of
+# 1 MiB, and prints the peaks of memory in KiB.
 MEMORY = """
 import os, sys
 from pathlib import Path
 import numpy as np, torch
 from diffult.config import GenerateConfig
-from diffult.generation.shards import ShardStore
 from diffult.diffusion.schedule import Schedule
-from diffult.generate import fill
-from diffult.generation.generator import Generator
+from diffult.generation import shards
+from diffult.generation.fill import fill
+from diffult.generation.sampler import Sampler
+from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
+
+shards.SHARD_BYTES = 2**20
 
 class Network(torch.nn.Module):
     def forward(self, x, t, labels):
         return x
-    def evaluate(self, x, t, labels, deep=None):
+    def forward_with_features(self, x, t, labels, cached_features=None):
         return x, x
 
-class Passing(Generator):
-    def judge(self, images, labels):
+class Passing(Filter):
+    def judge(self, extractor, images, labels):
         return torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.uint8)
 
 def child(count):
     settings = GenerateConfig(balance_to=0, steps=1, batch_size=32)
-    generator = Passing(Network(), Schedule("cosine", 10), "v", settings, None, (3, 64, 64), 2, 0, torch.float32,
-                        torch.device("cpu"))
-    store = ShardStore(Path(sys.argv[1]) / str(count), {})
-    fill(generator, store, Quota(np.array([count // 2] * 2), 1.0), ("a", "b"))
+    sampler = Sampler(Network(), Schedule("cosine", 10), "v", settings, (3, 64, 64), 2, 0, torch.float32,
+                      torch.device("cpu"))
+    store = shards.ShardStore(Path(sys.argv[1]) / str(count), {})
+    fill(sampler, None, store, Quota(np.array([count // 2] * 2), 1.0, Passing((0,))), ("a", "b"))
 
 for count in (256, 2560):
     pid = os.fork()
@@ -274,7 +334,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     peak, ten_times = map(int, done.stdout.split())
-    assert shards(tmp_path / "2560") == 80
+    assert len(open_kept(tmp_path / "2560")) == 2560
     assert ten_times < 1.05 * peak, (peak, ten_times)
     more_images = (2560 - 256) * 64 * 64 * 3 / 1024
     assert ten_times - peak < more_images / 2  # so that it would show if they were held

@@ -12,7 +12,7 @@ from diffult.config import GenerateConfig
 from diffult.data import ArrayImages, load_data
 from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE, World
-from diffult.generate import build_generator
+from diffult.generate import open_sampler
 from diffult.generation.preview import Preview
 from diffult.plots import sample_grid
 from diffult.runs.files import load_tensors
@@ -41,14 +41,14 @@ def test_a_grid_shows_what_generate_draws_with_the_averaged_weights_of_its_step(
     assert [file.name for file in grids(fresh)] == ["samples-0000003.png", "samples-0000006.png"]
     assert list(averages) == [3, 6]
 
-    generator = build_generator(fresh, GenerateConfig(balance_to=0, sampler="dpm++", steps=10), fresh.config.seed)
-    device, classes = generator.device, load_data(fresh.config.data).train.classes
+    sampler = open_sampler(fresh, GenerateConfig(balance_to=0, sampler="dpm++", steps=10), fresh.config.seed)
+    device, classes = sampler.device, load_data(fresh.config.data).train.classes
     labels, indices = torch.arange(10).repeat_interleave(4), torch.arange(40) % 4
     seen = []
     for file, average in zip(grids(fresh), averages.values(), strict=True):
-        generator.unet.load_state_dict(average)
+        sampler.unet.load_state_dict(average)
         parts = zip(labels.to(device).split(8), indices.to(device).split(8), strict=True)  # diffusion.batch_size
-        images = torch.cat([generator.draw(*part) for part in parts]).cpu().numpy()
+        images = torch.cat([sampler.draw(*part) for part in parts]).cpu().numpy()
         sample_grid(ArrayImages(images, labels.numpy(), classes), classes, tmp_path / "grid.png", 4)
         seen.append(np.asarray(Image.open(file)))
         np.testing.assert_array_equal(seen[-1], np.asarray(Image.open(tmp_path / "grid.png")))

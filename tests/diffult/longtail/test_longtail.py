@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffult.longtail.extractor import Extractor
-from diffult.longtail.filter import Verdict, judge
+from diffult.longtail.filter import FILTERS, Verdict, judge
 from diffult.longtail.losses import CrossEntropy, log_prior
 from diffult.longtail.metrics import accuracies, class_groups
 from diffult.longtail.quota import Quota
@@ -144,7 +144,7 @@ def test_a_hopeless_class_ends_at_its_limit():
 
 
 def test_without_the_filter_everything_passes():
-    quota = Quota(np.array([5]), max_draws=1.0, keep_ood=True)
+    quota = Quota(np.array([5]), max_draws=1.0, filter=FILTERS["none"])
     labels, indices = quota.next_batch(8)
     quota.record(labels, indices, np.full(len(labels), Verdict.OOD, dtype=np.uint8))
     assert quota.kept(0) == [0, 1, 2, 3, 4]

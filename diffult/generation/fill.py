@@ -1,0 +1,98 @@
+"""Filling: draws until every class has its quota, and leaves the kept samples in one file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diffult.engine.device import peak_flops
+from diffult.engine.distributed import ALONE, World
+from diffult.generation.candidates import generate
+from diffult.generation.sampler import Sampler
+from diffult.generation.shards import ShardStore
+from diffult.longtail.extractor import Extractor
+from diffult.longtail.quota import Quota
+
+log = logging.getLogger(__name__)
+
+
+def fill(
+    sampler: Sampler,
+    extractor: Extractor,
+    store: ShardStore,
+    quota: Quota,
+    classes: tuple[str, ...],
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Draws until the quota is met, writing while the next batch is drawn, and finishes the store. Returns what the
+    metrics report of generation; "images_per_s" is of all processes together."""
+    if quota.missing.any():
+        sampler.prepare()
+    begun = time.perf_counter()
+    try:
+        drawn = _draw(sampler, extractor, store, quota, classes, world)
+    finally:  # interrupted too
+        store.flush()
+    seconds = time.perf_counter() - begun
+    drawn = sum(world.gather(drawn))  # so every process has flushed
+    if world.is_main:
+        store.finish(quota)
+    tallies = [quota.tally(c) for c in range(len(classes))]
+    for name, wanted, tally in zip(classes, quota.quotas, tallies, strict=True):
+        if tally["accepted"] < wanted:
+            log.warning(
+                "class %s: only %d of %d samples after %d candidates; the filter hardly ever accepts this class "
+                "(train longer, or raise generate.max_draws)", name, tally["accepted"], wanted, tally["drawn"],
+            )  # fmt: skip
+    totals = {key: sum(tally[key] for tally in tallies) for key in tallies[0]}
+    return totals | {
+        "images_per_s": round(drawn / seconds, 2) if drawn else None,
+        "nfe": sampler.settings.evaluations,
+        "gflop_per_sample": round(sampler.flops() / 1e9, 6),
+        "by_class": {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]},
+    }
+
+
+def _draw(
+    sampler: Sampler, extractor: Extractor, store: ShardStore, quota: Quota, classes: tuple[str, ...], world: World
+) -> int:
+    """How many candidates this process drew."""
+    flops, drawn, begun = sampler.flops(), 0, time.perf_counter()
+    peak = peak_flops(sampler.device) * world.size
+    total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
+    bar = tqdm(
+        total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.is_main
+    )  # fmt: skip
+    written: Future[None] | None = None
+    with bar, ThreadPoolExecutor(1) as writer:
+        for batch in generate(sampler, extractor, quota, world):
+            if written is not None:
+                written.result()  # a full disk ends the run here; and no more than one batch waits
+            written = writer.submit(store.add, batch)
+            drawn += len(batch.labels)
+            bar.update(int(quota.accepted.sum()) - bar.n)
+            rate = drawn * world.size / (time.perf_counter() - begun)
+            bar.set_postfix_str(f"{_shares(quota, classes)}, {speed(rate, flops, peak)}", refresh=False)
+        if written is not None:
+            written.result()
+    return drawn
+
+
+def _shares(quota: Quota, classes: tuple[str, ...]) -> str:
+    """Of what was drawn how much is kept, and in the three unfinished classes where it is least."""
+    drawn, accepted = np.array(quota.drawn), quota.accepted
+    shares = accepted / np.maximum(drawn, 1)
+    unfinished = [c for c in np.argsort(shares, kind="stable") if quota.missing[c] and drawn[c]]
+    worst = ", ".join(f"{classes[c]}: {shares[c]:.0%}" for c in unfinished[:3])
+    return f"{accepted.sum() / max(drawn.sum(), 1):.0%} of {drawn.sum()} kept" + (f" ({worst})" if worst else "")
+
+
+def speed(rate: float, flops: float, peak: float) -> str:
+    """Samples a second in words; flops: of a sample; peak: FLOP/s of the hardware, 0 where that is not known."""
+    share = f", {rate * flops / peak:.0%} of peak" if peak else ""
+    return f"{rate:.4g} drawn/s, {rate * flops / 1e12:.3g} TFLOP/s{share}"
