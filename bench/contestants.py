@@ -27,8 +27,7 @@ from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import build_classifier
-from diffult.models.unet import build_unet
-from diffult.models.unet import UNet
+from diffult.models.unet import UNet, build_unet
 from kernels.adamw_ema import AdamWEma
 from kernels.random import normal
 

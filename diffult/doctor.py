@@ -15,7 +15,7 @@ import torch
 from diffult.cli import main
 from diffult.config import preset_names
 from diffult.engine.device import compute_dtype, fast_bfloat16, pick_device
-from ffcv_writers import have_ffcv, suffix
+from ffcv_writers.jpeg import decoder_name
 from kernels import dispatch
 from kernels.attention import attention_backend
 
@@ -48,7 +48,7 @@ def rows() -> list[Row]:
         dtype_row(device),
         attention_row(device),
         kernels_row(device),
-        loader_row(),
+        jpeg_row(),
         memory_row(device),
         Row("disk", f"{shutil.disk_usage(Path.cwd()).free / _GIB:.1f} GiB free", f"in {Path.cwd()}"),
         Row("presets", f"{len(preset_names())} known", ", ".join(preset_names())),
@@ -108,13 +108,8 @@ def _state(package: str, there: str | None) -> str:
     return f"{package} {there} is installed, not used" if there else f"{package} is not installed"
 
 
-def loader_row() -> Row:
-    there = installed("ffcv")
-    files = f"balanced sets are {suffix()} files"
-    if have_ffcv():
-        return Row("image loading", f"ffcv {there}", f"it imports; {files}")
-    state = "is not installed" if there is None else "is installed but does not import"
-    return Row("image loading", "in-memory loader", f"ffcv {state}; {files}")
+def jpeg_row() -> Row:
+    return Row("JPEG decoding", decoder_name(), "raw .beton files need numpy alone")
 
 
 def memory_row(device: torch.device) -> Row:

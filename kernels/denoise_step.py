@@ -8,7 +8,7 @@ For each sample, with the network's output o (and o_n for "no class"), numbers f
 
 p_x and p_out turn an epsilon, x0 or v prediction into the clean image (`Schedule.x0_coefficients`); c_* are a solver's
 row (`diffult.diffusion.samplers`): DDIM, DDPM and DPM-Solver++(2M) differ in these numbers alone. limit = 1 clips to
-[-1, 1]; a limit of each sample's own, at least 1, is dynamic thresholding (`dynamic_limit`).
+[-1, 1].
 
 What must move, per element: x 4 bytes and the output 2 or 4 bytes (twice with guidance) in, 8 out, and 4 more in where
 the last x0 is used: 14 to 24 bytes. This pass moves no more; the noise, made where it is used, moves none.
@@ -16,8 +16,6 @@ the last x0 is used: 14 to 24 bytes. This pass moves no more; the noise, made wh
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
-
-import math
 
 import torch
 import triton

@@ -87,8 +87,9 @@ def build_trainer(
         optimizer.zero_grad()
         names: tuple[str, ...] = ()
         values = torch.zeros((), device=device)
-        for part in zip(*(x.split(micro_batch) for x in (images, labels, positions)), strict=True):
-            losses = loss(*part, with_aid)
+        parts = zip(images.split(micro_batch), labels.split(micro_batch), positions.split(micro_batch), strict=True)
+        for x, y, position in parts:
+            losses = loss(x, y, position, with_aid)
             (losses["loss"] / settings.accumulate).backward()
             names = tuple(losses)
             values = values + torch.stack([value.detach() for value in losses.values()]) / settings.accumulate

@@ -20,6 +20,7 @@ from diffult.engine.loop import LoopConfig, Losses, learning_rate_factor, train_
 from diffult.longtail.losses import Loss
 from diffult.models.batch_norm import share_batch_norms
 from diffult.models.cost import forward_flops
+from diffult.models.resnet import Classifier
 from ffcv_writers import Batch, CenterCrop, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, mixup, normalise
 
@@ -44,7 +45,7 @@ class Training:
     """
 
     title: str
-    model: nn.Module
+    model: Classifier
     loader: Loader
     order: Order
     loss: Loss

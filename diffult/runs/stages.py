@@ -49,7 +49,7 @@ def reads(config: Config, stage: Stage) -> dict[str, Any]:
     Values that equal their defaults are left out, so that a setting that a later version adds does not invalidate
     existing runs: a default never changes, a preset may.
     """
-    everything = config.model_dump(mode="json", exclude_defaults=True, exclude=_UNREAD)  # type: ignore[arg-type]
+    everything = config.model_dump(mode="json", exclude_defaults=True, exclude=_UNREAD)
     own = {key: everything[key] for key in _SETTINGS[stage] if key in everything}
     for source in upstream(config, stage):
         own = reads(config, source) | own

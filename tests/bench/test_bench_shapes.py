@@ -8,6 +8,7 @@ import torch
 from bench.kernel_cases import cases
 from bench.kernel_shapes import SMOKE, WORKLOADS, Spec, Workload, asked
 from diffult.models.norm import GroupNorm
+from diffult.models.unet import build_unet
 
 CIFAR = Workload("cifar10-lt-100")
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from diffult.artifacts import load_extractor
 from scipy.linalg import sqrtm
 from typer.testing import CliRunner
 
 from bench import quality, variants
-from diffult.artifacts import load_extractor
 from diffult.data import load_data
 from diffult.engine.device import pick_device
 from diffult.errors import UserError

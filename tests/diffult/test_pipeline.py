@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from diffult.artifacts import load_classifier, load_diffusion
 from PIL import Image
 from safetensors import safe_open
 
-from diffult.artifacts import load_classifier, load_diffusion
 from diffult.errors import UserError
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir

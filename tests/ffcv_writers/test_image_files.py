@@ -102,7 +102,8 @@ def test_files_whose_shorter_side_is_within_the_limit_are_stored_without_loss(tm
     write_all(tmp_path / "set.beton", contents, storage="jpg", transform=shrink, quality=95)
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
     assert image_set.sizes[0].tolist() == [80, 106]
-    wanted = resize(Image.open(io.BytesIO(contents[0])), 80, InterpolationMode.BICUBIC)
+    torchvision = pytest.importorskip("torchvision.transforms.functional")
+    wanted = torchvision.resize(Image.open(io.BytesIO(contents[0])), 80, torchvision.InterpolationMode.BICUBIC)
     assert np.abs(image_set.image(0).astype(int) - np.asarray(wanted)).max() <= 12
     np.testing.assert_array_equal(image_set.image(11), expected(contents[11]))  # 301 x 77: its own coefficients
 
@@ -112,7 +113,9 @@ def test_files_whose_shorter_side_is_within_the_limit_are_stored_without_loss(tm
 def test_a_centre_square_is_torchvisions_to_the_bit(height: int, width: int, channels: int) -> None:
     picture = smooth(height, width)[..., :channels]
     image = Image.fromarray(picture.squeeze())
-    theirs = np.asarray(center_crop(resize(image, [32], InterpolationMode.BICUBIC), [32]))
+    torchvision = pytest.importorskip("torchvision.transforms.functional")
+    resized = torchvision.resize(image, [32], torchvision.InterpolationMode.BICUBIC)
+    theirs = np.asarray(torchvision.center_crop(resized, [32]))
     np.testing.assert_array_equal(centre_square(picture, 32), theirs.reshape(32, 32, channels))
 
 

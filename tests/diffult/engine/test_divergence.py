@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import pytest
+import torch
 from conftest import TINY
 
 from diffult.engine.loop import LRBackoff

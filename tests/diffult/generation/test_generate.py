@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffult.artifacts import load_extractor
 from PIL import Image
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
-from diffult.artifacts import load_extractor
 from diffult.errors import UserError
 from diffult.generate import command, open_sampler, open_store, parse_classes, read_counts
 from diffult.generation import shards

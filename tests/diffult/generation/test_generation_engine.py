@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffult.artifacts import load_extractor
 from plain_solver import solve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffult.artifacts import load_extractor
 from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS
 from diffult.diffusion.schedule import Schedule

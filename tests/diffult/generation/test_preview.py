@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffult.artifacts import load_extractor
 from PIL import Image
 
-from diffult.artifacts import load_extractor
 from diffult.config import GenerateConfig
 from diffult.data import ArrayImages, load_data
 from diffult.engine.device import pick_device
