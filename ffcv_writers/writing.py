@@ -223,6 +223,7 @@ def _write_files(
         for partial, (begin, end) in zip(partials, itertools.pairwise(bounds), strict=True):
             part = {key: values[begin:end] for key, values in columns.items()}
             _write_file(partial, itertools.islice(images, end - begin), part)
+            open_file(partial)  # a disk that took less than it was given shows
         for partial, file in zip(partials, files, strict=True):
             os.replace(partial, file)
     finally:
@@ -248,11 +249,7 @@ def _one_kind(
 
 
 def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> None:
-    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index.
-
-    Raises:
-        ValueError: a disk that took less than it was given.
-    """
+    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index."""
     first = next(images)
     shape = None if first.shape[2] == 3 else first.shape
     page = _LARGEST_PAGE if shape is None else max(_PAGE, 1 << (len(first.data) - 1).bit_length())
@@ -286,4 +283,3 @@ def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndar
             file.write(part.data)
         file.flush()
         os.fsync(file.fileno())
-    open_file(path)  # a disk that took less shows
