@@ -7,12 +7,12 @@ import io
 import itertools
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ffcv_writers.sources import open_source
 from PIL import Image
 from torch import nn
 
@@ -28,11 +28,13 @@ from diffult.models.cost import forward_flops
 from diffult.models.resnet import build_classifier
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import Loader, have_ffcv, open_set, suffix, write
+from ffcv_writers import Loader, open_set, write
+from ffcv_writers.readers import open_source
 from kernels.adamw_ema import AdamWEma
 from kernels.augment import augment
 from kernels.group_norm_silu import group_norm_silu
 
+HAVE_FFCV = find_spec("ffcv") is not None
 PIPELINE = [
     "extractor.steps=40", "diffusion.steps=20", "diffusion.batch_size=32", "generate.steps=10", "generate.max_draws=2",
     "generate.filter=none", "generate.balance_to=30", "classifier.steps=40", "classifier.methods=['ce', 'diffult']",
@@ -92,7 +94,7 @@ def writer(folder: Path) -> Work:
     labels = np.arange(len(images)) % CLASSES
 
     def ours() -> None:
-        write(folder / f"ours{suffix()}", images, labels=labels, synthetic=0 * labels, index=labels)
+        write(folder / "ours.beton", images, labels=labels, synthetic=0 * labels, index=labels)
 
     def ffcv() -> None:
         from ffcv.fields import IntField, RGBImageField
@@ -105,9 +107,9 @@ def writer(folder: Path) -> Work:
             )
 
     run: dict[str, Call] = {"ours": ours}
-    if have_ffcv():
+    if HAVE_FFCV:
         run["ffcv's writer"] = ffcv
-    absent = {} if have_ffcv() else {"ffcv's writer": "ffcv is not installed, or does not load"}
+    absent = {} if HAVE_FFCV else {"ffcv's writer": "ffcv is not installed, or does not load"}
     return Work(run, len(images), moved=images.nbytes, absent=absent)
 
 
@@ -119,9 +121,8 @@ def loader(folder: Path) -> Work:
         path = files / str(number % CLASSES) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    source = open_source(files)
-    path = folder / f"images{suffix()}"
-    write(path, source.samples, labels=source.labels, synthetic=0 * source.labels, index=source.index)
+    source, path = open_source("folder", files).splits["train"], folder / "images.beton"
+    write(path, source.samples, labels=source.labels, synthetic=0 * source.labels, index=np.arange(len(source.labels)))
     image_set = open_set([path])
     checked = loaders.checked(loaders.check_small(files, image_set))
     run: dict[str, Call] = {

@@ -37,7 +37,7 @@ from diffult.errors import UserError
 from diffult.models.resnet import build_classifier
 from diffult.runs.files import write_json
 from ffcv_writers import Crop, ImageSet, Loader, Natural, RandomResizedCrop, open_set, write
-from ffcv_writers.sources import open_source
+from ffcv_writers.readers import open_source
 from kernels.augment import augment, normalise
 
 WORKERS = (0, 1, 2, 4)
@@ -192,13 +192,14 @@ def compare(
     """One set of files: outputs checked, then rivals raced."""
     transform, ready = (LARGE, large_ready) if large else (SMALL, small_ready)
     crop = RandomResizedCrop(SIZE, seed=0) if large else None
-    source = open_source(folder)
+    source = open_source("folder", folder).splits["train"]
     count, rivals, checks = len(source.labels), {}, {}
+    names = np.arange(count)
     workers, sweep = best_workers(folder, transform, batch_size)
     rivals["torch"] = torch_epoch(folder, transform, batch_size, workers)
     for storage in storages:
         path = work / f"{storage}.beton"
-        write(path, source.samples, labels=source.labels, synthetic=0 * source.labels, index=source.index,
+        write(path, source.samples, labels=source.labels, synthetic=0 * names, index=names,
               storage=storage, workers=2)  # type: ignore[arg-type]  # fmt: skip
         image_set = open_set([path], mixed_sizes=large)
         checks[storage] = checked(check_large(folder, image_set, crop) if crop else check_small(folder, image_set))
@@ -283,7 +284,7 @@ class Repeated:
 
 def write_once(folder: Path, kind: str, count: int, out: Path) -> dict[str, float]:
     """In a process of its own: images/s, and by how many MB its memory grew at most."""
-    source = open_source(folder)
+    source = open_source("folder", folder).splits["train"]
     names, storage = np.arange(count), "jpg" if kind == "files, jpg" else "raw"
     few: Any = source.samples
     if kind == "arrays":

@@ -1,8 +1,8 @@
-"""In which order samples are drawn: a function of (seed, epoch), so that training resumes at any step on any rank.
+"""The order in which samples are drawn: a function of (seed, epoch), so that training resumes at any step on any rank.
 
 An order has epochs of `length` draws. The endless stream is epoch 0, epoch 1, ... end to end; batches are cut from
-it, hence always full. A draw's position in the stream names it: whatever is random about a draw is keyed by that.
-Of `world` processes, step s of rank r takes the draws from position (s world + r) B on, so none is taken twice.
+it and always full. A draw is named by its position in the stream, which keys whatever is random about it. Of `world`
+processes, step s of rank r takes the draws from position (s world + r) B on, so none is taken twice.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Order(ABC):
     def _draw(self, seed: int, epoch: int) -> np.ndarray: ...
 
     def stream(self, seed: int, start: int, count: int) -> np.ndarray:
-        """Draws `start` to `start + count` of the endless stream, int64 (count,), without making those before.
+        """Draws `start` to `start + count` of the endless stream, int64 (count,).
 
-        Only the epochs it touches are made, at O(N) each: ask for many batches at once, not for one.
+        Makes only the epochs it touches, at O(N) each: ask for many batches at once.
 
         Raises:
             ValueError: a negative seed, start or count.
@@ -102,8 +102,8 @@ class Natural(Order):
 
 
 class ClassBalanced(Order):
-    """Every class that occurs equally often in an epoch, give or take one (which get one more is drawn), and within
-    a class every sample equally often, give or take one. An epoch holds as many draws as there are samples.
+    """Every class that occurs equally often in an epoch, give or take one drawn at random, and within a class every
+    sample equally often, give or take one. An epoch has as many draws as there are samples.
 
     Args:
         labels: (N,) integers, the class of each sample.
@@ -127,8 +127,8 @@ class ClassBalanced(Order):
 class Weighted(Order):
     """Every sample as often as its weight asks, give or take one in each epoch, and exactly on average.
 
-    Systematic sampling: the N w_i / sum(w), laid end to end, are cut at u, u + 1, u + 2, ... They lie in a random
-    order, but those of equal weight side by side, so that such a group, too, is drawn as often as it should be.
+    Systematic sampling: the N w_i / sum(w), laid end to end, are cut at u, u + 1, u + 2, ... Samples of equal weight
+    lie side by side, in random order, so that such a group, too, is drawn as often as it should be.
 
     Args:
         weights: (N,) numbers, none negative, not all zero.
@@ -152,7 +152,7 @@ class Weighted(Order):
 
 
 class Ratio(Order):
-    """So many real and so many synthetic samples in each batch, exactly, in a random order within it.
+    """An exact number of real and of synthetic samples in each batch, in random order.
 
     Each kind has a natural stream of its own. An epoch is as many batches as show every real sample once (the last
     may reach into the next pass over them).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -222,6 +223,7 @@ def _write_files(
         for partial, (begin, end) in zip(partials, itertools.pairwise(bounds), strict=True):
             part = {key: values[begin:end] for key, values in columns.items()}
             _write_file(partial, itertools.islice(images, end - begin), part)
+            open_file(partial)  # a disk that took less than it was given shows
         for partial, file in zip(partials, files, strict=True):
             os.replace(partial, file)
     finally:
@@ -247,31 +249,33 @@ def _one_kind(
 
 
 def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> None:
-    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index.
-
-    Raises:
-        ValueError: a disk that took less than it was given.
-    """
+    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index."""
     first = next(images)
     shape = None if first.shape[2] == 3 else first.shape
     page = _LARGEST_PAGE if shape is None else max(_PAGE, 1 << (len(first.data) - 1).bit_length())
     count, fields = len(columns["label"]), descriptors(shape)
     metadata = np.zeros(count, metadata_type(RGB_FIELD if shape is None else ARRAY_FIELD))
-    table = np.zeros(count, ALLOCATION)
-    for name in FIELDS[1:]:
-        metadata[name] = columns[name]
+    rows = array("q")  # of each image: place, bytes, mode, width, height
     with path.open("wb") as file:
         place = file.seek(HEADER.itemsize + fields.nbytes + metadata.nbytes)
-        for number, image in enumerate(itertools.chain([first], images)):
+        for image in itertools.chain([first], images):
             size = len(image.data)
             if place // page != (place + size - 1) // page:
                 place = file.seek((place // page + 1) * page)  # no image lies across pages
             file.write(image.data.data)
-            height, width, _ = image.shape
-            table[number] = number, place, size
-            row = place if shape is not None else (JPG if image.jpg else RAW, width, height, place)
-            metadata["image"][number] = row
+            rows.extend((place, size, JPG if image.jpg else RAW, image.shape[1], image.shape[0]))
             place += size
+        table = np.zeros(count, ALLOCATION)
+        table["sample_id"] = np.arange(count)
+        table["ptr"], table["size"], *rest = np.frombuffer(rows, np.int64).reshape(count, 5).T
+        for name in FIELDS[1:]:
+            metadata[name] = columns[name]
+        if shape is None:
+            for name, values in zip(("mode", "width", "height"), rest, strict=True):
+                metadata["image"][name] = values
+            metadata["image"]["data_ptr"] = table["ptr"]
+        else:
+            metadata["image"] = table["ptr"]
         file.write(table.data)
         file.seek(0)
         header = np.array((VERSION, len(FIELDS), page, count, place), HEADER)
@@ -279,4 +283,3 @@ def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndar
             file.write(part.data)
         file.flush()
         os.fsync(file.fileno())
-    open_file(path)  # a disk that took less shows

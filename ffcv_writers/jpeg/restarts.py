@@ -1,8 +1,8 @@
 """Restart markers for JPEG files, without loss: `ffcv_writers.jpeg.part` then decodes parts of them.
 
-A scan is read code by code and written again. The codes of coefficients stay as they are, but for each block's first,
-of frequency zero: it is a difference to the block before, and after a restart to zero. Importing this module
-needs numba, which comes with ffcv.
+A scan is read code by code and written again. The codes of coefficients stay as they are, except each block's first,
+of frequency zero: it is stored as its difference from the block before and, after a restart, from zero. Importing this
+module needs numba, which comes with ffcv.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from .part import DHT, DRI, EOI, LENGTHS, NAME, RST0, Layout, layout
 
 _SPACING = 64  # pixels between restarts: 2 to 3 % more bytes; a crop decodes 32 pixels too many at each side
-_SMALL = 128 * 128  # pixels: an image of so many is decoded in the time that cutting out a part takes
+_SMALL = 128 * 128  # pixels: smaller images decode as fast as a part is cut out
 # T.81, tables K.3 and K.4, as they stand in a file: the number of codes of each length, then what they mean. They have
 # a code for each size of a difference; a table made for one file has codes for those that occur there.
 _DIFFERENCES = tuple(
@@ -29,16 +29,15 @@ _Tables = dict[tuple[int, int], bytes]  # by class, 0 for differences and 1 for 
 
 
 def with_restarts(content: np.ndarray) -> np.ndarray:
-    """A JPEG file with restarts at the same columns in each row of blocks: some 64 pixels apart where a row can be cut
-    so, else only where rows end.
+    """A JPEG file with restarts at the same columns in each row of blocks, some 64 pixels apart where that divides the
+    row, else only where rows end.
 
     Args:
         content: uint8 (n,), a JPEG file.
 
     Returns:
-        A file of the same coefficients and so of the same pixels, uint8 (m,), with all that its header says about the
-        image. `content` itself where that cannot be: a progressive file, several scans, damage, more behind the image;
-        and of small images.
+        A file with the same coefficients, pixels and metadata, uint8 (m,). `content` itself for small images and where
+        it cannot be done: a progressive file, several scans, damage, data behind the image.
     """
     found = layout(content)
     if found is None or found.height * found.width <= _SMALL:
@@ -50,9 +49,9 @@ def with_restarts(content: np.ndarray) -> np.ndarray:
         return content
     codes = np.stack([_codes(_DIFFERENCES[pair[0] > 0]) for pair in chosen])
     blocks = np.repeat(np.arange(len(chosen)), [h * v for _, h, v in found.components])
-    scan = np.append(content[found.scan :], np.full(2, 0xFF, np.uint8))  # which end it if nothing else does
+    scan = np.append(content[found.scan :], np.full(2, 0xFF, np.uint8))  # a marker that ends any scan
     count, interval = found.rows * found.columns, _interval(found)
-    if count * len(blocks) > 4 * len(scan):  # a block takes two bits at least: no room is asked for in vain
+    if count * len(blocks) > 4 * len(scan):  # a block takes at least two bits: no damaged size asks for gigabytes
         return content
     out = np.empty(2 * (len(scan) + 3 * count * (len(blocks) + 1)), np.uint8)  # twice, as a zero follows each 0xFF
     lengths = np.empty(count // interval, np.int64)

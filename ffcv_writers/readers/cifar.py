@@ -12,9 +12,8 @@ import pickle
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ from ..errors import SourceError
 from .source import Place, Source, Split, array_split, file_sizes
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     folder: str
     archive: str
     train: tuple[str, ...]
@@ -39,24 +37,13 @@ class _Layout:
 
 _LAYOUTS = {
     "cifar10": _Layout(
-        folder="cifar-10-batches-py",
-        archive="cifar-10-python.tar.gz",
-        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-        test="test_batch",
-        meta="batches.meta",
-        labels="labels",
-        names="label_names",
+        "cifar-10-batches-py", "cifar-10-python.tar.gz", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch",
+        "batches.meta", "labels", "label_names",
     ),
     "cifar100": _Layout(
-        folder="cifar-100-python",
-        archive="cifar-100-python.tar.gz",
-        train=("train",),
-        test="test",
-        meta="meta",
-        labels="fine_labels",
-        names="fine_label_names",
+        "cifar-100-python", "cifar-100-python.tar.gz", ("train",), "test", "meta", "fine_labels", "fine_label_names"
     ),
-}
+}  # fmt: skip
 
 
 def read(name: str, place: Place) -> Source:

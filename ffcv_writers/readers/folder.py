@@ -39,7 +39,7 @@ def read(place: Place) -> Source:
             raise SourceError(f"{folder} and {first} must have the same classes, but only one has {min(odd)}")
         paths[split], counts = _files(folder, classes)
         labels = np.repeat(label_of, counts).astype(np.int64)
-        splits[split] = Split(image_files(paths[split], paths[split]), labels)
+        splits[split] = Split(image_files(paths[split], paths[split].__getitem__), labels)
     if place.class_index is not None:
         classes = tuple(sorted(known, key=lambda name: known[name]))
     return file_source(place.path, paths, splits, classes)

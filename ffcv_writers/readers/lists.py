@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,18 @@ def read(place: Place) -> Source:
         raise SourceError(f"{place.path} is not a folder")
     paths, splits = {}, {}
     for split, file in place.lists.items():
-        names, labels, lines = _read_list(file)
-        paths[split] = [os.path.join(place.path, name) for name in names]
-        called = [f"{path}, {file.name}:{line}" for path, line in zip(paths[split], lines, strict=True)]
-        splits[split] = Split(image_files(paths[split], called), labels)
+        paths[split], labels, lines = _read_list(file, place.path)
+
+        def name(i: int, file: Path = file, paths: list[str] = paths[split], lines: array = lines) -> str:
+            return f"{paths[i]}, {file.name}:{lines[i]}"
+
+        splits[split] = Split(image_files(paths[split], name), labels)
     return file_source(place.path, paths, splits, numbered(splits))
 
 
-def _read_list(path: Path) -> tuple[list[str], np.ndarray, list[int]]:
-    """Relative paths, labels int64 (N,) and line numbers of a list without its empty lines."""
-    names, labels, lines = [], [], []
+def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
+    """Paths, labels int64 (N,) and line numbers of a list without its empty lines."""
+    paths, labels, lines = [], array("q"), array("q")
     try:
         # surrogateescape: a file name need not be UTF-8, and goes back to the system as the bytes it was
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -41,11 +44,11 @@ def _read_list(path: Path) -> tuple[list[str], np.ndarray, list[int]]:
                 name, label = parts
                 if not (label.isascii() and label.isdecimal() and len(label) < 7):
                     raise SourceError(f"{path}:{number}: the label is not an integer from 0 to 999999 but {label!r}")
-                names.append(name)
+                paths.append(os.path.join(root, name))
                 labels.append(int(label))
                 lines.append(number)
     except OSError as error:
         raise SourceError(f"cannot read the list {path}: {error.strerror}") from error
-    if not names:
+    if not paths:
         raise SourceError(f"the list {path} has no lines: it needs 'relative/path label' for each image")
-    return names, np.array(labels, dtype=np.int64), lines
+    return paths, np.array(labels, dtype=np.int64), lines

@@ -46,9 +46,9 @@ class Source:
     """Images with labels, in splits.
 
     Attributes:
-        survey: what tells whether the source has changed, cheap and ready for JSON: "classes" and, for each of
-            "splits", "counts" of images per class and a "digest" of names, byte sizes and labels; or, for archives,
-            "files" with their sizes in bytes.
+        survey: what shows whether the source has changed, cheap and ready for JSON: "classes" and, for each of
+            "splits", "counts" of images per class and a "digest" of names, byte sizes and labels; for archives, "files"
+            with their sizes in bytes.
     """
 
     def __init__(self, survey: dict[str, Any], content: Callable[[], tuple[dict[str, Split], tuple[str, ...]]]) -> None:
@@ -71,29 +71,26 @@ class Source:
 
 
 class Contents:
-    """Encoded images, each read when it is asked for."""
+    """Encoded images, each read when it is asked for; `name` gives what messages call them."""
 
-    def __init__(self, names: Sequence[str], read: Callable[[int], bytes]) -> None:
-        self._names, self._read = names, read
+    def __init__(self, count: int, read: Callable[[int], bytes], name: Callable[[int], str]) -> None:
+        self._count, self._read, self.name = count, read, name
 
     def __len__(self) -> int:
-        return len(self._names)
+        return self._count
 
     def __getitem__(self, number: int, /) -> bytes:
         return self._read(number)
 
-    def name(self, number: int) -> str:
-        return self._names[number]
 
-
-def image_files(paths: Sequence[str], names: Sequence[str]) -> Contents:
-    """Files as samples; `names` is what messages call them."""
+def image_files(paths: Sequence[str], name: Callable[[int], str]) -> Contents:
+    """Files as samples."""
 
     def read(number: int) -> bytes:
         with open(paths[number], "rb", buffering=0) as file:
             return file.read()
 
-    return Contents(names, read)
+    return Contents(len(paths), read, name)
 
 
 def file_source(

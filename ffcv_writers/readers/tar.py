@@ -41,7 +41,9 @@ def _split(path: Path, archives: list[Path]) -> Split:
             file.seek(offset)
             return file.read(size)
 
-    return Split(Contents([row[1] for row in rows], read_member), np.array([row[4] for row in rows], np.int64))
+    return Split(
+        Contents(len(rows), read_member, lambda sample: rows[sample][1]), np.array([row[4] for row in rows], np.int64)
+    )
 
 
 def _members(archive: Path) -> list[tuple[str, int, int, int]]:

@@ -71,7 +71,7 @@ def write_all(path: Path, contents: list[bytes], **options: object) -> list[Path
 
 @pytest.mark.parametrize("storage", ["raw", "jpg", "smart"])
 def test_every_kind_of_file_keeps_its_pixels(tmp_path: Path, storage: str) -> None:
-    """Bit for bit: JPEGs are stored without loss. Only what is none, or has four colours, is encoded anew as JPEG."""
+    """Bit for bit: JPEGs are stored without loss. Only what is none, or is CMYK, is encoded anew as JPEG."""
     contents = files(tmp_path)
     write_all(tmp_path / "set.beton", list(contents.values()), storage=storage, workers=2)
     image_set = open_set([tmp_path / "set.beton"], mixed_sizes=True)
@@ -246,7 +246,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path: Path, storage: 
 
 
 @pytest.mark.parametrize("storage", ["raw", "jpg"])
-def test_a_defect_that_decoders_bear_with_is_told(
+def test_a_defect_that_decoders_tolerate_is_logged(
     tmp_path: Path, storage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     contents = [encoded(Image.fromarray(smooth(64, 64, n)), quality=95) for n in range(3)]
@@ -281,7 +281,7 @@ def test_an_image_that_breaks_after_it_was_written_is_named(tmp_path: Path, work
 
 
 @pytest.mark.timeout(200)
-def test_an_operation_that_raises_is_told_with_its_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_raises_names_its_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [encoded(Image.fromarray(smooth(64, 64, n))) for n in range(64)]
     write_all(tmp_path / "set.beton", contents, storage="jpg")
     loader = Loader(open_set([tmp_path / "set.beton"]), 8, num_workers=2, crop=RandomResizedCrop(32, seed=0))

@@ -76,7 +76,7 @@ def test_there_is_no_worker_that_could_die_alone(tmp_path: Path, what: str) -> N
         import numpy as np
         from ffcv_writers import Loader, open_set, write
         what, path, out = sys.argv[1:]
-        def told():
+        def pause():
             print("in the middle", flush=True)
             time.sleep(60)
         class Slow:
@@ -84,14 +84,14 @@ def test_there_is_no_worker_that_could_die_alone(tmp_path: Path, what: str) -> N
                 return 1000
             def __getitem__(self, number):
                 if number == 500:
-                    told()
+                    pause()
                 return np.zeros((8, 8, 3), np.uint8)
         names = np.arange(1000)
         if what == "write":
             write(out, Slow(), labels=names, synthetic=0 * names, index=names, workers=4, shards=3, storage="jpg")
         for number, _ in enumerate(Loader(open_set([path]), 16, num_workers=4, resident=False).sequential()):
             if number == 5:
-                told()
+                pause()
     """
     small_set(tmp_path / "set.beton", 600)
     before = set(os.listdir("/dev/shm"))

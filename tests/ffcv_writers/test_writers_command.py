@@ -123,24 +123,24 @@ def test_every_source_is_written_as_it_is(tmp_path: Path, make) -> None:  # type
 def test_write_info_verify_join(tmp_path: Path) -> None:
     source, run = str(in_folders(tmp_path / "source")), CliRunner()
 
-    def told(*words: object) -> str:
+    def run_command(*words: object) -> str:
         result = run.invoke(app, list(map(str, words)), catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return re.sub(" +", " ", result.output)
 
     real, generated = tmp_path / "real.beton", tmp_path / "generated.beton"
-    told("write", source, real, "--shards", "3", "--storage", "jpg", "--quality", "90", "--max-side", "20")
+    run_command("write", source, real, "--shards", "3", "--storage", "jpg", "--quality", "90", "--max-side", "20")
     parts = [tmp_path / f"real-{number:05}-of-00003.beton" for number in range(3)]
     assert sorted(path.name for path in tmp_path.glob("*.beton")) == [path.name for path in parts]
     before = [path.read_bytes() for path in parts]
-    told("write", source, generated, "--synthetic", "--max-side", "20")
-    info = told("info", *parts, generated)
+    run_command("write", source, generated, "--synthetic", "--max-side", "20")
+    info = run_command("info", *parts, generated)
     lines = ["files 4", "images 24", "real 12", "synthetic 12", "classes 3", "labels 0 to 2", "images a class 8 to 8"]
     for line in [*lines, "height 20 to 20", "channels 3", "storage 12 raw, 12 jpg"]:
         assert f" {line}\n" in info, info
-    assert "all 24 samples can be read" in told("verify", *parts, generated, "--classes", "3")
+    assert "all 24 samples can be read" in run_command("verify", *parts, generated, "--classes", "3")
     joined = tmp_path / "joined.beton"
-    told("join", joined, *parts, generated)
+    run_command("join", joined, *parts, generated)
     one, other = open_set([joined]), open_set([*parts, generated])
     for name in ("labels", "synthetic", "index"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

@@ -65,7 +65,7 @@ def test_step_profile() -> None:
     assert step(500, 10, 5) == [500, 500, 500, 50, 50]
 
 
-def test_class_counts_take_the_largest_class_unless_told() -> None:
+def test_class_counts_take_the_largest_class_unless_set() -> None:
     available = np.array([90, 120, 100])
     config = DataConfig(source="digits", profile="exponential", imbalance=4)
     assert class_counts(config, available) == [120, 60, 30]
