@@ -9,15 +9,16 @@ import torch
 
 from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.longtail.classification import evaluation_loader, predict
+from diffult.longtail.classification import predict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.models.resnet import load_classifier
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import ImageSet
+from ffcv_writers import ImageSet, Loader
 
 _BATCH = 256
+_SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on ImageNet
 
 
 def evaluate(run: RunDir) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def evaluate(run: RunDir) -> dict[str, Any]:
 def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
-    loader = evaluation_loader(images, run.config.classifier, _BATCH, device)
+    view = run.config.data.view(run.config.classifier.image_size, _SHOWN)
+    loader = Loader(images, _BATCH, device=device, crop=view)
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)

@@ -1,7 +1,7 @@
 """Stage pack: every source to train, val and test .beton files, decoded once.
 
-Writes pack/{train,val,test}.beton and pack/packed.json (class names, counts, fingerprint). What follows reads nothing else: the
-source may be moved, renamed or deleted.
+Writes pack/{train,val,test}.beton and pack/packed.json (class names, counts, fingerprint). What follows reads nothing
+else: the source may be moved, renamed or deleted.
 """
 
 from __future__ import annotations

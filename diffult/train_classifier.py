@@ -1,4 +1,4 @@
-"""Stage classifier: the final classifiers, one for each method compared, all with the same network, steps, rate and seed.
+"""Stage classifier: the final classifiers, one a method, all with the same network, steps, rate and seed.
 
 Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 """
@@ -65,7 +65,9 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
     both = open_set([*packed.train.paths, synthetic], mixed_sizes=True) if synthetic.exists() else packed.train
     seed, num_classes = (run.config.seed, _STAGE), len(packed.classes)
     images = {False: packed.train, True: both}
-    loaders = {with_: training_loader(part, config, seed, device, world) for with_, part in images.items()}
+    loaders = {
+        with_: training_loader(part, run.config.data, config, seed, device, world) for with_, part in images.items()
+    }
     missing = [name for name in config.methods if not _up_to_date(run, folder / f"{name}.safetensors")]
     trainings = [_training(run, name, loaders[METHODS[name].synthetic], num_classes, world, device) for name in missing]
     for training in fit_all(trainings):

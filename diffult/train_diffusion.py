@@ -83,7 +83,8 @@ def _train(
     train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks)
     if preview:
         preview.write()
-        save_unet(folder / "ema.safetensors", trainer.optimizer.ema_state_dict(), run.config, len(packed.classes), digest)
+        weights = trainer.optimizer.ema_state_dict()
+        save_unet(folder / "ema.safetensors", weights, run.config, len(packed.classes), digest)
     record["images"] = config.steps * config.batch_size
     record["learning_rate_factor"] = lr_backoff.factor
 

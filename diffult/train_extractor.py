@@ -13,13 +13,13 @@ from diffult.cli import PresetOption, RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
-from diffult.longtail.classification import Training, evaluation_loader, extract_features, fit, training_loader
+from diffult.longtail.classification import Training, extract_features, fit, training_loader
 from diffult.longtail.losses import CrossEntropy
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import Natural
+from ffcv_writers import Loader, Natural
 
 _STAGE = 1  # its number among the seeds
 
@@ -49,13 +49,14 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     seed = (run.config.seed, _STAGE)
     fit(
         Training(
-            "extractor", model, training_loader(images, config, seed, device, world), Natural(len(images)),
+            "extractor", model, training_loader(images, run.config.data, config, seed, device, world), Natural(len(images)),
             CrossEntropy(), config, folder / "state.pt", seed, digest, dtype, device, world,
         )
     )  # fmt: skip
     if not world.is_main:  # the others wait where the stage ends
         return
-    loader = evaluation_loader(images, config, config.batch_size, device)
+    view = run.config.data.view(config.image_size, config.image_size / run.config.data.image_size)  # as of samples
+    loader = Loader(images, config.batch_size, device=device, crop=view)
     features, labels = extract_features(model, loader, config.image_size, dtype, device)
     statistics = class_statistics(features, labels, num_classes)
     save_classifier(

@@ -66,7 +66,7 @@ class DataConfig(StrictModel):
             raise ValueError("profile 'counts' needs counts, the number of images of each class")
         return self
 
-    @property
-    def whole_image(self) -> CenterCrop | None:
-        """What the loader makes of a stored image for the networks that see all of it; None: nothing."""
-        return None if self.storage == "raw" else CenterCrop(self.image_size, share=1.0)
+    def view(self, size: int, share: float = 1.0) -> CenterCrop | None:
+        """How the loader shows a stored image to a network of `size` pixels: the middle `share` of its shorter side,
+        scaled. None where images are stored as networks see them."""
+        return None if self.storage == "raw" else CenterCrop(size, share)

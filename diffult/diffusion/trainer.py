@@ -74,7 +74,7 @@ def build_trainer(
     micro_batch, rest = divmod(size, settings.accumulate)
     if rest or not micro_batch:
         raise UserError(f"diffusion.accumulate = {settings.accumulate} does not divide {size} images")
-    loader = Loader(packed.train, size, device=device, crop=config.data.whole_image)
+    loader = Loader(packed.train, size, device=device, crop=config.data.view(config.data.image_size))
     order = ClassBalanced(packed.train.labels) if balanced else Natural(len(packed.train))
 
     def batches(start: int) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffult.config import TrainingConfig
+from diffult.data.config import DataConfig
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
@@ -21,7 +22,7 @@ from diffult.longtail.losses import Loss
 from diffult.models.batch_norm import share_batch_norms
 from diffult.models.cost import forward_flops
 from diffult.models.resnet import Classifier
-from ffcv_writers import Batch, CenterCrop, ImageSet, Loader, Order, RandomResizedCrop
+from ffcv_writers import Batch, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, mixup, normalise
 
 _SMALL_STEP = 1e12  # FLOP of a step below which a GPU has room for others beside it
@@ -59,23 +60,22 @@ class Training:
 
 
 def training_loader(
-    images: ImageSet, config: TrainingConfig, seed: tuple[int, int], device: torch.device, world: World = ALONE
+    images: ImageSet,
+    data: DataConfig,
+    config: TrainingConfig,
+    seed: tuple[int, int],
+    device: torch.device,
+    world: World = ALONE,
 ) -> Loader:
-    """Loads this process's share of each training batch: random resized crops if the settings ask for them, images as
-    they are stored otherwise.
+    """Loads this process's share of each training batch: random resized crops if the settings ask for them, whole
+    images otherwise.
 
     Raises:
         UserError: the processes do not divide the batch.
     """
-    crop = RandomResizedCrop(config.image_size, _stream_seed(seed)) if config.augment.resized_crop else None
+    resized = RandomResizedCrop(config.image_size, _stream_seed(seed)) if config.augment.resized_crop else None
+    crop = resized or data.view(config.image_size)
     return Loader(images, len(_local_rows(config, world)), device=device, crop=crop)
-
-
-def evaluation_loader(images: ImageSet, config: TrainingConfig, batch_size: int, device: torch.device) -> Loader:
-    """Loads images as they are stored; for a network trained on random resized crops, the middle 224/256 of larger
-    images, scaled to its input size."""
-    scaled = config.augment.resized_crop and bool((images.sizes != config.image_size).any())
-    return Loader(images, batch_size, device=device, crop=CenterCrop(config.image_size) if scaled else None)
 
 
 def training_batches(

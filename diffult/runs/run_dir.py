@@ -2,8 +2,8 @@
 
     config.toml   pack/   extractor/   diffusion/   generate/   classifier/   metrics.json   report.html
 
-A stage is finished when its folder holds done.json, written last, with the hash of what the stage read. A finished stage
-is skipped, an interrupted one resumes from its own files, one that read other settings is redone.
+A stage is finished when its folder holds done.json, written last, with the hash of what the stage read. A finished
+stage is skipped, an interrupted one resumes from its own files, one that read other settings is redone.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class RunDir:
     def stage(
         self, stage: Stage, world: World = ALONE, keep: Callable[[Path], bool] = lambda _: False
     ) -> Iterator[dict[str, Any] | None]:
-        """Marks the stage finished when the block ends well. Yields a dict for its record, or None where it is finished.
+        """Marks the stage finished when the block ends well. Yields a dict for its record, or None if it is finished.
 
         "seconds" counts the last attempt: where a stage was interrupted, what came before is not in it. Of several
         processes in one stage the first writes, and none leaves before it is finished. What an attempt with other

@@ -1,4 +1,4 @@
-"""What a change of settings redoes, what runs can share, and what the packed images make independent of their source."""
+"""What a change of settings redoes, what runs can share, and how packed images outlive their source."""
 
 import json
 import shutil
