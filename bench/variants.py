@@ -3,8 +3,8 @@
     python -m bench.variants bench/plans/recipe-digits.toml
 
 The file names the preset, the seeds, and for each variant the settings that it changes. Stages that read the same
-settings are shared: variants that differ in generation alone share one diffusion model, those that differ in its training
-one extractor. Every variant is a run of `diffult.run`, kept in runs/ and resumed where it was interrupted.
+settings are shared: variants that differ in generation alone share one diffusion model, those that differ in its
+training one extractor. Every variant is a run of `diffult.run`, kept in runs/ and resumed where it was interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage generate: draw samples, judge them, keep those in or approximately in distribution until every class has its quota.
+"""Stage generate: draw samples and judge them until every class has its quota of those that the filter keeps.
 
 Writes generate/synthetic.beton, candidates.safetensors, manifest.json, summary.json and grid.png. Who draws is
 `diffult.generation.sampler`; what is accepted is said in `diffult.longtail.filter`, what of it is kept in
