@@ -61,8 +61,8 @@ def _up_to_date(run: RunDir, file: Path) -> bool:
 
 def _train(run: RunDir, packed: Packed, world: World) -> None:
     config, folder, device = run.config.classifier, run.folder("classifier"), pick_device()
-    synthetic = run.folder("generate") / "synthetic.beton"
-    both = open_set([*packed.train.paths, synthetic], mixed_sizes=True) if synthetic.exists() else packed.train
+    kept = run.folder("generate") / "synthetic.beton"
+    both = open_set([*packed.train.paths, kept], mixed_sizes=True) if kept.exists() else packed.train
     seed, num_classes = (run.config.seed, _STAGE), len(packed.classes)
     images = {False: packed.train, True: both}
     loaders = {

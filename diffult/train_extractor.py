@@ -47,12 +47,13 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size).to(device)
     seed = (run.config.seed, _STAGE)
+    loader = training_loader(images, run.config.data, config, seed, device, world)
+    order, checkpoint = Natural(len(images)), folder / "state.pt"
     fit(
         Training(
-            "extractor", model, training_loader(images, run.config.data, config, seed, device, world), Natural(len(images)),
-            CrossEntropy(), config, folder / "state.pt", seed, digest, dtype, device, world,
+            "extractor", model, loader, order, CrossEntropy(), config, checkpoint, seed, digest, dtype, device, world
         )
-    )  # fmt: skip
+    )
     if not world.is_main:  # the others wait where the stage ends
         return
     view = run.config.data.view(config.image_size, config.image_size / run.config.data.image_size)  # as of samples

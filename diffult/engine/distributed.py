@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import logging
 import os
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class World:
 
 
 ALONE = World()
+_TIMEOUT = datetime.timedelta(days=7)  # the others wait while the first packs images or measures features
 
 
 class _Sum(torch.autograd.Function):
@@ -110,7 +112,7 @@ def init_distributed() -> World:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
         if backend == "gloo":  # or its threads may outlive the interpreter, and the process ends in an abort
             atexit.register(dist.destroy_process_group)
     if dist.get_rank():

@@ -25,8 +25,11 @@ def forward_flops(model: nn.Module, inputs: Sequence[Tensor], **named: Tensor) -
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     meta_inputs = tuple(torch.empty_like(tensor, device="meta") for tensor in inputs)
     meta_named = {name: torch.empty_like(tensor, device="meta") for name, tensor in named.items()}
+    training = model.training
+    model.eval()  # batch norm refuses to train on one position
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, state, meta_inputs, meta_named)
+    model.train(training)
     return counter.get_total_flops() // inputs[0].shape[0]
 
 

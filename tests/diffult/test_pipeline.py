@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from diffult.artifacts import load_classifier, load_diffusion
 from PIL import Image
 from safetensors import safe_open
 
 from diffult.errors import UserError
+from diffult.models.resnet import load_classifier
+from diffult.models.unet import load_unet
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir
 
@@ -82,8 +83,11 @@ def test_weights_carry_the_hash_of_their_settings(tiny_run, file):
 
 def test_weights_open_again(tiny_run):
     x = torch.zeros(2, 1, 8, 8)
-    assert load_classifier(tiny_run, "diffult", torch.device("cpu"))(x).shape == (2, 10)
-    unet = load_diffusion(tiny_run, torch.device("cpu"))
+    assert load_classifier(tiny_run.folder("classifier") / "diffult.safetensors", torch.device("cpu"))(x).shape == (
+        2,
+        10,
+    )
+    unet = load_unet(tiny_run.folder("diffusion") / "ema.safetensors", torch.device("cpu"))
     assert unet(x, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 10])).shape == x.shape
 
 
@@ -124,7 +128,7 @@ def test_truncated_weights_are_named(copied_run):
     weights = copied_run / "diffusion" / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"ema.safetensors: damaged"):
-        load_diffusion(RunDir.open(copied_run), torch.device("cpu"))
+        load_unet(weights, torch.device("cpu"))
 
 
 def test_a_refused_command_leaves_nothing_and_can_be_corrected(tmp_path):

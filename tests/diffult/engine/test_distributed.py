@@ -9,8 +9,6 @@ import pytest
 import torch
 from conftest import TINY
 
-from diffult.artifacts import load_extractor
-from diffult.data import load_data
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
 from diffult.models import unet
@@ -105,9 +103,8 @@ def test_two_processes_go_on_where_one_was_interrupted(alone, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     monkeypatch.setattr("diffult.engine.loop.seed_step", seed_step)
-    data = load_data(run.config.data)
     with pytest.raises(KeyboardInterrupt):
-        train_diffusion(run, data, load_extractor(run, torch.device("cpu")))
+        train_diffusion(run)
     assert [line["step"] for line in losses(run.path)] == [2, 4]
     in_processes(2, run)
     assert_same_losses(alone, run.path)
@@ -121,7 +118,7 @@ def test_one_process_goes_on_where_two_were_killed(alone, tmp_path):
     out = torchrun(2, "--", str(tmp_path / "dying.py"), "--run", str(run.path))
     assert out.returncode != 0 and "SIGKILL" in out.stderr, out.stderr[-3000:]
     assert load_state(run.folder("diffusion") / "state.pt")["step"] == 4
-    train_diffusion(run, load_data(run.config.data), load_extractor(run, torch.device("cpu")))
+    train_diffusion(run)
     assert_same_losses(alone, run.path)
     assert_same_model(alone, run.path)
 
@@ -131,13 +128,13 @@ def test_recomputed_activations_train_as_kept_ones(alone, tmp_path, monkeypatch)
     recomputed, checkpoint = [], unet.checkpoint
     monkeypatch.setattr(unet, "checkpoint", lambda *a, **k: recomputed.append(k) or checkpoint(*a, **k))
     monkeypatch.setattr("diffult.engine.loop._LOG_EVERY", 1)
-    extractor = load_extractor(RunDir.open(alone), torch.device("cpu"))
 
     def train(recompute: str) -> Path:
         settings = [*SETTINGS, "unet.dropout=0.3", "diffusion.steps=4", "diffusion.checkpoint_every=4"]
         settings.append(f"unet.gradient_checkpointing={recompute}")
         run = RunDir.open(tmp_path / recompute, "digits-lt", settings)
-        train_diffusion(run, load_data(run.config.data), extractor)
+        run.share(RunDir.open(alone))
+        train_diffusion(run)
         return run.path
 
     kept = train("false")

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from diffult.config import ClassifierConfig, load_preset
+from diffult.data.config import DataConfig
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.errors import UserError
 from diffult.longtail.classification import (
     Training,
-    evaluation_loader,
     fit,
     fit_all,
     training_batches,
@@ -32,11 +32,11 @@ from ffcv_writers import (
     Ratio,
     Weighted,
     open_set,
-    suffix,
     write,
 )
 
 REAL, GENERATED = [30, 9, 3], [0, 21, 27]
+DIGITS = load_preset("digits-lt").data
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     for kind, counts in enumerate((REAL, GENERATED)):
         labels = np.repeat(np.arange(3), counts)
         images = np.random.default_rng(kind).integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)
-        paths.append(folder / f"{kind}{suffix()}")
+        paths.append(folder / f"{kind}.beton")
         write(paths[-1], images, labels=labels, synthetic=0 * labels + kind, index=np.arange(len(labels)))
     return open_set(paths)
 
@@ -182,7 +182,7 @@ def training(images, folder, *overrides: str, method: str = "diffult", device: s
     torch.manual_seed(0)
     model = build_classifier(config.network, 3, 1, config.image_size).to(device)
     loss = METHODS[method].loss(class_counts(train, drawing, device), 0.5)
-    loader = training_loader(images, config, (0, 9), torch.device(device))
+    loader = training_loader(images, DIGITS, config, (0, 9), torch.device(device))
     return Training(
         method, model, loader, drawing.order, loss, config, folder / f"{method}.state.pt", (0, 9), "hash",
         torch.float32, torch.device(device),
@@ -234,16 +234,14 @@ def test_several_trainings_end_as_each_alone(both, tmp_path, monkeypatch, side_b
 
 
 def test_crops_are_drawn_by_the_loader_in_training_and_fixed_in_evaluation(both):
-    cpu = torch.device("cpu")
-    config = classifier_config("image_size=6", "augment.resized_crop=true")
-    crop = training_loader(both, config, (0, 9), cpu).crop
-    assert isinstance(crop, RandomResizedCrop) and crop.size == 6
-    assert evaluation_loader(both, config, 4, cpu).crop == CenterCrop(6, 224 / 256)
-    assert evaluation_loader(both, classifier_config("augment.resized_crop=true"), 4, cpu).crop is None  # 8 of 8 pixels
-    plain = classifier_config("image_size=6")
-    assert (
-        training_loader(both, plain, (0, 9), cpu).crop is None and evaluation_loader(both, plain, 4, cpu).crop is None
-    )
+    cpu, files = torch.device("cpu"), {"source": "folder", "path": "images"}
+    raw, jpg = DataConfig(**files), DataConfig(**files, storage="jpg", image_size=8, max_short_side=9)
+    plain, cropped = (classifier_config("image_size=6", f"augment.resized_crop={on}") for on in ("false", "true"))
+    for data in (raw, jpg):
+        crop = training_loader(both, data, cropped, (0, 9), cpu).crop
+        assert isinstance(crop, RandomResizedCrop) and crop.size == 6
+    assert training_loader(both, raw, plain, (0, 9), cpu).crop is None and raw.view(6, 0.9) is None
+    assert jpg.view(6, 224 / 256) == CenterCrop(6, 224 / 256)
 
 
 def test_a_network_trains_on_crops_smaller_than_the_images(both, tmp_path):
