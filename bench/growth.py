@@ -26,7 +26,7 @@ from PIL import Image
 from bench.seeds import machine
 from diffult.cli import main
 from diffult.config import load_preset
-from diffult.data.packing import pack_images, read_packed
+from diffult.data.packing import open_data, pack_images, read_packed
 from diffult.diffusion.trainer import build_trainer
 from diffult.engine.distributed import ALONE
 from diffult.engine.loop import LRBackoff
@@ -113,7 +113,7 @@ def _image_folder(count: int, folder: Path) -> None:
 
 def _pack(count: int, folder: Path) -> None:
     config = load_preset("digits-lt", _settings(folder.parent / "images"))
-    pack_images(config.data, folder.parent / "pack")
+    pack_images(config.data, open_data(config.data), folder.parent / "pack")
 
 
 def _train(count: int, folder: Path) -> None:

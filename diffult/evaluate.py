@@ -44,6 +44,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     metrics["seconds"] = {
         stage: run.require(stage)["seconds"] for stage in ("pack", "extractor", "diffusion", "generate", "classifier")
     }
+    run.start()
     write_json(file, metrics)
     return metrics
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from diffult.cli import PresetOption, RunOption, SetOption, main
-from diffult.data.packing import pack_images, source_differences
+from diffult.data.packing import open_data, pack_images, source_differences
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.runs.run_dir import RunDir
 
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 def pack(run: RunDir, world: World = ALONE) -> None:
     """Packs the images, or where they are packed logs how the source has changed since."""
+    source = open_data(run.config.data) if run.done("pack") is None and world.is_main else None
     with run.stage("pack", world) as record:
-        if record is not None and world.is_main:
-            packed = pack_images(run.config.data, run.folder("pack"))
-            record["fingerprint"] = packed["fingerprint"]
+        if record is not None and source is not None:
+            record["fingerprint"] = pack_images(run.config.data, source, run.folder("pack"))["fingerprint"]
     if record is None and world.is_main:
         for difference in source_differences(run.config.data, run.packed()):
             log.warning("%s has changed since it was packed: %s", run.config.data.path, difference)

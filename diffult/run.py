@@ -74,6 +74,8 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     def start() -> None:
         pack(run, world)
         packed = run.packed()
+        if world.is_main:
+            run.start()
         if packed.counts.max() < MIN_IMAGES_FOR_RADIUS:
             raise UserError(
                 f"no class has {MIN_IMAGES_FOR_RADIUS} training images: no radius can be measured; raise data.n_max"

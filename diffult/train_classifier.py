@@ -13,6 +13,7 @@ from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
+from diffult.generation.shards import open_kept
 from diffult.longtail.classification import Training, fit_all, training_loader
 from diffult.longtail.methods import METHODS, TrainingSet, class_counts
 from diffult.models.resnet import build_classifier, save_classifier
@@ -61,8 +62,8 @@ def _up_to_date(run: RunDir, file: Path) -> bool:
 
 def _train(run: RunDir, packed: Packed, world: World) -> None:
     config, folder, device = run.config.classifier, run.folder("classifier"), pick_device()
-    kept = run.folder("generate") / "synthetic.beton"
-    both = open_set([*packed.train.paths, kept], mixed_sizes=True) if kept.exists() else packed.train
+    kept = open_kept(run.folder("generate"))
+    both = open_set([*packed.train.paths, *kept.paths], mixed_sizes=True) if kept else packed.train
     seed, num_classes = (run.config.seed, _STAGE), len(packed.classes)
     images = {False: packed.train, True: both}
     loaders = {

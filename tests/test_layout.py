@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = {"kernels", "diffult", "ffcv_writers", "bench"}
 VERBS = {
-    "run", "train_extractor", "train_diffusion", "generate", "balance", "train_classifier", "evaluate", "report",
-    "doctor",
+    "run", "pack", "train_extractor", "train_diffusion", "generate", "train_classifier", "evaluate", "report", "doctor",
 }  # fmt: skip
-NOUNS = ("data", "models", "diffusion", "longtail", "generation", "engine", "runs")
+NOUNS = ("data", "models", "diffusion", "longtail", "generation", "engine")
+RUN = ("diffult.runs.run_dir", "diffult.runs.stages")  # runs.files, which writes whole files, serves everyone
 
 
 def imports(file: Path) -> set[str]:
@@ -40,11 +40,36 @@ def test_libraries_import_nothing_of_ours(package):
         assert {name.split(".")[0] for name in imports(file)} <= {package}, file
 
 
-def test_nouns_do_not_import_verbs():
-    verbs = {f"diffult.{verb}" for verb in VERBS}
+def modules(*packages: str) -> dict[str, set[str]]:
+    """What each module imports of ours."""
+    graph = {}
+    for package in packages:
+        for file in files(package):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            graph[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = imports(file)
+    return graph
+
+
+def test_the_verbs_are_the_modules_with_a_command():
+    assert {file.stem for file in (ROOT / "diffult").glob("*.py") if "def command(" in file.read_text()} == VERBS
+
+
+def test_nouns_import_neither_a_verb_nor_a_run():
+    above = {f"diffult.{verb}" for verb in VERBS} | {*RUN, "diffult.cli"}
     for noun in NOUNS:
         for file in files(f"diffult/{noun}"):
-            assert not imports(file) & verbs, file
+            assert not imports(file) & above, file
+
+
+def test_the_configuration_imports_nothing_that_imports_it():
+    graph = modules("diffult")
+    seen: set[str] = set()
+    waiting = {"diffult.config"}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        waiting |= {target for target in graph.get(name, set()) if target in graph} - seen
+    assert not [name for name in seen - {"diffult.config"} if "diffult.config" in graph[name]]
 
 
 def test_verbs_import_each_other_only_in_run():
@@ -54,11 +79,7 @@ def test_verbs_import_each_other_only_in_run():
 
 
 def test_no_circular_imports():
-    graph = {}
-    for folder in ("kernels", "ffcv_writers", "diffult"):
-        for file in files(folder):
-            parts = file.relative_to(ROOT).with_suffix("").parts
-            graph[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = imports(file)
+    graph = modules("kernels", "ffcv_writers", "diffult")
     state: dict[str, int] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:

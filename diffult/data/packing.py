@@ -67,22 +67,37 @@ def _name(samples: Samples, number: int) -> str:
     return samples.name(number) if hasattr(samples, "name") else f"image {number} of the source"
 
 
-def pack_images(config: DataConfig, folder: Path) -> dict[str, Any]:
+def open_data(config: DataConfig) -> Source:
+    """The configured source, checked as far as that goes without decoding.
+
+    Raises:
+        UserError: a path is missing, a file is not of its format, a label is out of range, a class is empty, or the
+            images have another size or other channels than configured.
+    """
+    try:
+        source = _open(config)
+        _check(config, source)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return source
+
+
+def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, Any]:
     """Writes the splits of a run to FOLDER/{train,val,test}.beton on all cores, whole or not at all.
 
     The samples' `index` is their number in the source's split.
+
+    Args:
+        source: from `open_data`.
 
     Returns:
         What stands beside them in packed.json: "classes", "counts" of images per split and class, the source's
         "survey", and a "fingerprint" of the files' content.
 
     Raises:
-        UserError: a path is missing, a file is not of its format or does not decode (it is named), a label is out of
-            range, a class is empty, or the images have another size or other channels than configured.
+        UserError: a file does not decode (it is named), or a class has too few images.
     """
     try:
-        source = _open(config)
-        _check(config, source)
         return _write(config, source, choose_splits(config, source), folder)
     except SampleError as error:
         raise UserError(f"{error}; mend the file or take it out") from error
@@ -198,8 +213,8 @@ def read_packed(folder: Path) -> Packed:
         )
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: the packed images are missing or damaged ({error}); "
-            f"run `python -m diffult.pack --run {folder.parent}`"
+            f"{folder}: the packed images are damaged ({error}); delete the folder and run "
+            f"python -m diffult.pack --run {folder.parent}"
         ) from error
 
 

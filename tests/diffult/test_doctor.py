@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from diffult.doctor import Row
 OPERATIONS = [
     "Python", "torch", "device", "convolutions, products", "attention",
     "norms, noise, sampler, AdamW, crops",
-    "image loading", "memory", "disk", "presets",
+    "JPEG decoding", "memory", "disk", "presets",
 ]  # fmt: skip
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -89,16 +90,10 @@ def test_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, i
     assert doctor.memory_row(CUDA) == Row("memory", "1.5 GiB free", "of 2.0 GiB on the GPU")
 
 
-@pytest.mark.parametrize(("version", "reason"), [(None, "not installed"), ("1.0.2", "does not import")])
-def test_without_ffcv_the_in_memory_loader_is_named(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str
-) -> None:
-    monkeypatch.setattr(doctor, "have_ffcv", lambda: False)
-    monkeypatch.setattr(doctor, "suffix", lambda: ".npz")
-    monkeypatch.setattr(doctor, "installed", lambda package: version)
-    row = doctor.loader_row()
-    assert row.used == "in-memory loader"
-    assert reason in row.why and ".npz" in row.why
+def test_what_decodes_jpegs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.jpeg_row().used.startswith("TurboJPEG" if find_spec("ffcv") else "Pillow")
+    monkeypatch.setattr(doctor, "decoder_name", lambda: "Pillow (no ffcv)")
+    assert doctor.jpeg_row().used == "Pillow (no ffcv)"
 
 
 def test_version_of_a_package_that_is_not_there() -> None:

@@ -21,6 +21,7 @@ from diffult.config import Config, load_preset
 from diffult.errors import UserError
 from diffult.longtail.metrics import class_groups
 from diffult.longtail.quota import quotas_to
+from diffult.pack import pack
 from diffult.plots import ArraySamples, class_histogram, evenly, image_strip, sample_grid
 from diffult.report import accuracy_rows, generation_rows, render, timing_rows, write_report
 from diffult.runs.files import write_json
@@ -309,8 +310,8 @@ def test_times() -> None:
 def finished_run(tmp_path: Path) -> RunDir:
     """A run whose tail was filled up to five images with flat grey ones."""
     run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5"])
-    run.start()
-    quotas = quotas_to(5, load_data(run.config.data).train.counts())
+    pack(run)
+    quotas = quotas_to(5, run.packed().counts)
     labels = np.repeat(np.arange(10), quotas)
     indices = np.concatenate([np.arange(quota) for quota in quotas])
     with run.stage("generate"):
@@ -323,21 +324,21 @@ def finished_run(tmp_path: Path) -> RunDir:
 def test_write_report_reads_a_run_directory(finished_run: RunDir) -> None:
     metrics = example_metrics(finished_run.config)
     metrics["generation"]["by_class"] = {"9": metrics["generation"]["by_class"]["tail"]}
-    write_json(finished_run.path / "metrics.json", metrics)
+    write_json(finished_run.path / "metrics.json", metrics | {"hash": finished_run.hash("evaluate")})
     path = write_report(finished_run)
     assert path == finished_run.path / "report.html"
     page = Page(path.read_text())
     assert page.row("DiffuLT")[1] == "75.3|+5.3"
     shown = {image["alt"]: image for image in page.images}
     assert (picture(shown["generated images of class 9"])[:, :64] == 77).all()
-    first = load_data(finished_run.config.data).train
+    first = finished_run.packed().train
     expected = enlarged(first.image(int(np.flatnonzero(first.labels == 0)[0])), 8)
     np.testing.assert_array_equal(picture(shown["real images of class 0"])[:, :64], expected)
 
 
-@pytest.mark.parametrize("metrics", [None, {"config": "another"}])
+@pytest.mark.parametrize("metrics", [None, {"hash": "another"}])
 def test_a_run_that_is_not_evaluated_is_refused(finished_run: RunDir, metrics: dict[str, Any] | None) -> None:
     if metrics is not None:
         write_json(finished_run.path / "metrics.json", metrics)
-    with pytest.raises(UserError, match=r"no metrics of this run; run python -m diffult\.evaluate --run"):
+    with pytest.raises(UserError, match=r"no metrics of the present settings; run python -m diffult\.evaluate --run"):
         write_report(finished_run)

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from diffult.data import DataConfig, pack_images, packing, read_packed, source_differences
+from diffult.data import DataConfig, open_data, pack_images, packing, read_packed, source_differences
 from diffult.errors import UserError
 from ffcv_writers import CenterCrop, Loader, encoding
 from ffcv_writers.readers import open_source
@@ -39,8 +39,12 @@ def pixels(image_set: Any) -> np.ndarray:
     return image_set.take(np.arange(len(image_set)))
 
 
+def write_packed(config: DataConfig, folder: Path) -> dict[str, Any]:
+    return pack_images(config, open_data(config), folder)
+
+
 def pack(config: DataConfig, folder: Path) -> Any:
-    pack_images(config, folder / "pack")
+    write_packed(config, folder / "pack")
     return read_packed(folder / "pack")
 
 
@@ -79,42 +83,42 @@ def test_folder_classes_are_sorted_and_files_in_order(tmp_path: Path, caplog: py
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     root, out = tmp_path / "source", tmp_path / "pack"
     with pytest.raises(UserError, match=r"data\.path .*source does not exist$"):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     write_folder(root, ("train",))
     with pytest.raises(UserError, match=r"source has no test split: a run needs train and test images"):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     write_folder(root, ("test",))
     write_image(root / "test" / "dog" / "0.png", 3)
     with pytest.raises(UserError, match=r"test and .*train must have the same classes, but only one has dog"):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     (root / "train" / "dog").mkdir()
     with pytest.raises(UserError, match=r"class dog has no image in .*train/dog"):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     write_image(root / "train" / "dog" / "0.png", 3)
     with pytest.raises(UserError, match="folder images have 3 channel"):
-        pack_images(folder_config(root, channels=1), out)
+        write_packed(folder_config(root, channels=1), out)
     assert not out.exists()
 
 
 def test_a_file_that_does_not_decode_is_named_and_nothing_stays(tmp_path: Path) -> None:
     root, out = tmp_path / "source", tmp_path / "pack"
     write_folder(root)
-    pack_images(folder_config(root), out)
+    write_packed(folder_config(root), out)
     (root / "test" / "bee" / "1.JPG").write_bytes(b"\xff\xd8\xff\xe0 no more")
     threads = set(threading.enumerate())
     with pytest.raises(
         UserError, match=r"test/bee/1\.JPG\) could not be read: .*; mend the file or take it out"
     ) as error:
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     assert "\n" not in str(error.value)
     assert os.listdir(out) == [] and set(threading.enumerate()) == threads
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(root / "test" / "bee" / "1.tiff")
     (root / "test" / "bee" / "1.JPG").unlink()
     with pytest.raises(UserError, match=r"1\.tiff\) could not be read: .*floating-point"):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
     os.truncate(root / "train" / "ant" / "0.png", 45)
     with pytest.raises(UserError, match=r"train/ant/0\.png\) could not be read: "):
-        pack_images(folder_config(root), out)
+        write_packed(folder_config(root), out)
 
 
 @pytest.mark.parametrize("storage", ["raw", "jpg"])
@@ -241,17 +245,17 @@ def test_list_with_spaces_in_paths_and_a_validation_list(tmp_path: Path) -> None
 )
 def test_bad_lists_are_refused_by_file_and_line(tmp_path: Path, train: str, test: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        pack_images(list_config(tmp_path, train, test), tmp_path / "pack")
+        write_packed(list_config(tmp_path, train, test), tmp_path / "pack")
     assert "\n" not in str(error.value)
 
 
 def test_missing_list_or_root_is_named(tmp_path: Path) -> None:
     config = list_config(tmp_path, "a.png 0", "a.png 0")
     with pytest.raises(UserError, match="nowhere does not exist"):
-        pack_images(config.model_copy(update={"path": str(tmp_path / "nowhere")}), tmp_path / "pack")
+        write_packed(config.model_copy(update={"path": str(tmp_path / "nowhere")}), tmp_path / "pack")
     (tmp_path / "test_list.txt").unlink()
     with pytest.raises(UserError, match=r"cannot read the list .*test_list\.txt: No such file"):
-        pack_images(config, tmp_path / "pack")
+        pack(config, tmp_path / "pack")
 
 
 def test_a_listed_file_that_does_not_decode_is_named_with_its_line(tmp_path: Path) -> None:
@@ -261,7 +265,7 @@ def test_a_listed_file_that_does_not_decode_is_named_with_its_line(tmp_path: Pat
     drawn = config.model_copy(update={"profile": "counts", "counts": (3, 1)})  # other positions
     for one in (config, drawn):
         with pytest.raises(UserError, match=r"b\.png, train_list\.txt:5\) could not be read: not an image"):
-            pack_images(one, tmp_path / "pack")
+            write_packed(one, tmp_path / "pack")
 
 
 def test_a_list_of_imagenet_lt_size_opens_in_three_seconds(tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_images_of_another_shape_than_configured_are_refused(
     tmp_path: Path, size: int, channels: Any, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        pack_images(DataConfig(source="digits", image_size=size, channels=channels), tmp_path / "pack")
+        write_packed(DataConfig(source="digits", image_size=size, channels=channels), tmp_path / "pack")
 
 
 @pytest.mark.parametrize(
@@ -320,13 +324,13 @@ def test_splits_that_do_not_fit_are_refused(tmp_path: Path, test_labels: list[in
             (tmp_path / "idx" / f"{prefix}-{name}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
     config = DataConfig(source="idx", path=str(tmp_path / "idx"), image_size=8, channels=1)
     with pytest.raises(UserError, match=message):
-        pack_images(config, tmp_path / "pack")
+        pack(config, tmp_path / "pack")
 
 
 def test_a_missing_fashion_mnist_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "FASHION_MNIST_PATH", str(tmp_path / "debian"))
     with pytest.raises(UserError, match="debian does not exist: apt-get install dataset-fashion-mnist"):
-        pack_images(DataConfig(source="idx", image_size=28, channels=1), tmp_path / "pack")
+        write_packed(DataConfig(source="idx", image_size=28, channels=1), tmp_path / "pack")
 
 
 # What is packed
@@ -355,7 +359,7 @@ def test_digits_are_packed_as_they_are_and_leave_no_trace_of_time_or_place(tmp_p
 @pytest.mark.parametrize("damage", ["gone", "cut", "another set's"])
 def test_damage_is_one_line_that_says_what_to_run(tmp_path: Path, file: str, damage: str) -> None:
     config = DataConfig(source="digits", image_size=8, channels=1)
-    pack_images(config, tmp_path / "run" / "pack")
+    pack(config, tmp_path / "run" / "pack")
     path = tmp_path / "run" / "pack" / file
     if damage == "gone":
         path.unlink()
@@ -363,7 +367,7 @@ def test_damage_is_one_line_that_says_what_to_run(tmp_path: Path, file: str, dam
         os.truncate(path, path.stat().st_size - 9)
     else:
         other = config.model_copy(update={"profile": "counts", "counts": (9,) * 10})
-        pack_images(other, tmp_path / "other")
+        write_packed(other, tmp_path / "other")
         shutil.copy(tmp_path / "other" / ("train.beton" if file == "test.beton" else file), path)
     with pytest.raises(UserError, match=r"run `python -m diffult\.pack --run .*/run`$") as error:
         read_packed(tmp_path / "run" / "pack")

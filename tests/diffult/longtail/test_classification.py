@@ -119,7 +119,7 @@ def test_adjusted_logits_carry_the_class_frequencies(method):
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r"unknown method 'logit_adjst'; did you mean 'logit_adjust'\? \(known: ce, "):
+    with pytest.raises(UserError, match=r"got 'logit_adjst'; did you mean 'logit_adjust'\?"):
         classifier_config("methods=['ce', 'logit_adjst', 'diffult']")
 
 

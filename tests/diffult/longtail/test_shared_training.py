@@ -155,6 +155,6 @@ def test_batch_norms_see_the_batch_of_all_processes(tmp_path):
 def test_a_batch_that_processes_cannot_share_is_refused(alone):
     run = RunDir.open(alone)
     with pytest.raises(UserError, match=r"^extractor.batch_size = 64 cannot be shared by 3 processes"):
-        train_extractor(run, None, World(0, 3))
+        train_extractor(run, World(0, 3))
     with pytest.raises(UserError, match=r"^classifier.batch_size = 64 cannot be shared by 3 processes"):
         train_classifier(run, World(0, 3))

@@ -12,6 +12,7 @@ from PIL import Image
 from diffult.config import load_preset
 from diffult.errors import UserError
 from diffult.run import run_pipeline
+from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, affected
 
@@ -106,7 +107,7 @@ def test_a_run_of_an_earlier_version_is_refused(copied):
 
 def test_a_second_writer_is_refused(copied):
     (copied.folder("classifier") / "done.json").unlink()
-    with copied.locked(), pytest.raises(UserError, match="another process is at work in this run"):
+    with lock_folder(copied.path), pytest.raises(UserError, match="another process writes to it"):
         run_pipeline(RunDir.open(copied.path))
 
 
