@@ -119,7 +119,7 @@ def test_run_directory_refuses_what_is_no_run(tmp_path):
 
 def test_one_process_at_a_time_works_in_a_run(tmp_path):
     run = RunDir.open(tmp_path / "run", "digits-lt")
-    with run.stage("extractor"), pytest.raises(UserError, match="another process is at work"), run.stage("diffusion"):
+    with run.stage("extractor"), pytest.raises(UserError, match="another process writes to it"), run.stage("diffusion"):
         pytest.fail("the second stage began")
     with run.stage("diffusion") as note:
         assert note is not None
