@@ -338,27 +338,21 @@ def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monk
 
     def pretend(arguments, check):
         commands.append(arguments)
-        shutil.copytree(tiny_run.path, tmp_path / "runs" / "digits-lt")
+        run = tmp_path / "runs" / "digits-lt"
+        for stage in ("pack",) if "pack" in arguments else ("extractor", "diffusion"):
+            shutil.copytree(tiny_run.path / stage, run / stage)
+        shutil.copy(tiny_run.path / "config.toml", run)
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(verb.subprocess, "run", pretend)
+    start = [sys.executable, "-m", "diffult.run", "--run", "runs/digits-lt", "--until"]
+    packing = [*start, "pack", "--preset", "digits-lt"]
     with caplog.at_level("INFO"):
-        command(fast=True, dry_run=True)  # says what would be drawn, and trains nothing for it
-        assert commands == []
+        command(fast=True, dry_run=True)  # prints what would be drawn, and trains nothing for it
         with pytest.raises(UserError, match="no class 99"):
             command(fast=True, classes="99")
-        assert commands == []
+        assert commands == [packing]
         for out in ("a", "b"):
             command(fast=True, per_class=1, classes="0", steps=2, out=tmp_path / out)
-    assert "training the bundled digits-lt run first" in caplog.text
-    expected = [
-        "-m",
-        "diffult.run",
-        "--run",
-        "runs/digits-lt",
-        "--until",
-        "diffusion",
-        "--preset",
-        "digits-lt",
-    ]
-    assert commands == [[sys.executable, *expected]]  # once: the second call finds it
+    assert "running the bundled digits-lt first" in caplog.text
+    assert commands == [packing, [*start, "diffusion"]]  # once: the second call finds it

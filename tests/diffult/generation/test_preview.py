@@ -62,7 +62,8 @@ def test_the_training_is_the_same_without_grids(tiny_run, fresh, monkeypatch):
 
 def test_other_processes_draw_none(fresh, monkeypatch):
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    monkeypatch.setattr(World, "average_", lambda *_: None)  # nobody is there to exchange with
+    monkeypatch.setattr(World, "gather", lambda _, mine: [mine, mine])  # nobody is there to exchange with
+    monkeypatch.setattr(World, "average_", lambda *_: None)
     train(fresh, World(1, 2))
     assert not (fresh.path / "diffusion").exists()
 
