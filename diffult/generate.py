@@ -171,15 +171,15 @@ def read_counts(file: Path, classes: tuple[str, ...]) -> np.ndarray:
     return np.array([counts.get(c, 0) for c in range(len(classes))], dtype=np.int64)
 
 
-def _bundled_run(path: Path, until: Stage) -> None:
-    if (path / until / "done.json").exists():
-        return
-    log.info("no --run given and no finished stage %r in %s: running the bundled %s first", until, path, BUNDLED)
-    command = [sys.executable, "-m", "diffult.run", "--run", str(path), "--until", until]
-    if not (path / "config.toml").exists():
-        command += ["--preset", BUNDLED]
-    if code := subprocess.run(command, check=False).returncode:
-        raise UserError(f"training the bundled run in {path} failed (exit code {code})")
+def _bundled_run(path: Path, until: Stage, world: World) -> None:
+    if world.is_main and not (path / until / "done.json").exists():
+        log.info("no --run given and no finished stage %r in %s: running the bundled %s first", until, path, BUNDLED)
+        command = [sys.executable, "-m", "diffult.run", "--run", str(path), "--until", until]
+        if not (path / "config.toml").exists():
+            command += ["--preset", BUNDLED]
+        if code := subprocess.run(command, check=False).returncode:
+            raise UserError(f"running the bundled {BUNDLED} in {path} failed (exit code {code})")
+    world.barrier()
 
 
 def command(
@@ -225,11 +225,10 @@ def command(
         _check_name("--export", FORMATS, export_)
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
-    if run is None:
-        run = Path("runs") / BUNDLED
-        if world.is_main:
-            _bundled_run(run, "pack" if dry_run else "diffusion")
-        world.barrier()
+    bundled = run is None
+    run = run or Path("runs") / BUNDLED
+    if bundled:  # packed, it has all by which options are checked
+        _bundled_run(run, "pack", world)
     run_dir = RunDir.open(run)
     given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance, "batch_size": batch_size}
     settings = _settings(run_dir, fast, {key: value for key, value in given.items() if value is not None})
@@ -246,6 +245,8 @@ def command(
     if dry_run:
         _print_cost(run_dir, settings, quotas, compile_)
         return
+    if bundled:
+        _bundled_run(run, "diffusion", world)
     run_dir.require("extractor")
     run_dir.require("diffusion")
     noise_seed = run_dir.config.seed if seed is None else seed

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from diffult.diffusion.samplers import Step, sample
+from diffult.diffusion.samplers import sample
 
 
 def solve(
@@ -19,9 +19,6 @@ def solve(
     """From initial noise x to the sample; denoise: (x_t, t) -> the predicted clean image; noise: number -> standard
     normal, 1 at the first step."""
 
-    def evaluate(x, step, features):
-        return denoise(x, step.t), None
-
     def update(i, x, x0, previous, with_noise):
         c_x, c_x0, c_previous, c_noise = coefficients[i].tolist()
         x = c_x * x + c_x0 * x0
@@ -31,4 +28,4 @@ def solve(
             x = x + c_noise * noise(i + 1)
         return x, x0
 
-    return sample(x, [Step(t, False, True) for t in grid], coefficients, evaluate, update)
+    return sample(x, grid, coefficients, denoise, update)

@@ -22,8 +22,6 @@ import torch
 
 Solver = Callable[[list[int], torch.Tensor, float], torch.Tensor]
 Spacing = Callable[[torch.Tensor, int], list[int]]
-
-
 Evaluate = Callable[[torch.Tensor, int], torch.Tensor]
 Update = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]]
 

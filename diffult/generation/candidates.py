@@ -1,7 +1,7 @@
 """Candidates: taken from the quota, drawn, judged by the filter, and entered into the quota, batch by batch.
 
 Every batch has one static shape. Samples without a disk, exactly as many as each class needs, from what
-`diffult.generate.open_sampler` and `diffult.artifacts.load_extractor` open:
+`diffult.generate.open_sampler` and `diffult.longtail.extractor.load_extractor` open:
 
     quota = Quota(np.full(10, 100), max_draws=10.0, filter=FILTERS["distance"])
     for images, labels, indices in accepted(sampler, extractor, quota):

@@ -33,9 +33,9 @@ def fill(
     metrics report of generation; "images_per_s" is of all processes together."""
     if quota.missing.any():
         sampler.prepare()
-    begun = time.perf_counter()
+    flops, begun = sampler.flops(), time.perf_counter()
     try:
-        drawn = _draw(sampler, extractor, store, quota, classes, world)
+        drawn = _draw(sampler, extractor, store, quota, classes, flops, world)
     finally:  # interrupted too
         store.flush()
     seconds = time.perf_counter() - begun
@@ -53,16 +53,22 @@ def fill(
     return totals | {
         "images_per_s": round(drawn / seconds, 2) if drawn else None,
         "nfe": sampler.settings.evaluations,
-        "gflop_per_sample": round(sampler.flops() / 1e9, 6),
+        "gflop_per_sample": round(flops / 1e9, 6),
         "by_class": {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]},
     }
 
 
 def _draw(
-    sampler: Sampler, extractor: Extractor, store: ShardStore, quota: Quota, classes: tuple[str, ...], world: World
+    sampler: Sampler,
+    extractor: Extractor,
+    store: ShardStore,
+    quota: Quota,
+    classes: tuple[str, ...],
+    flops: float,
+    world: World,
 ) -> int:
-    """How many candidates this process drew."""
-    flops, drawn, begun = sampler.flops(), 0, time.perf_counter()
+    """How many candidates this process drew; flops: of a sample."""
+    drawn, begun = 0, time.perf_counter()
     peak = peak_flops(sampler.device) * world.size
     total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
     bar = tqdm(

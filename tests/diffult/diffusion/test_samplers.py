@@ -112,16 +112,6 @@ def test_log_snr_grid_is_equally_spaced_where_timesteps_allow():
         log_snr_grid(abar, 1001)
 
 
-def test_guidance_acts_within_its_interval_alone():
-    schedule = Schedule("cosine", 1000)
-    settings = GenerateConfig(balance_to=1, steps=10, guidance=1.0, guidance_interval=(0.2, 0.6))
-    assert [step.t for step in settings.plan(schedule) if step.guided] == [599, 499, 399, 299]
-    assert settings.evaluations(schedule) == (14, 0)
-    assert GenerateConfig(balance_to=1, steps=10).evaluations(schedule) == (10, 0)
-    with pytest.raises(ValueError, match="two rising numbers"):
-        GenerateConfig(balance_to=1, guidance_interval=(0.6, 0.2))
-
-
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance():
     """sigma^2 = (1 - abar_s) / (1 - abar_t) beta_t (Ho et al. 2020, section 3.2), mean as in eq. 7."""
     abar = Schedule("linear", 1000).alphas_cumprod
@@ -207,33 +197,24 @@ def test_impossible_grid_is_refused(steps):
 
 
 class Network(torch.nn.Module):
-    """A made-up network that predicts v and tells labels (9: no class) and times apart; it has one level."""
-
-    def forward_with_features(self, x, t, labels, cached_features=None):
-        return self(x, t, labels), x
+    """A made-up network that predicts v and tells labels (9: no class) and times apart."""
 
     def forward(self, x, t, labels):
         return torch.tanh(0.7 * x + 0.1 * (labels % 9).view(-1, 1, 1, 1) - t.view(-1, 1, 1, 1) / 1000)
 
 
-@pytest.mark.parametrize(("guidance", "threshold"), [(0.0, 0.0), (1.5, 0.0), (3.0, 0.9)])
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
-def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance, threshold):
+def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance):
     schedule, shape, steps = Schedule("cosine", 1000), (3, 8, 6), 5
     labels, indices = torch.tensor([3, 1, 8]), torch.tensor([0, 7, 2])
-    settings = GenerateConfig(
-        balance_to=0, sampler=sampler, steps=steps, eta=0.3, guidance=guidance, threshold=threshold
-    )
+    settings = GenerateConfig(balance_to=0, sampler=sampler, steps=steps, eta=0.3, guidance=guidance)
     engine = Sampler(Network(), schedule, "v", settings, shape, 9, 11, torch.float32, torch.device("cpu"))
 
     def denoise(x, t):
         abar, times = schedule.alphas_cumprod[t], torch.full((3,), t)
         with_class, without = (Network()(x, times, y) for y in (labels, torch.full((3,), 9)))
         x0 = abar.sqrt() * x - (1 - abar).sqrt() * (with_class + guidance * (with_class - without))
-        if threshold:
-            limit = x0.abs().flatten(1).quantile(threshold, dim=1, interpolation="higher").clamp(min=1)
-            assert limit.max() > 1.01  # the setting matters here
-            x0 = x0 / limit.view(-1, 1, 1, 1)
         return x0.clamp(-1, 1)
 
     def noise(step):

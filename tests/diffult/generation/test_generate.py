@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffult.artifacts import load_extractor
 from PIL import Image
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
+from diffult.engine.device import pick_device
 from diffult.errors import UserError
 from diffult.generate import command, open_sampler, open_store, parse_classes, read_counts
 from diffult.generation import shards
@@ -24,6 +24,7 @@ from diffult.generation.candidates import CandidateBatch
 from diffult.generation.export import FORMATS
 from diffult.generation.fill import fill
 from diffult.generation.shards import ShardStore, open_kept
+from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, lock_folder
@@ -34,11 +35,15 @@ CLASSES = tuple("0123456789")
 QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
 
 
+def extractor_of(run: RunDir) -> Extractor:
+    return load_extractor(run.folder("extractor"), pick_device())
+
+
 def fill_folder(run: RunDir, folder: Path, batch_size: int, **settings):
     s = run.config.generate.model_copy(update={"batch_size": batch_size, "max_draws": 6.0, **settings})
     store, quota = open_store(folder, run, s, QUOTAS, seed=3), Quota(QUOTAS, s.max_draws)
     store.resume(quota)
-    return fill(open_sampler(run, s, 3), load_extractor(run, torch.device("cpu")), store, quota, CLASSES)
+    return fill(open_sampler(run, s, 3), extractor_of(run), store, quota, CLASSES)
 
 
 def draw(run: RunDir, folder: Path, batch_size: int, **settings):
@@ -94,7 +99,7 @@ def test_a_finished_folder_holds_the_kept_samples_and_every_candidate(tiny_run, 
     table, _ = load_tensors(tmp_path / "candidates.safetensors")
     candidates = list(zip(table["labels"].tolist(), table["indices"].tolist(), strict=True))
     assert candidates == sorted(set(candidates)) and len(candidates) >= result["drawn"]
-    radii = load_extractor(tiny_run, torch.device("cpu")).statistics.radii[table["labels"]]
+    radii = extractor_of(tiny_run).statistics.radii[table["labels"]]
     within = (table["distance"] > radii).long() + (table["distance"] > 2 * radii).long()
     assert table["verdict"].tolist() == within.tolist()
     passing = [name for name, verdict in zip(candidates, within.tolist(), strict=True) if verdict < 2]
@@ -164,7 +169,7 @@ def test_hopeless_class_warns_and_ends(tiny_run, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(Filter, "judge", all_out)
     settings = tiny_run.config.generate.model_copy(update={"max_draws": 2.0})
     store = open_store(tmp_path, tiny_run, settings, QUOTAS, 0)
-    extractor = load_extractor(tiny_run, torch.device("cpu"))
+    extractor = extractor_of(tiny_run)
     result = fill(open_sampler(tiny_run, settings, 0), extractor, store, Quota(QUOTAS, 2.0), CLASSES)
     assert (result["drawn"], result["accepted"], result["ood"]) == (44, 0, 44)
     assert "class 3: only 0 of 5 samples after 10 candidates" in caplog.text
@@ -333,27 +338,21 @@ def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monk
 
     def pretend(arguments, check):
         commands.append(arguments)
-        shutil.copytree(tiny_run.path, tmp_path / "runs" / "digits-lt")
+        run = tmp_path / "runs" / "digits-lt"
+        for stage in ("pack",) if "pack" in arguments else ("extractor", "diffusion"):
+            shutil.copytree(tiny_run.path / stage, run / stage)
+        shutil.copy(tiny_run.path / "config.toml", run)
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(verb.subprocess, "run", pretend)
+    start = [sys.executable, "-m", "diffult.run", "--run", "runs/digits-lt", "--until"]
+    packing = [*start, "pack", "--preset", "digits-lt"]
     with caplog.at_level("INFO"):
-        command(fast=True, dry_run=True)  # says what would be drawn, and trains nothing for it
-        assert commands == []
+        command(fast=True, dry_run=True)  # prints what would be drawn, and trains nothing for it
         with pytest.raises(UserError, match="no class 99"):
             command(fast=True, classes="99")
-        assert commands == []
+        assert commands == [packing]
         for out in ("a", "b"):
             command(fast=True, per_class=1, classes="0", steps=2, out=tmp_path / out)
-    assert "training the bundled digits-lt run first" in caplog.text
-    expected = [
-        "-m",
-        "diffult.run",
-        "--run",
-        "runs/digits-lt",
-        "--until",
-        "diffusion",
-        "--preset",
-        "digits-lt",
-    ]
-    assert commands == [[sys.executable, *expected]]  # once: the second call finds it
+    assert "running the bundled digits-lt first" in caplog.text
+    assert commands == [packing, [*start, "diffusion"]]  # once: the second call finds it

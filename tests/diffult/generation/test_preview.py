@@ -5,23 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffult.artifacts import load_extractor
 from PIL import Image
 
 from diffult.config import GenerateConfig
-from diffult.data import ArrayImages, load_data
-from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE, World
 from diffult.generate import open_sampler
 from diffult.generation.preview import Preview
-from diffult.plots import sample_grid
+from diffult.plots import ArraySamples, sample_grid
 from diffult.runs.files import load_tensors
 from diffult.runs.run_dir import RunDir
 from diffult.train_diffusion import train_diffusion
 
 
 def train(run: RunDir, world: World = ALONE) -> None:
-    train_diffusion(run, load_data(run.config.data), load_extractor(run, pick_device()), world)
+    train_diffusion(run, world)
 
 
 def grids(run: RunDir) -> list[Path]:
@@ -42,14 +39,14 @@ def test_a_grid_shows_what_generate_draws_with_the_averaged_weights_of_its_step(
     assert list(averages) == [3, 6]
 
     sampler = open_sampler(fresh, GenerateConfig(balance_to=0, sampler="dpm++", steps=10), fresh.config.seed)
-    device, classes = sampler.device, load_data(fresh.config.data).train.classes
+    device, classes = sampler.device, fresh.packed().classes
     labels, indices = torch.arange(10).repeat_interleave(4), torch.arange(40) % 4
     seen = []
     for file, average in zip(grids(fresh), averages.values(), strict=True):
         sampler.unet.load_state_dict(average)
         parts = zip(labels.to(device).split(8), indices.to(device).split(8), strict=True)  # diffusion.batch_size
         images = torch.cat([sampler.draw(*part) for part in parts]).cpu().numpy()
-        sample_grid(ArrayImages(images, labels.numpy(), classes), classes, tmp_path / "grid.png", 4)
+        sample_grid(ArraySamples(images, labels.numpy()), classes, tmp_path / "grid.png", 4)
         seen.append(np.asarray(Image.open(file)))
         np.testing.assert_array_equal(seen[-1], np.asarray(Image.open(tmp_path / "grid.png")))
     assert (seen[0] != seen[1]).any()
@@ -65,7 +62,8 @@ def test_the_training_is_the_same_without_grids(tiny_run, fresh, monkeypatch):
 
 def test_other_processes_draw_none(fresh, monkeypatch):
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    monkeypatch.setattr(World, "average_", lambda *_: None)  # nobody is there to exchange with
+    monkeypatch.setattr(World, "gather", lambda _, mine: [mine, mine])  # nobody is there to exchange with
+    monkeypatch.setattr(World, "average_", lambda *_: None)
     train(fresh, World(1, 2))
     assert not (fresh.path / "diffusion").exists()
 

@@ -113,22 +113,22 @@ def test_the_kept_set_is_the_lowest_passing_indices_whatever_the_batches(size, s
 
 @pytest.mark.parametrize("lost", range(4))
 def test_a_lost_wave_does_not_change_the_kept_set(lost):
-    """Any wave may be gone; its indices are drawn again although later ones would fill the quota."""
+    """Any batch may be gone; its indices are drawn again although later ones would fill the quota."""
     fate = np.random.default_rng(7).random(400) < 0.4
 
-    def go(quota, waves=None):
+    def go(quota, batches=None):
         while len(indices := quota.next_batch(16)[1]):
             verdict = np.where(fate[indices], Verdict.ID, Verdict.OOD).astype(np.uint8)
             quota.record(np.zeros_like(indices), indices, verdict)
-            if waves is not None:
-                waves.append((indices, verdict))
+            if batches is not None:
+                batches.append((indices, verdict))
         return quota
 
-    waves: list = []
-    whole = go(Quota(np.array([20]), 10.0), waves)
-    assert len(waves) >= 4
+    batches: list = []
+    whole = go(Quota(np.array([20]), 10.0), batches)
+    assert len(batches) >= 4
     resumed = Quota(np.array([20]), 10.0)
-    for number, (indices, verdict) in enumerate(waves):
+    for number, (indices, verdict) in enumerate(batches):
         if number != lost:
             resumed.record(np.zeros_like(indices), indices, verdict)
     go(resumed)
