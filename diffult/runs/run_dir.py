@@ -162,7 +162,10 @@ class RunDir:
     def _clear_outdated(self, stage: Stage, keep: Callable[[Path], bool]) -> None:
         folder, started = self.folder(stage), self.folder(stage) / "started.json"
         now = {"hash": self.hash(stage)}
-        if folder.exists() and (read_json(started) if started.exists() else now) != now:
+        before = read_json(started) if started.exists() else None
+        if before == now:
+            return
+        if before is not None:
             for file in [path for path in folder.rglob("*") if path.is_file() and path != started]:
                 if not keep(file):
                     file.unlink()
