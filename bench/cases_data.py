@@ -55,7 +55,7 @@ def random_images(count: int, side: int) -> np.ndarray:
 
 @race("generation end to end", *(f"{name} draws alone" for name in peers.SETTINGS))
 def generation(folder: Path) -> Work:
-    """DDIM, 20 steps: ours draws, judges by an extractor and writes shards; rivals draw as many and keep nothing."""
+    """DDIM, 20 steps: ours draws, judges by an extractor and writes a file; rivals draw as many and keep nothing."""
     config = sampler_config("generate.sampler='ddim'", "generate.steps=20", "generate.guidance=0.0")
     model = build_model(config)
     sampler = build_sampler(model, config.generate)
@@ -64,7 +64,7 @@ def generation(folder: Path) -> Work:
     wanted = np.bincount(np.arange(batches * model.size) % CLASSES, minlength=CLASSES)
 
     def ours() -> None:
-        store = ShardStore(folder / f"shards-{next(numbers)}", {})
+        store = ShardStore(folder / f"samples-{next(numbers)}", {})
         with quiet():
             result = fill(sampler, extractor, store, Quota(wanted, 1.0), tuple(map(str, range(CLASSES))))
         assert result["accepted"] == batches * model.size

@@ -2,10 +2,10 @@
 
     python -m bench.cifar --data cifar-10-python.tar.gz --budget 510 --out bench/results/gpu
 
-Runs the preset cifar10-lt-100-fast. The plan is printed first: work counted on the networks, seconds at 20 % of the card's
-peak. Then the time of a training step is measured, and the diffusion model gets as many steps as the time left allows
-after what the stages behind it need. DATA may also be an image folder, DATA/train/CLASS and DATA/test/CLASS, or a .tar.gz of
-one: a JPEG copy of CIFAR-10, which the results name as such.
+Runs the preset cifar10-lt-100-fast. The plan is printed first: work counted on the networks, seconds at 20 % of the
+card's peak. Then the time of a training step is measured, and the diffusion model gets as many steps as the time left
+allows after what the stages behind it need. DATA may also be an image folder, DATA/train/CLASS and DATA/test/CLASS, or
+a .tar.gz of one: a JPEG copy of CIFAR-10, which the results name as such.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def plan(config: Config, budget: float, peak: float) -> dict[str, float]:
 
 
 def steps_within(seconds: float, a_step: float, wanted: int) -> int:
-    """How many training steps fit, with 5 % to spare; at least 100, or nothing could be shown."""
-    return max(100, min(wanted, int(0.95 * seconds / a_step)))
+    """How many of the wanted training steps fit, with 5 % to spare; at least 100, or nothing could be shown."""
+    return min(wanted, max(100, int(0.95 * seconds / a_step)))
 
 
 def data_settings(data: Path, scratch: Path) -> tuple[str, list[str]]:
@@ -63,14 +63,18 @@ def data_settings(data: Path, scratch: Path) -> tuple[str, list[str]]:
     Raises:
         UserError: neither CIFAR-10's archive or folder, nor an image folder.
     """
-    if data.name.endswith((".tar.gz", ".tar")) and "python" not in data.name:
-        with tarfile.open(data) as archive:
-            archive.extractall(scratch, filter="data")
-        data = scratch
-    if (data / "train").is_dir():
-        return "CIFAR-10 (JPEG copy)", ["data.source=folder", f"data.path={data}"]
     if not data.exists():
         raise UserError(f"--data {data}: not found; give CIFAR-10's python archive, its folder, or an image folder")
+    if data.name.endswith((".tar.gz", ".tar")) and "python" not in data.name:
+        try:
+            with tarfile.open(data) as archive:
+                archive.extractall(scratch, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"--data {data}: cannot be unpacked ({error})") from None
+        data = scratch
+    for folder in (data, *sorted(data.glob("*"))):  # an archive may hold the folder itself
+        if (folder / "train").is_dir():
+            return "CIFAR-10 (JPEG copy)", ["data.source=folder", f"data.path={folder}"]
     return "CIFAR-10", [f"data.path={data}"]
 
 
@@ -122,7 +126,7 @@ def command(
     behind = sum(planned[stage] for stage in ("generate", "classifier", "evaluate", "report"))
     for stage in STAGES:
         begun = time.monotonic()
-        if stage == "diffusion" and opened.done("diffusion") is None and not smoke:
+        if stage == "diffusion" and opened.done("diffusion") is None:
             a_step = seconds_per_step(opened, ALONE)
             left = budget - (time.monotonic() - started) - behind
             steps = steps_within(left, a_step, opened.config.diffusion.steps)

@@ -95,11 +95,10 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
     extractor, classifier = config.extractor, config.classifier
     recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
-    drawn = sum(1 + (config.generate.guidance > 0) for _ in range(config.generate.steps))
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * _classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "generate": candidates * drawn * evaluation_flops(config, classes),
+        "generate": candidates * config.generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * _classifier_flops(config, classifier, classes),
     }
     flops["classifier"] *= len(classifier.methods)

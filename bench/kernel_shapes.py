@@ -117,9 +117,11 @@ def asked(workload: Workload) -> Counter[Asked]:
 
 def _augment(config: Config) -> None:
     channels, side = config.data.channels, config.data.image_size
-    for part, stored in ((config.extractor, side), (config.classifier, config.classifier.stored_size or side)):
-        images = torch.empty(part.batch_size, stored, stored, channels, dtype=torch.uint8, device=META)
+    for part in (config.extractor, config.classifier):
+        if part.augment.jitter:  # PyTorch's whatever the switch says
+            continue
+        loaded = part.image_size if part.augment.resized_crop or config.data.storage == "jpg" else side
+        images = torch.empty(part.batch_size, loaded, loaded, channels, dtype=torch.uint8, device=META)
         positions = torch.arange(part.batch_size, device=META)
-        if not (part.augment.resized_crop or part.augment.jitter):  # those are PyTorch's whatever the switch says
-            options = part.augment.model_dump()
-            augment(images, 0, positions, size=part.image_size, dtype=torch.bfloat16, **options)
+        options = {"pad": part.augment.pad, "flip": part.augment.flip}
+        augment(images, 0, positions, size=part.image_size, dtype=torch.bfloat16, **options)

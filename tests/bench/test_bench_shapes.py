@@ -28,7 +28,7 @@ def norms(workload: Workload, batch: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("workload", "batch"), [(CIFAR, 256), (WORKLOADS[0], 128), (Workload("imagenet-lt-64", classes=1000), 128)], ids=str
+    ("workload", "batch"), [(CIFAR, 256), (WORKLOADS[0], 512), (Workload("imagenet-lt-64", classes=1000), 128)], ids=str
 )
 def test_every_norm_of_the_network_is_there_forward_and_backward(workload, batch):
     """At the batch of a training step, which L_CBDM doubles."""

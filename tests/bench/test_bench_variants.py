@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import typer
-from diffult.artifacts import load_extractor
 from scipy.linalg import sqrtm
 from typer.testing import CliRunner
 
 from bench import quality, variants
-from diffult.data import load_data
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
 from diffult.generate import open_sampler
+from diffult.longtail.extractor import load_extractor
 from diffult.runs.run_dir import RunDir
+from diffult.runs.stages import STAGES
 from tests.conftest import TINY
 
 
@@ -37,7 +37,7 @@ def test_fewer_samples_than_features_have_a_distance_that_a_shift_alone_explains
 
 
 def test_quality_counts_what_the_judge_sees(tiny_run: RunDir) -> None:
-    judge, real = load_extractor(tiny_run, pick_device()), load_data(tiny_run.config.data).val
+    judge, real = load_extractor(tiny_run.folder("extractor"), pick_device()), tiny_run.packed().val
     assert real is not None
     seen = quality.quality(tiny_run, judge, real, per_class=8)
     sampler = open_sampler(tiny_run, tiny_run.config.generate, tiny_run.config.seed)
@@ -51,14 +51,28 @@ def test_quality_counts_what_the_judge_sees(tiny_run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("overrides", "shared"),
     [
-        (["generate.steps=5"], ["extractor", "diffusion"]),
-        (["diffusion.ema=0.9", "generate.steps=5"], ["extractor"]),
-        (["unet.channels=8"], ["extractor"]),
-        (["extractor.steps=5"], []),
+        (["classifier.steps=5"], ["pack", "extractor", "diffusion", "generate"]),
+        (["generate.steps=5"], ["pack", "extractor", "diffusion"]),
+        (["diffusion.ema=0.9", "generate.steps=5"], ["pack", "extractor"]),
+        (["unet.channels=16"], ["pack", "extractor"]),
+        (["extractor.steps=5"], ["pack"]),
     ],
 )
-def test_a_variant_shares_the_stages_it_does_not_touch(overrides: list[str], shared: list[str]) -> None:
-    assert variants.shared_stages(overrides) == shared
+def test_a_variant_shares_the_stages_it_does_not_touch(
+    tiny_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], shared: list[str]
+) -> None:
+    class Begun(Exception):
+        """The variant is about to run."""
+
+    def begin(run: RunDir) -> None:
+        assert [stage for stage in STAGES if run.done(stage)] == shared
+        raise Begun
+
+    monkeypatch.setattr(variants, "run_pipeline", begin)
+    (tmp_path / "base-0").symlink_to(tiny_run.path)
+    plan = {"preset": "digits-lt", "settings": TINY, "variants": {"variant": overrides}}
+    with pytest.raises(Begun):
+        variants.measure(plan, 0, "variant", tmp_path)
 
 
 def test_variants_are_measured_once_and_share_the_model(tmp_path: Path) -> None:
@@ -73,7 +87,7 @@ def test_variants_are_measured_once_and_share_the_model(tmp_path: Path) -> None:
     first = CliRunner().invoke(app, typed)
     assert first.exit_code == 0, first.output
     weights = [tmp_path / "runs" / "plan" / f"{name}-0/diffusion/ema.safetensors" for name in ("base", "short")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].samefile(weights[1])
     results = json.loads((tmp_path / "plan.json").read_text())["results"]
     assert results["base"][0]["nfe"] == 2 and results["short"][0]["nfe"] == 1
     assert "| short |" in first.output

@@ -112,6 +112,11 @@ def test_log_snr_grid_is_equally_spaced_where_timesteps_allow():
         log_snr_grid(abar, 1001)
 
 
+def test_guidance_takes_two_evaluations_a_step():
+    assert GenerateConfig(balance_to=1, steps=10).evaluations == 10
+    assert GenerateConfig(balance_to=1, steps=10, guidance=0.1).evaluations == 20
+
+
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance():
     """sigma^2 = (1 - abar_s) / (1 - abar_t) beta_t (Ho et al. 2020, section 3.2), mean as in eq. 7."""
     abar = Schedule("linear", 1000).alphas_cumprod
@@ -203,10 +208,10 @@ class Network(torch.nn.Module):
         return torch.tanh(0.7 * x + 0.1 * (labels % 9).view(-1, 1, 1, 1) - t.view(-1, 1, 1, 1) / 1000)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("guidance", [0.0, 1.5, 3.0])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
 def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance):
-    schedule, shape, steps = Schedule("cosine", 1000), (3, 8, 6), 5
+    schedule, shape, steps, beyond = Schedule("cosine", 1000), (3, 8, 6), 5, []
     labels, indices = torch.tensor([3, 1, 8]), torch.tensor([0, 7, 2])
     settings = GenerateConfig(balance_to=0, sampler=sampler, steps=steps, eta=0.3, guidance=guidance)
     engine = Sampler(Network(), schedule, "v", settings, shape, 9, 11, torch.float32, torch.device("cpu"))
@@ -215,6 +220,7 @@ def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance):
         abar, times = schedule.alphas_cumprod[t], torch.full((3,), t)
         with_class, without = (Network()(x, times, y) for y in (labels, torch.full((3,), 9)))
         x0 = abar.sqrt() * x - (1 - abar).sqrt() * (with_class + guidance * (with_class - without))
+        beyond.append(float(x0.abs().max()))
         return x0.clamp(-1, 1)
 
     def noise(step):
@@ -222,6 +228,7 @@ def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance):
 
     grid = timestep_grid(1000, steps)
     exact = solve(denoise, noise(0), grid, SAMPLERS[sampler](grid, schedule.alphas_cumprod, 0.3), noise)
+    assert max(beyond) > 1.01  # clipping matters here
     grey = (exact.permute(0, 2, 3, 1) + 1) * 127.5
     difference = engine.draw(labels, indices).double() - grey
     assert difference.abs().max() < 0.51  # rounding to whole grey levels

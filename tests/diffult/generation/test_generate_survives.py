@@ -254,11 +254,12 @@ def test_a_folder_that_cannot_be_written_is_named(run, nursery, tmp_path):
 def test_a_run_without_a_model_is_told_which_command_makes_it(run, nursery, tmp_path):
     (tmp_path / "new").mkdir()
     shutil.copy(run.path / "config.toml", tmp_path / "new")
-    for verb, stage in (("pack", "pack"), ("train_extractor", "extractor"), ("train_diffusion", "diffusion")):
-        before = sorted((tmp_path / "new").iterdir())
+    stages = {"pack": "pack", "extractor": "train_extractor", "diffusion": "train_diffusion"}
+    for stage, verb in stages.items():
+        before = sorted((tmp_path / "new").rglob("*"))
         code, last = nursery.run(["--run", tmp_path / "new", "--fast"], tmp_path / "told")
         assert code == 2 and last.endswith(f"run python -m diffult.{verb} --run {tmp_path / 'new'}")
-        assert sorted((tmp_path / "new").iterdir()) == before
+        assert sorted((tmp_path / "new").rglob("*")) == before
         shutil.copytree(run.path / stage, tmp_path / "new" / stage)
     code, last = nursery.run(["--run", tmp_path / "none"], tmp_path / "told")
     assert code == 2 and "config.toml: not found; give --preset NAME" in last and not (tmp_path / "none").exists()

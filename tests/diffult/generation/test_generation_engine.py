@@ -1,15 +1,18 @@
-"""Drawing and judging: counted work, compiling, samples without a disk."""
+"""The engine: draws against a plain computation, counted work, compiling, samples without a disk."""
 
+import functools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from plain_solver import solve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffult.config import GenerateConfig
+from diffult.diffusion.samplers import SAMPLERS, timestep_grid
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.generate import command, open_sampler, open_store
@@ -22,6 +25,7 @@ from diffult.longtail.quota import Quota
 from diffult.models.config import UNetConfig
 from diffult.models.unet import UNet
 from diffult.runs.run_dir import RunDir
+from kernels.random import normal
 
 SHAPE, NULL, SEED = (3, 8, 8), 5, 11
 SCHEDULE = Schedule("cosine", 1000)
@@ -52,6 +56,27 @@ def engine(unet: UNet, compiled: bool = False, **settings: object) -> Sampler:
     config = GenerateConfig(balance_to=0, batch_size=3, **settings)
     cpu = torch.device("cpu")
     return Sampler(unet, SCHEDULE, "v", config, SHAPE, NULL, SEED, torch.float32, cpu, compiled)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_a_real_network_draws_what_a_plain_computation_says(name, guidance):
+    """With and without class in two passes of the network, where the sampler makes one of a doubled batch."""
+    unet, steps = network(name), 12
+    drawn = engine(unet, sampler="dpm++", steps=steps, guidance=guidance).draw(LABELS, INDICES)
+
+    def denoise(x, t):
+        times, without = torch.full((3,), t), torch.full((3,), NULL)
+        out = unet(x.float(), times, LABELS).double()
+        out = out + guidance * (out - unet(x.float(), times, without).double())
+        abar = SCHEDULE.alphas_cumprod[t]
+        return (abar.sqrt() * x - (1 - abar).sqrt() * out).clamp(-1, 1)
+
+    noise = functools.partial(normal, SEED, LABELS, INDICES, shape=SHAPE)
+    grid = timestep_grid(1000, steps)
+    rows = SAMPLERS["dpm++"](grid, SCHEDULE.alphas_cumprod, 0.0)
+    grey = (solve(denoise, noise(0).double(), grid, rows, noise).permute(0, 2, 3, 1) + 1) * 127.5
+    assert (drawn.double() - grey).abs().max() < 0.51  # rounding to whole grey levels
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -95,12 +120,14 @@ def test_samples_without_a_disk_are_those_of_the_command(tiny_run, tmp_path):
     assert np.array_equal(images[order], kept.take(np.arange(len(kept))))
 
 
-def test_command_profiles(tiny_run, tmp_path, capsys, caplog):
+def test_command_counts_and_profiles(tiny_run, tmp_path, capsys, caplog):
     with caplog.at_level("INFO"):
         command(run=tiny_run.path, fast=True, steps=4, per_class=1, out=tmp_path / "out", profile=True)
-    assert "4 evaluations each (dpm++, 4 steps)" in caplog.text
+    assert "4 evaluations each (dpm++, 4 steps)\n" in caplog.text
     printed = json.loads(capsys.readouterr().out)
     assert (printed["nfe"], printed["accepted"]) == (4, 10)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["sampler"], manifest["steps"], manifest["guidance"]) == ("dpm++", 4, 0.0)
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     steps = [event for event in events if event.get("name") == "aten::pixel_shuffle"]
     assert len(steps) == 2 * 4  # two batches of four evaluations
