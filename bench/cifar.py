@@ -102,7 +102,9 @@ def command(
     data: Annotated[
         Path | None, typer.Option(help="CIFAR-10's python archive, its folder, or an image folder.")
     ] = None,
-    run: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/cifar10-lt-100-fast"),
+    run: Annotated[
+        Path | None, typer.Option(help=f"Run directory; default: runs/{PRESET}, with --smoke runs/cifar-smoke.")
+    ] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all of it.")] = 510.0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the preset.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="The bundled digits at a few steps a stage.")] = False,
@@ -110,6 +112,7 @@ def command(
 ) -> None:
     """Train CIFAR10-LT, imbalance 100, from raw images to final classifiers within a time limit."""
     started = time.monotonic()
+    run = run or Path("runs") / ("cifar-smoke" if smoke else PRESET)
     if smoke:
         name, preset, settings = "digits", "digits-lt", _SMOKE
     elif data is None:

@@ -65,7 +65,8 @@ gpu_tests() { tests -m gpu $(grep -rl 'pytest\.mark\.gpu' tests); }
 kernel_tests() { tests -m 'not gpu and not slow' "tests/kernels${SMOKE:+/test_kernels_diffuse.py}"; }
 cifar() {
     [ -n "$DATA$SMOKE" ] || { echo "error: DATA=PATH of CIFAR-10 is needed"; return 2; }
-    "$PY" -m bench.cifar --out "$RESULTS" --budget "$BUDGET" ${DATA:+--data "$DATA"} ${SMOKE:+--smoke}
+    "$PY" -m bench.cifar --run "$WORK/run${SMOKE:+-smoke}" --out "$RESULTS" --budget "$BUDGET" ${DATA:+--data "$DATA"} \
+        ${SMOKE:+--smoke}
 }
 tune() { "$PY" -m bench.kernels --tune --budget "$BUDGET" --out "$RESULTS" ${SMOKE:+--smoke}; }
 
