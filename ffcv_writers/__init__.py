@@ -1,6 +1,6 @@
 """Image sets on disk and batches of them: ffcv's .beton files, written and read without ffcv.
 
-write(path, images, labels=..., synthetic=..., index=...)     one file or shards of it, whole or not at all
+write(path, images, labels=..., synthetic=..., index=...)     one file, whole or not at all
 image_set = open_set([real, generated])                       several files as one set
 loader = Loader(image_set, batch_size)
 for draws in Ratio(image_set.synthetic, 96, 32).steps(seed, 128, start, stop, rank=rank, world=world):
@@ -14,7 +14,7 @@ from .errors import SampleError, SourceError
 from .image_set import ImageSet, open_set
 from .loader import Batch, Loader, available_cores
 from .orders import ClassBalanced, Draws, Natural, Order, Ratio, Weighted
-from .writing import Samples, join, write
+from .writing import Samples, write
 
 __all__ = [
     "Batch",
@@ -33,7 +33,6 @@ __all__ = [
     "SourceError",
     "Weighted",
     "available_cores",
-    "join",
     "open_set",
     "write",
 ]

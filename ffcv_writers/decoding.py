@@ -13,7 +13,7 @@ from torch.nn import functional as F
 def decode_rgb(content: bytes) -> np.ndarray:
     """An image file's content as RGB, uint8 (H, W, 3), its orientation tag not applied, transparency dropped.
 
-    What the file is called does not matter: grey, CMYK, 16-bit and palette images come as what they look like.
+    The file's name does not matter; grey, CMYK, 16-bit and palette images are converted.
 
     Raises:
         ValueError: not an image, cut short, or with pixels of unknown range; one line.
@@ -35,15 +35,6 @@ def decode_rgb(content: bytes) -> np.ndarray:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def limit_longer_side(image: np.ndarray, size: int) -> np.ndarray:
-    """The image itself, or, if its longer side has more than `size` pixels, scaled to that (bicubic, antialiased)."""
-    longer = max(image.shape[:2])
-    if longer <= size:
-        return image
-    height, width = (max(1, round(side * size / longer)) for side in image.shape[:2])
-    return _scaled(image, height, width)
-
-
 def limit_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
     """The image itself, or, if its shorter side has more than `size` pixels, scaled to that (bicubic, antialiased)."""
     return image if min(image.shape[:2]) <= size else _to_shorter_side(image, size)
@@ -61,20 +52,14 @@ def centre_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _to_shorter_side(image: np.ndarray, size: int) -> np.ndarray:
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    return _scaled(image, height * size // shorter, width * size // shorter)
-
-
-def _scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    shorter = min(image.shape[:2])
+    height, width = (side * size // shorter for side in image.shape[:2])
     picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
 
 
 def resized_crop(image: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A part of an image at another size: bilinear and antialiased, as torchvision's `resized_crop` does it.
-
-    torch's own kernel for bytes: Pillow's result, give or take two levels, in a quarter of its time.
+    """A part of an image at another size, as torchvision's `resized_crop` (bilinear, antialiased) to two levels of 255.
 
     Args:
         image: uint8 (H, W, C), C 1 or 3.

@@ -14,16 +14,14 @@ from .errors import CMYKError
 from .format import Stored
 from .jpeg import decode_jpeg, with_restarts
 
-Storage = Literal["raw", "jpg", "smart"]
+Storage = Literal["raw", "jpg"]
 Transform = Callable[[np.ndarray], np.ndarray]
-SMART_BYTES = 1 << 16  # "smart" keeps images of up to so many bytes raw: 147 x 147 RGB
 
 
-def encode(sample: np.ndarray | bytes, storage: Storage, quality: int, transform: Transform | None) -> Stored:
+def encode(sample: np.ndarray | bytes, storage: Storage, transform: Transform | None) -> Stored:
     """What to store of an image, see `ffcv_writers.write`.
 
-    A JPEG file that decodes without a complaint and is not transformed keeps its coefficients. JPEGs get restart
-    markers, so that a crop decodes in the time of its part.
+    A JPEG file that decodes without a complaint and is not transformed keeps its coefficients.
 
     Args:
         sample: uint8 (H, W, C), or the content of an image file.
@@ -48,10 +46,10 @@ def encode(sample: np.ndarray | bytes, storage: Storage, quality: int, transform
         before, pixels = pixels, transform(pixels)
         content = content if pixels is before else None
     height, width, channels = pixels.shape
-    if storage == "raw" or (storage == "smart" and pixels.nbytes <= SMART_BYTES):
+    if storage == "raw":
         return Stored(np.ascontiguousarray(pixels).reshape(-1), (height, width, channels), False, defect)
     if content is None:
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
         content = np.frombuffer(buffer.getbuffer(), np.uint8)
     return Stored(with_restarts(content), (height, width, channels), True, defect)

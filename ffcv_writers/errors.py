@@ -1,10 +1,10 @@
-"""Errors that users of this package read: one line that says what is wrong and where."""
+"""Errors of this package: one line that says what is wrong and where."""
 
 from __future__ import annotations
 
 
 class SourceError(ValueError):
-    """Images to be written cannot be read: a file is missing, damaged or of another format."""
+    """A source cannot be read: a file is missing, damaged or of another format."""
 
 
 class SampleError(ValueError):
@@ -12,4 +12,4 @@ class SampleError(ValueError):
 
 
 class CMYKError(ValueError):
-    """A JPEG of printing colours, CMYK or YCCK, which TurboJPEG does not turn into RGB."""
+    """A JPEG whose colours are CMYK or YCCK, which TurboJPEG does not turn into RGB."""

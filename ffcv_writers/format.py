@@ -1,12 +1,8 @@
 """The .beton format of ffcv 1.0.2: header, field descriptors, a row of metadata per sample, pages, allocation table.
 
-ffcv itself is not imported: its writer hangs when one of its processes raises or dies and its shared memory outlives a
-kill; its loader hangs when its pipeline raises, ignores JPEGs that do not decode, takes no seed for its crops and leaks
-a thread for each loop that is left early. The files are the same: tests have ffcv read what is written here and the
-other way round.
-
 Fields: image (RGB: RGBImageField, each image raw or JPEG and of any size; grey: NDArrayField, raw and of one shape),
-label, synthetic, index.
+label, synthetic, index. ffcv itself reads and writes the same files but is not imported: its writer and its loader hang
+after an error, and its loader skips JPEGs that do not decode and takes no seed for its crops.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ Shape = tuple[int, int, int]
 
 VERSION = 2
 FIELDS = ("image", "label", "synthetic", "index")
-INT_FIELD, RGB_FIELD, ARRAY_FIELD = 1, 2, 4
+_INT_FIELD, _RGB_FIELD, _ARRAY_FIELD = 1, 2, 4
 JPG, RAW = 0, 1  # modes of an image in a RGBImageField
 
 HEADER = np.dtype(
@@ -50,9 +46,9 @@ class Stored:
     defect: str = ""
 
 
-def metadata_type(image_field: int) -> np.dtype:
-    """The row of a sample: image, label, synthetic, index."""
-    image = _RGB_IMAGE if image_field == RGB_FIELD else np.dtype("<u8")
+def metadata_type(shape: Shape | None) -> np.dtype:
+    """The row of a sample in a file of arrays of this shape; None: of RGB images."""
+    image = _RGB_IMAGE if shape is None else np.dtype("<u8")
     return np.dtype([("image", image), *((name, "<i8") for name in FIELDS[1:])], align=True)
 
 
@@ -60,14 +56,14 @@ def descriptors(shape: Shape | None) -> np.ndarray:
     """The field descriptors of a file of arrays of this shape; None: of RGB images."""
     fields = np.zeros(len(FIELDS), DESCRIPTOR)
     for field, name in zip(fields, FIELDS, strict=True):
-        field["type_id"] = INT_FIELD
+        field["type_id"] = _INT_FIELD
         field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    fields[0]["type_id"] = RGB_FIELD
+    fields[0]["type_id"] = _RGB_FIELD
     if shape is not None:
         arguments = np.zeros(1, _ARRAY_ARGUMENTS)
         arguments["shape"][0, :3], arguments["type_length"] = shape, len(_UINT8)
         content = np.frombuffer(arguments.tobytes() + _UINT8, np.uint8)
-        fields[0]["type_id"] = ARRAY_FIELD
+        fields[0]["type_id"] = _ARRAY_FIELD
         fields[0]["arguments"][: len(content)] = content
     return fields
 
@@ -80,9 +76,9 @@ def array_shape(fields: np.ndarray) -> Shape | None:
     """
     names = [bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields]
     kinds = fields["type_id"].tolist()
-    if tuple(names) != FIELDS or kinds[0] not in (RGB_FIELD, ARRAY_FIELD) or kinds[1:] != [INT_FIELD] * 3:
+    if tuple(names) != FIELDS or kinds[0] not in (_RGB_FIELD, _ARRAY_FIELD) or kinds[1:] != [_INT_FIELD] * 3:
         raise ValueError(f"its fields are {names} of types {kinds}")
-    if kinds[0] == RGB_FIELD:
+    if kinds[0] == _RGB_FIELD:
         return None
     arguments = fields[0]["arguments"].tobytes()
     shape, length = np.frombuffer(arguments, _ARRAY_ARGUMENTS, 1)[0]

@@ -1,7 +1,7 @@
-"""One or several .beton files as one set: what is known of each sample, and the way to its pixels.
+"""One or several .beton files as one set: the tables of their samples, and the pixels.
 
 A file is mapped, not read: raw images are copied out of the page cache, JPEGs decoded. Pointers in a file's tables are
-checked when it is opened, so that no read can leave the file. Raw files need numpy alone.
+checked when it is opened, so that no read can leave the file.
 """
 
 from __future__ import annotations
@@ -14,27 +14,13 @@ import numpy as np
 
 from .decoding import resized_crop
 from .errors import SampleError
-from .format import (
-    ALLOCATION,
-    ARRAY_FIELD,
-    DESCRIPTOR,
-    FIELDS,
-    HEADER,
-    JPG,
-    RAW,
-    RGB_FIELD,
-    VERSION,
-    Shape,
-    Stored,
-    array_shape,
-    metadata_type,
-)
+from .format import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, JPG, RAW, VERSION, Shape, Stored, array_shape, metadata_type
 from .jpeg import decode_jpeg
 from .jpeg import part as jpeg_part
 
 
 def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
-    """The files that `write` wrote, joined end to end.
+    """Files that `write` wrote, as one set.
 
     Args:
         mixed_sizes: images may differ in size, for a loader that crops.
@@ -55,7 +41,7 @@ def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
 class ImageSet:
     """Files joined end to end: sample numbers run through the first file, then through the second, and so on.
 
-    Only the files' tables are in memory, some 60 bytes an image, not the pixels.
+    Only the files' tables are in memory, some 60 bytes an image, not the pixels. See `open_set`.
 
     Attributes:
         paths: the files.
@@ -66,27 +52,20 @@ class ImageSet:
         synthetic: (N,) bool, true for generated samples.
         index: (N,) int64, the sample's name as it was given to `write`.
         encoded: (N,) bool, which images are JPEGs.
-
-    Args:
-        paths: at least one file that `write` wrote.
-
-    Raises:
-        ValueError: a file that is damaged or has other channels than the first.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         if not paths:
             raise ValueError("an image set needs at least one file")
+        self.paths = tuple(paths)
         self._files = [open_file(path) for path in paths]
-        first = self._files[0]
-        for file in self._files:
-            if file.channels != first.channels:
+        self.channels = self._files[0].channels
+        for path, file in zip(paths, self._files, strict=True):
+            if file.channels != self.channels:
                 raise ValueError(
-                    f"{file.path} holds images of {file.channels} channel(s), {first.path} of "
-                    f"{first.channels}: write both with one kind"
+                    f"{path} holds images of {file.channels} channel(s), {paths[0]} of {self.channels}: "
+                    "write both with one kind"
                 )
-        self.paths = tuple(file.path for file in self._files)
-        self.channels = first.channels
         self.starts = np.cumsum([0, *(len(file.labels) for file in self._files)])
         self.sizes, self.labels, self.synthetic, self.index, self.encoded, self._pointers, self._lengths = (
             np.concatenate([getattr(file, name) for file in self._files])
@@ -143,10 +122,7 @@ class ImageSet:
         return Stored(content[begin : begin + length], (height, width, self.channels), bool(self.encoded[sample]))
 
     def image(self, sample: int, *, reuse_buffer: bool = False) -> np.ndarray:
-        """One image, uint8 (H, W, C), decoded; not to be written to. Any number of threads may ask at once.
-
-        Args:
-            reuse_buffer: the pixels are valid until this thread asks for the next image so.
+        """One image, uint8 (H, W, C), decoded; not to be written to. `reuse_buffer`: see `jpeg.decode_jpeg`.
 
         Raises:
             SampleError: it does not decode.
@@ -160,7 +136,7 @@ class ImageSet:
         return pixels
 
     def _part(self, sample: int, box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What a box shows of an image with as much around it as comes along, uint8 (H, W, C), and the box in it."""
+        """A part of an image that holds the box, uint8 (H, W, C), and the box in it."""
         stored = self.stored(sample)
         cut = jpeg_part(stored.data, stored.shape[:2], box) if stored.jpg else None
         if cut is None:
@@ -191,16 +167,14 @@ class ImageSet:
         return pixels.reshape(-1, *self.sizes[0], self.channels)
 
     def read(self, samples: np.ndarray, out: np.ndarray, boxes: np.ndarray | None = None) -> None:
-        """Puts images into `out`. Any number of threads may ask at once.
+        """Puts the (n,) int64 samples into `out`, uint8 (n, H, W, C). Any number of threads may call at once.
 
         Args:
-            samples: (n,) int64.
-            out: uint8 (n, H, W, C), written to.
             boxes: (n, 4) int64 top, left, height, width: of each image this part, resized to H x W; None takes
                 images as they are, which must be H x W.
 
         Raises:
-            SampleError: an image does not decode.
+            SampleError: an image does not decode; it is named.
         """
         if boxes is None and self._windows is not None:
             out[:] = self.take(samples)
@@ -221,7 +195,6 @@ class ImageSet:
 class _File:
     """One file's tables, (n,) each as in `ImageSet`, and all its bytes, uint8."""
 
-    path: Path
     content: np.ndarray
     channels: int
     sizes: np.ndarray
@@ -240,7 +213,7 @@ def open_file(path: Path) -> _File:
         ValueError: it is damaged.
     """
     try:
-        return _checked(path, np.memmap(path, np.uint8, mode="r").view(np.ndarray))
+        return _checked(np.memmap(path, np.uint8, mode="r").view(np.ndarray))
     except Exception as error:  # a broken table makes numpy raise almost anything
         raise ValueError(
             f"{path} is damaged or not an image set of ours ({error or repr(error)}): "
@@ -248,7 +221,7 @@ def open_file(path: Path) -> _File:
         ) from error
 
 
-def _checked(path: Path, content: np.ndarray) -> _File:
+def _checked(content: np.ndarray) -> _File:
     header = np.frombuffer(content, HEADER, 1)[0]
     if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
         raise ValueError(f"format {header['version']} with {header['num_fields']} fields")
@@ -257,8 +230,7 @@ def _checked(path: Path, content: np.ndarray) -> _File:
     count, end = int(header["num_samples"]), int(header["alloc_table"])
     if count == 0 or end + count * ALLOCATION.itemsize != len(content):
         raise ValueError("cut short")
-    kind = metadata_type(RGB_FIELD if shape is None else ARRAY_FIELD)
-    metadata = np.frombuffer(content, kind, count, HEADER.itemsize + fields.nbytes)
+    metadata = np.frombuffer(content, metadata_type(shape), count, HEADER.itemsize + fields.nbytes)
     table = np.frombuffer(content, ALLOCATION, count, end)
     room = end - np.minimum(table["ptr"], end)  # unsigned: a sum could wrap
     if (table["ptr"] > end).any() or (table["size"] > room).any():
@@ -279,15 +251,5 @@ def _checked(path: Path, content: np.ndarray) -> _File:
     if (sizes < 1).any() or (~encoded & (lengths != sizes.prod(1) * channels)).any():
         raise ValueError("images are not as long as their size asks for")
     labels, synthetic, index = (metadata[name].copy() for name in FIELDS[1:])
-    return _File(
-        path,
-        content,
-        channels,
-        sizes,
-        labels,
-        synthetic.astype(bool),
-        index,
-        encoded,
-        pointers.astype(np.int64),
-        lengths,
-    )
+    pointers = pointers.astype(np.int64)
+    return _File(content, channels, sizes, labels, synthetic.astype(bool), index, encoded, pointers, lengths)

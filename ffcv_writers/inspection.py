@@ -38,20 +38,15 @@ def describe(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def verify(paths: Sequence[Path], *, classes: int | None = None, workers: int = 1) -> list[str]:
-    """Decodes every sample and checks labels and names.
+    """Decodes every sample and checks labels and names; what is wrong, a line each.
 
     Args:
-        classes: labels must be 0..classes - 1 and none without a sample; None: as many as the largest label says.
-        workers: threads.
-
-    Returns:
-        What is wrong, a line each; empty if nothing is.
+        classes: labels must be 0..classes - 1 and none without a sample; None takes the largest label + 1.
 
     Raises:
-        ValueError: a file that cannot be opened at all, see `open_set`.
+        ValueError: see `open_set`.
     """
     image_set = open_set(paths, mixed_sizes=True)
-    wrong: list[str] = []
 
     def check(sample: int) -> str | None:
         try:
@@ -61,7 +56,7 @@ def verify(paths: Sequence[Path], *, classes: int | None = None, workers: int = 
         return None
 
     with ThreadPoolExecutor(workers) as pool:
-        wrong += [line for line in pool.map(check, range(len(image_set))) if line]
+        wrong = [line for line in pool.map(check, range(len(image_set))) if line]
     limit = int(image_set.labels.max()) + 1 if classes is None else classes
     outside = np.flatnonzero((image_set.labels < 0) | (image_set.labels >= limit)).tolist()
     wrong += [f"{image_set.name(n)} has the label {image_set.labels[n]}, not 0 to {limit - 1}" for n in outside]

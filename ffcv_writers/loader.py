@@ -52,11 +52,9 @@ class Loader:
     - on a CPU, raw images of one size, uncropped: in the page cache; a batch is a gather, no memory grows with the set
     - else, without a random crop and within a quarter of the device's free memory: on the device, decoded once
       (`resident`); a batch is a gather there
-    - else in the files: threads decode ahead, and a GPU copies from pinned memory on a stream of its own meanwhile
+    - else in the files: threads decode ahead, and a GPU copies from pinned memory on a stream of its own
 
     Args:
-        image_set: the set, joined files included.
-        batch_size: B.
         num_workers: threads that decode; None takes this process's share of the processors.
         device: where the batches go.
         crop: the part of each image to show, resized; None takes images as they are, which must be of one size.
@@ -85,7 +83,7 @@ class Loader:
         self.image_set = image_set
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.crop = crop = None if crop is not None and _shows_all(crop, image_set) else crop
+        self.crop = crop
         self._shape = image_set.image_shape if crop is None else (crop.size, crop.size, image_set.channels)
         self._columns = [
             torch.from_numpy(column).to(self.device)
@@ -97,17 +95,15 @@ class Loader:
         self.resident = self._choose(resident)
 
     def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
-        """The samples of `order`, batch by batch; the last batch may be short.
-
-        Leaving the iterator before its end stops its threads, as soon as it is closed or forgotten.
+        """The samples of `order`, batch by batch; the last batch may be short. Closing the iterator stops its threads.
 
         Args:
             order: (n,) integers in [0, N), repeats allowed.
             positions: (n,) integers, the draws' places in the stream; None counts from 0.
 
         Raises:
-            ValueError: at once, if `order` or `positions` is anything else.
-            SampleError: while iterating, if an image does not decode; it is named.
+            ValueError: at once, `order` or `positions` is anything else.
+            SampleError: while iterating, an image does not decode; it is named.
         """
         order = np.asarray(order)
         if order.ndim != 1 or (order.size and order.dtype.kind not in "iu"):
@@ -140,7 +136,7 @@ class Loader:
             chosen = samples[begin : begin + self.batch_size]
             if pixels is None:
                 yield torch.from_numpy(self.image_set.take(chosen.numpy()))
-            elif self.device.type == "cpu":  # by numpy: torch shares even small copies among threads and waits for them
+            elif self.device.type == "cpu":  # torch would share even a small copy among threads and wait for them
                 yield torch.from_numpy(pixels.numpy()[chosen.numpy()])
             else:
                 yield pixels[chosen]
@@ -184,7 +180,7 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     def _sent(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch on the device. What is queued there next waits for the copy, the copy for nothing, nor the host."""
+        """A batch on the device: what is queued there next waits for the copy, the host does not."""
         if self._copies is None:
             return images.to(self.device)
         with torch.cuda.stream(self._copies):
@@ -208,18 +204,11 @@ class Loader:
             resident, reason = False, "cropped at random"
         else:
             resident, reason = size <= room, f"for {room / 1e6:.0f} MB of {self.device} memory"
-        names = ", ".join(map(str, self.image_set.paths[:3])) + (", ..." if len(self.image_set.paths) > 3 else "")
+        names = ", ".join(map(str, self.image_set.paths))
         how = f"kept on {self.device}" if resident else f"decoded ahead by {self.num_workers} thread(s)"
         how = "gathered from the page cache" if self._mapped else how
         _log.info("%s: %d images, %.1f MB, %s (%s)", names, len(self.image_set), size / 1e6, how, reason)
         return resident
-
-
-def _shows_all(crop: Crop, image_set: ImageSet) -> bool:
-    """Whether the crop is every image as it is."""
-    if crop.random or not image_set.one_size or image_set.image_shape[:2] != (crop.size, crop.size):
-        return False
-    return crop.boxes(image_set.sizes[:1], np.zeros(1, np.int64)).tolist() == [[0, 0, crop.size, crop.size]]
 
 
 def available_cores() -> int:
@@ -232,8 +221,6 @@ def _free_memory(device: torch.device) -> int:
     """Bytes that are free on the device, 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -1,8 +1,8 @@
 """The order in which samples are drawn: a function of (seed, epoch), so that training resumes at any step on any rank.
 
-An order has epochs of `length` draws. The endless stream is epoch 0, epoch 1, ... end to end; batches are cut from
-it and always full. A draw is named by its position in the stream, which keys whatever is random about it. Of `world`
-processes, step s of rank r takes the draws from position (s world + r) B on, so none is taken twice.
+The endless stream is epoch 0, epoch 1, ... end to end; batches are cut from it and always full. A draw is named by its
+position in the stream, which keys whatever is random about it. Of `world` processes, step s of rank r takes the draws
+from position (s world + r) B on, so none is taken twice.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-_CHUNK = 4096  # batches whose draws are laid out at a time: a long training would fill memory with them
+_CHUNK = 4096  # batches whose draws are in memory at a time
 
 
 class Draws(NamedTuple):
-    """n draws of a stream: int64 (n,) numbers of samples, and their int64 (n,) positions in the stream."""
+    """n draws: int64 (n,) numbers of samples, and their int64 (n,) positions in the stream."""
 
     samples: np.ndarray
     positions: np.ndarray
@@ -50,7 +50,7 @@ class Order(ABC):
     def stream(self, seed: int, start: int, count: int) -> np.ndarray:
         """Draws `start` to `start + count` of the endless stream, int64 (count,).
 
-        Makes only the epochs it touches, at O(N) each: ask for many batches at once.
+        An epoch that it touches costs O(N): ask for many batches at once.
 
         Raises:
             ValueError: a negative seed, start or count.
@@ -64,10 +64,10 @@ class Order(ABC):
     def steps(
         self, seed: int, batch_size: int, start: int, stop: int, *, rank: int = 0, world: int = 1
     ) -> Iterator[Draws]:
-        """One process's draws for the steps `start` to `stop`, whole batches, some thousands at a time.
+        """One process's draws for the steps `start` to `stop`, some thousands of whole batches at a time.
 
         Args:
-            batch_size: draws a step and process; the same on all of them.
+            batch_size: draws a step and process.
             rank, world: this process's number, and how many there are.
 
         Raises:
@@ -86,11 +86,7 @@ class Order(ABC):
 
 
 class Natural(Order):
-    """Every sample once an epoch.
-
-    Args:
-        count: of samples.
-    """
+    """Each of `count` samples once an epoch."""
 
     def __init__(self, count: int) -> None:
         if count < 1:
@@ -102,12 +98,8 @@ class Natural(Order):
 
 
 class ClassBalanced(Order):
-    """Every class that occurs equally often in an epoch, give or take one drawn at random, and within a class every
-    sample equally often, give or take one. An epoch has as many draws as there are samples.
-
-    Args:
-        labels: (N,) integers, the class of each sample.
-    """
+    """In an epoch of N draws every class of `labels`, (N,) integers, equally often, give or take one drawn at random,
+    and within a class every sample equally often, give or take one."""
 
     def __init__(self, labels: np.ndarray) -> None:
         labels = _row("labels", labels, "iu")
@@ -119,13 +111,12 @@ class ClassBalanced(Order):
         generator, classes = _generator(seed, epoch), len(self._members)
         draws = np.full(classes, self.length // classes)
         draws[generator.permutation(classes)[: self.length % classes]] += 1
-        # np.resize repeats its input from the start: the shuffle below makes the repetition's order immaterial.
         order = [np.resize(generator.permutation(m), d) for m, d in zip(self._members, draws, strict=True)]
         return generator.permutation(np.concatenate(order))
 
 
 class Weighted(Order):
-    """Every sample as often as its weight asks, give or take one in each epoch, and exactly on average.
+    """Every sample in proportion to its weight, give or take one draw in each epoch, and exactly on average.
 
     Systematic sampling: the N w_i / sum(w), laid end to end, are cut at u, u + 1, u + 2, ... Samples of equal weight
     lie side by side, in random order, so that such a group, too, is drawn as often as it should be.
@@ -152,10 +143,8 @@ class Weighted(Order):
 
 
 class Ratio(Order):
-    """An exact number of real and of synthetic samples in each batch, in random order.
-
-    Each kind has a natural stream of its own. An epoch is as many batches as show every real sample once (the last
-    may reach into the next pass over them).
+    """An exact number of real and of synthetic samples in each batch, in random order, each kind from a natural stream
+    of its own. In an epoch every real sample comes once; its last batch may reach into the next pass over them.
 
     Args:
         synthetic: (N,) booleans, which samples are synthetic.
@@ -169,14 +158,14 @@ class Ratio(Order):
         synthetic = _row("synthetic", synthetic, "b")
         if real < 1 or generated < 0:
             raise ValueError(f"a batch needs real >= 1 and generated >= 0, got {real} and {generated}")
-        numbers = np.flatnonzero(~synthetic), np.flatnonzero(synthetic)
-        shares = (real, generated)
-        for name, kind, share in zip(("real", "synthetic"), numbers, shares, strict=True):
-            if share and not len(kind):
+        self._kinds = []
+        for name, share, kind in (("real", real, ~synthetic), ("synthetic", generated, synthetic)):
+            if share and not kind.any():
                 raise ValueError(f"a batch should hold {share} {name} samples, the set has none")
-        self._kinds = [(k, n, Natural(len(n))) for k, n in zip(shares, numbers, strict=True) if k]
-        self._batches = -(-len(numbers[0]) // real)
-        super().__init__(self._batches * sum(shares), sum(shares))
+            if share:
+                self._kinds.append((share, np.flatnonzero(kind), Natural(int(kind.sum()))))
+        self._batches = -(-int((~synthetic).sum()) // real)
+        super().__init__(self._batches * (real + generated), real + generated)
 
     def _draw(self, seed: int, epoch: int) -> np.ndarray:
         parts = []

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kernels.dispatch import on_device, tile, use_triton
 
-_ALIGN = 16  # elements: every parameter starts on 64 bytes, 32 in the bfloat16 copy, as cuBLAS and cuDNN like it
+_ALIGN = 16  # elements: every parameter starts on 64 bytes, 32 in the bfloat16 copy, for cuBLAS and cuDNN
 _ROW = 4096  # the flat buffers are padded to whole rows, so the kernel needs no masks and the norm sums rows
 _CPU_CHUNK = 1 << 17  # elements a thread: AdamW's part of a chunk is still in the cache when the average comes by
 
@@ -57,12 +57,12 @@ def reference_adamw_ema(
         rates: learning rate and 1 - decay, float32 [2].
     """
     clip = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1)
-    # Asking for a number costs nothing on the CPU and makes its lerp faster; elsewhere it would wait for the device.
+    # A Python number makes the CPU's lerp faster; elsewhere taking it would wait for the device.
     weight = rates[1] if master.is_cuda else rates[1].item()
     chunk = len(master) if master.is_cuda else _CPU_CHUNK * torch.get_num_threads()
     for p, g, m_, v_, e in zip(*(x.split(chunk) for x in (master, grad, m, v, ema)), strict=True):
         g = g.float() if clip is None else g.float() * clip
-        torch._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
+        torch._fused_adamw_(  # called by torch.optim.AdamW(fused=True)
             [p], [g], [m_], [v_], [], [step], lr=rates[0], beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, amsgrad=False, maximize=False,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def _one_minus_power(x):
 
 @triton.jit
 def _lerp(a, b, share):
-    """(1 - share) a + share b as torch.lerp has it, from the nearer end: a small share keeps its digits, and
+    """(1 - share) a + share b as in torch.lerp, from the nearer end: a small share keeps its digits, and
     a large one leaves no rounding of `a` in a small result.
     """
     return tl.where(share < 0.5, a + share * (b - a), b - (1.0 - share) * (b - a))
@@ -332,7 +332,7 @@ class AdamWEma:
 
 
 def _misfits(where: str, want: dict[str, Any], got: dict[str, Any]) -> list[str]:
-    """What keeps `got`, shapes by name, from being `want`."""
+    """How `got`, shapes by name, differs from `want`."""
     missing = [f"{where} lacks {name!r}" for name in want if name not in got]
     extra = [f"{where} has {name!r} besides" for name in got if name not in want]
     shape = [f"{where} {k!r} is {got[k]}, not {want[k]}" for k in want if k in got and got[k] != want[k]]

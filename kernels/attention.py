@@ -1,9 +1,8 @@
 """Scaled dot-product attention in xformers' layout: softmax(q k^T / sqrt(width)) v, no mask.
 
-On CUDA xformers' memory-efficient attention serves where it can; everywhere else, and for the types and
-widths that it refuses, torch's scaled_dot_product_attention. Neither writes the [tokens, tokens] matrix: what
-must move is q, k and v in and the result out. Training in bfloat16 on a CPU does write it: there products are fast and
-torch's blocks slow.
+On CUDA xformers' memory-efficient attention serves where it can; everywhere else, and for the types and widths that it
+refuses, torch's scaled_dot_product_attention. Neither writes the [tokens, tokens] matrix: what must move is q, k and v
+in and the result out. Training in bfloat16 on a CPU writes the matrix, which is faster there.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return memory_efficient_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # Products in bfloat16 take three quarters to a quarter of the time of torch's blocks, backward pass included.
-        # Scores are rounded to it: a relative error of 5e-3, against 2e-3, for standard normal q and k; larger, more.
+        # A quarter to three quarters of the time of scaled_dot_product_attention, forward and backward. Scores are
+        # rounded to bfloat16: for standard normal q and k a relative error of 5e-3, against 2e-3.
         weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)).softmax(3)
         return torch.matmul(weights, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -42,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_backend(device: torch.device | str) -> tuple[str, str]:
     """The implementation that serves `attention` on `device`, and why: ("xformers" | "torch", reason).
 
-    The reason speaks of bfloat16 at width 64; other types and widths are tried at their first use.
+    The reason is for bfloat16 at width 64; other types and widths are tried at their first use.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -62,7 +61,7 @@ def _xformers_refusal(device: torch.device, dtype: torch.dtype, width: int) -> s
 
 @functools.cache
 def _try_xformers(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why xformers cannot serve, or None: told by running it once, forward and backward, on 8 tokens.
+    """Why xformers cannot serve, or None: found by running it once, forward and backward, on 8 tokens.
 
     A trial, because what it supports depends on its build, torch's CUDA, the card, dtype and width together.
     """

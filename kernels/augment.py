@@ -7,8 +7,7 @@ pixel at row i, column j of the crop's middle [size, size] window M is
     M[i + d_4, j' + d_5] / 127.5 - 1    d = ceil(u (2 pad + 1)) - 1 - pad    j' = size - 1 - j if u_6 <= 1/2, else j
 
 and -1, black, where that lies outside. What must move is 1 byte in and 4 (float32) or 2 out for each number: the kernel
-moves these once, and makes its random numbers where it uses them. Jitter is made of PyTorch operations, and with it so
-is all of it.
+moves these once, and makes its random numbers where it uses them. With jitter everything is PyTorch operations.
 """
 
 from __future__ import annotations
@@ -118,13 +117,13 @@ def mixup(images: Tensor, seed: int, positions: Tensor, alpha: float) -> tuple[T
         raise ValueError(f"mixup needs alpha > 0, got {alpha}")
     u, v = uniform(signed(seed), positions >> 32, positions, 1, 2).unbind(1)  # step 1: `augment` takes those of step 0
     w, c = u ** (1 / alpha), torch.cos(2 * math.pi * v)
-    share = ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # what rounding left outside
+    share = ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # against rounding
     return torch.lerp(images.roll(1, 0), images, share.to(images.dtype).view(-1, 1, 1, 1)), share
 
 
 @triton.jit
 def _uniform(word):
-    """As `kernels.random.uniform` has it, to the bit."""
+    """`kernels.random.uniform`, to the bit."""
     return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
 
 
@@ -138,7 +137,7 @@ def _augment_kernel(
     images_ptr, positions_ptr, out_ptr, seed_low, seed_high, height, width, size, pad,
     CHANNELS: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows and COLUMNS numbers along them of one result; a column's index is worked out once for all its rows."""
+    """ROWS rows and COLUMNS numbers along them of one result; a column's index is computed once for all its rows."""
     length = size * CHANNELS
     across = tl.cdiv(length, COLUMNS)
     tiles = across * tl.cdiv(size, ROWS)
@@ -176,7 +175,7 @@ def _augment(
 ) -> Tensor:
     batch, height, width, channels = images.shape
     out = _augment_fake(images, positions, seed, size, pad, flip, dtype)
-    # 32 numbers a thread, so that what is worked out for a sample, a row and a column is spread over many.
+    # 32 numbers a thread, so that what is computed for a sample, a row and a column is spread over many.
     columns = min(64, triton.next_power_of_2(size * channels))
     rows = min(32, triton.next_power_of_2(size))
     tiles = tile("augment", _key(images, size, dtype), images.device, columns=columns, rows=rows, warps=2)

@@ -20,7 +20,7 @@ import os
 from importlib import resources
 from typing import Any, Literal, cast
 
-# Fused multiply-adds on, whatever the default of the installed Triton is: it changes between versions.
+# Fused multiply-adds on: Triton's own default changes between versions.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
@@ -29,7 +29,7 @@ Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
 _MINIMUM_CAPABILITY = (8, 0)
 
-asked: dict[tuple[str, str], dict[str, int]] = {}  # what `tile` was asked for so far, with the defaults: for tuning
+asked: dict[tuple[str, str], dict[str, int]] = {}  # keys and defaults that `tile` has seen, for tuning
 _mode: Mode = cast(Mode, os.environ.get("DIFFULT_KERNELS", "auto"))
 if _mode not in _MODES:
     raise ValueError(f"DIFFULT_KERNELS={_mode!r} is not one of {', '.join(_MODES)}")
@@ -57,7 +57,7 @@ def refusal(device: torch.device | str) -> str | None:
     if _mode == "triton":
         return None
     if _mode == "torch":
-        return "the switch DIFFULT_KERNELS says torch"
+        return "the switch DIFFULT_KERNELS is set to torch"
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device, this is {device.type}"
     capability = torch.cuda.get_device_capability(device)

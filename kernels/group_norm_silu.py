@@ -52,7 +52,7 @@ def reference_group_norm_silu(
         y = torch.addcmul(shift[:, :, None, None].float(), y, 1 + scale[:, :, None, None].float())
     if silu:
         y = F.silu(y)
-    # CUDA's group_norm answers in NCHW whatever it was given; elsewhere nothing is copied here.
+    # CUDA's group_norm always returns NCHW; elsewhere nothing is copied here.
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""JPEG files: decoded by the TurboJPEG that ffcv links or else by Pillow, to the same bits, and cut for crops."""
+"""JPEG files: decoded by the TurboJPEG that ffcv links, else by Pillow to the same bits, and cut for crops."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ def _decode_by_pillow(content: np.ndarray, *, reuse_buffer: bool = False) -> np.
 
 
 def with_restarts(content: np.ndarray) -> np.ndarray:
-    """A JPEG file, uint8 (n,), with restart markers where numba (it comes with ffcv) is there, see
-    `ffcv_writers.jpeg.restarts`; else as it is, and crops decode all of it."""
+    """See `ffcv_writers.jpeg.restarts`; without numba, which comes with ffcv, the file as it is."""
     return _restarts()(content)
 
 

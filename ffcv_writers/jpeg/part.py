@@ -1,9 +1,8 @@
 """The part of a JPEG file that a crop shows, as a file of its own, so that nothing else is decoded.
 
-Restart markers (ITU-T T.81, B.2.1) cut a scan into segments that do not need each other. `restarts` puts them at the
-same columns in each row of blocks, and the segments' lengths into the header. The segments that a box touches are then
-the scan of a smaller image: a header of its size makes them a file that any decoder reads. Its pixels are those of the
-whole image, to the bit, and the rest is not even read.
+Restart markers (ITU-T T.81, B.2.1) cut a scan into independent segments. `restarts` puts them at the same columns in
+each row of blocks, and the segments' lengths into the header. The segments that a box touches are then the scan of a
+smaller image: with a header of its size they are a file whose pixels are those of the whole image, to the bit.
 """
 
 from __future__ import annotations
@@ -22,27 +21,17 @@ _WORTHWHILE = 0.9  # of all segments; more are decoded with the rest
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A file of one scan: its header and its grid of MCUs, the units in which it is coded.
+    """A file of one scan: its header and its grid of MCUs, the units in which it is coded."""
 
-    Attributes:
-        segments: marker, first byte and end of each segment of the header, from SOI to SOS.
-        components: identifier, horizontal and vertical factor of each, 1 or 3.
-        height, width: in pixels.
-        unit: height and width of an MCU in pixels.
-        rows, columns: of MCUs.
-        interval: MCUs from restart to restart, 0 without.
-        scan: where the coded bytes begin.
-    """
-
-    segments: list[tuple[int, int, int]]
-    components: list[tuple[int, int, int]]
+    segments: list[tuple[int, int, int]]  # marker, first byte and end of each in the header, from SOI to SOS
+    components: list[tuple[int, int, int]]  # identifier, horizontal and vertical factor of each, 1 or 3
     height: int
     width: int
-    unit: tuple[int, int]
-    rows: int
+    unit: tuple[int, int]  # height and width of an MCU in pixels
+    rows: int  # of MCUs
     columns: int
-    interval: int
-    scan: int
+    interval: int  # MCUs from restart to restart, 0 without
+    scan: int  # where the coded bytes begin
 
 
 def layout(content: np.ndarray) -> Layout | None:
@@ -88,10 +77,9 @@ def _word(head: memoryview, at: int) -> int:
 
 
 def part(content: np.ndarray, size: tuple[int, int], box: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The part of a file that a box touches.
+    """The part of a JPEG file, uint8 (n,), that a box touches.
 
     Args:
-        content: uint8 (n,), a JPEG file.
         size: height and width that its image should have.
         box: int64 top, left, height and width, in pixels of the image.
 

@@ -1,8 +1,7 @@
 """Restart markers for JPEG files, without loss: `ffcv_writers.jpeg.part` then decodes parts of them.
 
 A scan is read code by code and written again. The codes of coefficients stay as they are, except each block's first,
-of frequency zero: it is stored as its difference from the block before and, after a restart, from zero. Importing this
-module needs numba, which comes with ffcv.
+of frequency zero: it is stored as its difference from the block before and, after a restart, from zero.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ _Tables = dict[tuple[int, int], bytes]  # by class, 0 for differences and 1 for 
 
 
 def with_restarts(content: np.ndarray) -> np.ndarray:
-    """A JPEG file with restarts at the same columns in each row of blocks, some 64 pixels apart where that divides the
-    row, else only where rows end.
-
-    Args:
-        content: uint8 (n,), a JPEG file.
+    """A JPEG file, uint8 (n,), with restarts at the same columns in each row of blocks, some 64 pixels apart where that
+    divides the row, else only where rows end.
 
     Returns:
         A file with the same coefficients, pixels and metadata, uint8 (m,). `content` itself for small images and where
@@ -64,7 +60,7 @@ def with_restarts(content: np.ndarray) -> np.ndarray:
 
 
 def _interval(found: Layout) -> int:
-    """MCUs from restart to restart: of what divides a row, the nearest to the spacing as a ratio, no less than half."""
+    """MCUs from restart to restart: the divisor of a row nearest in ratio to the spacing, no less than half of it."""
     divisors = [n for n in range(1, found.columns) if found.columns % n == 0 and 2 * n * found.unit[1] >= _SPACING]
     return min([*divisors, found.columns], key=lambda n: abs(math.log(n * found.unit[1] / _SPACING)))
 
@@ -98,14 +94,11 @@ def _header(content: np.ndarray, found: Layout, tables: _Tables, interval: int, 
         bytes([kind << 4 | number]) + (table if kind else _DIFFERENCES[number > 0])
         for (kind, number), table in tables.items()
     ]
-    new = (
-        _segment(LENGTHS, NAME + lengths.astype(">u2").tobytes())
-        + _segment(DHT, b"".join(codes))
-        + _segment(DRI, interval.to_bytes(2, "big"))
-    )
     *kept, scan = (content[begin:end].tobytes() for marker, begin, end in found.segments if marker not in (DHT, DRI))
     kept = [data for data in kept if data[1] != LENGTHS or not data[4:].startswith(NAME)]
-    return b"".join([*kept, new, scan])
+    lengths_segment = _segment(LENGTHS, NAME + lengths.astype(">u2").tobytes())
+    tables_segment = _segment(DHT, b"".join(codes))
+    return b"".join([*kept, lengths_segment, tables_segment, _segment(DRI, interval.to_bytes(2, "big")), scan])
 
 
 def _segment(marker: int, data: bytes) -> bytes:
@@ -148,13 +141,13 @@ def _codes(table: bytes) -> np.ndarray:
 def _compiled(function: Callable[..., Any]) -> Any:
     try:
         return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder can be written to, so it is compiled anew in each process
+    except RuntimeError:  # no folder is writable: compiled anew in each process
         return numba.njit(nogil=True)(function)
 
 
 @_compiled
 def _filled(scan, at, bits, count):  # type: ignore[no-untyped-def]
-    """Bits are added, to more than 40 or up to a marker. Returns where they end, the bits, and how many they are."""
+    """Reads bits until there are more than 40 or a marker comes. Returns the position, the bits and their number."""
     while count <= 40:
         byte = np.int64(scan[at])
         if byte == 0xFF:
@@ -167,7 +160,7 @@ def _filled(scan, at, bits, count):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _put(out, size, bits, count, value, length):  # type: ignore[no-untyped-def]
-    """Bits are added, whole bytes written. Returns the bytes written so far, the bits left, and how many they are."""
+    """Adds bits and writes whole bytes. Returns the number of bytes so far, the bits left and their number."""
     bits, count = bits << length | value, count + length
     while count >= 8:
         count -= 8
@@ -181,7 +174,7 @@ def _put(out, size, bits, count, value, length):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _code(table, bits, count):  # type: ignore[no-untyped-def]
-    """Length and meaning of the code that comes first; length 0 for none."""
+    """Length and meaning of the first code; length 0 for none."""
     next16 = bits >> (count - 16) if count >= 16 else bits << (16 - count)
     found = np.int64(table[next16 & 0xFFFF])
     length = found >> 8
@@ -190,17 +183,14 @@ def _code(table, bits, count):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _recode(scan, out, lengths, blocks, first, rest, codes, mcus, old, new):  # type: ignore[no-untyped-def]
-    """A scan with restarts every `old` MCUs to one with them every `new`.
+    """A scan with restarts every `old` MCUs to one with them every `new`. Returns whether it is undamaged.
 
     Args:
         scan: uint8, ends with a marker.
+        out: uint8, gets the new scan, its end marker included. lengths: int64, gets the bytes between markers.
         blocks: int64, the component of each block of an MCU.
         first, rest: uint16 (components, 65536), `_lookup` of the tables that the scan was coded with.
-        codes: int64 (components, 12, 2), `_codes` of those that differences shall be coded with.
-        out: uint8, gets the scan, its end marker included. lengths: int64, gets the bytes between markers.
-
-    Returns:
-        Whether the scan is as it should be.
+        codes: int64 (components, 12, 2), `_codes` of those that differences are to be coded with.
     """
     at, bits, count = 0, 0, 0
     size, waiting, held = 0, 0, 0  # bytes written; bits to be written, and how many

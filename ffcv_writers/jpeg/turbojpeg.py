@@ -26,7 +26,7 @@ lib = _load()
 
 _RGB = 0  # TJPF_RGB
 _CMYK = (3, 4)  # TJCS_CMYK, TJCS_YCCK
-_ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, what Pillow decodes with; ffcv's own decoder takes the fast one
+_ACCURATE_DCT = 4096  # TJFLAG_ACCURATEDCT, as Pillow
 
 _int_pointer = ctypes.POINTER(ctypes.c_int)
 lib.tjInitDecompress.restype = ctypes.c_void_p
@@ -45,7 +45,7 @@ class _Handle:
         self._room = np.empty(0, np.uint8)
 
     def room(self, size: int) -> np.ndarray:
-        """So many bytes, the same each time: fresh memory costs page faults, a fifth of decoding a photograph."""
+        """`size` bytes, the same memory each time: fresh pages cost a fifth of decoding a photograph."""
         if size > len(self._room):
             self._room = np.empty(size, np.uint8)
         return self._room[:size]

@@ -1,4 +1,4 @@
-"""Where images come from: a table of readers, one a format. A new one is a file here and a line in READERS."""
+"""Readers of image sources, one a format. A new one is a file here and a line in READERS."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def open_source(
     train_list: Path | str = "",
     val_list: Path | str = "",
     test_list: Path | str = "",
-    class_index: Path | None = None,
 ) -> Source:
     """The images at `path`, read when they are asked for.
 
@@ -41,7 +40,6 @@ def open_source(
             `path/from/PATH label` for each image. "idx": the folder of the MNIST family. "cifar10", "cifar100": the
             python archive or its folder. "npz": arrays. "tar": WebDataset archives. "digits": scikit-learn's, no path.
         train_list, val_list, test_list: the text files of "list"; "" where there is none.
-        class_index: a file of labels by class name, for "folder".
 
     Raises:
         SourceError: a file is missing, damaged or of another format; for archives also when `splits` or `classes` of
@@ -52,7 +50,7 @@ def open_source(
     if format != "digits" and not Path(path).exists():
         raise SourceError(f"{path} does not exist")
     lists = {"train": train_list, "val": val_list, "test": test_list}
-    return READERS[format](Place(Path(path), {split: Path(file) for split, file in lists.items() if file}, class_index))
+    return READERS[format](Place(Path(path), {split: Path(file) for split, file in lists.items() if file}))
 
 
 def guess_format(path: Path) -> str:
@@ -68,7 +66,7 @@ def guess_format(path: Path) -> str:
     if path.is_file():
         endings = {".npz": "npz", ".tar": "tar", ".txt": "list", ".lst": "list"}
         if path.suffix not in endings:
-            raise SourceError(f"{path}: what is it? give --format, one of {', '.join(READERS)}")
+            raise SourceError(f"{path}: unknown format, give --format, one of {', '.join(READERS)}")
         return endings[path.suffix]
     patterns = {"*-idx3-ubyte*": "idx", "*.tar": "tar", "train/*.tar": "tar"}
     return next((name for pattern, name in patterns.items() if next(path.glob(pattern), None)), "folder")

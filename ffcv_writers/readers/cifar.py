@@ -1,8 +1,7 @@
 """The python archives of CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read without calling what pickles ask for.
 
-An archive is a folder of Python 2 pickles, each a dictionary: `data` uint8 (n, 3072) with the red, green and
-blue plane of a 32x32 image in a row, and `labels` or `fine_labels` as a list; the names of the classes lie in
-a file of their own. https://www.cs.toronto.edu/~kriz/cifar.html
+An archive is a folder of Python 2 pickles, each a dictionary: `data` uint8 (n, 3072), a row the red, green and blue
+plane of a 32x32 image, and `labels` or `fine_labels` as a list. https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,29 +46,17 @@ _LAYOUTS = {
 
 
 def read(name: str, place: Place) -> Source:
-    """CIFAR-10 or CIFAR-100 with its fine labels, images in the order of the archive.
+    """CIFAR-10 or CIFAR-100 with its fine labels, from the archive's folder, its .tar.gz, or a folder with either.
 
-    Args:
-        name: "cifar10" or "cifar100".
-        place: the archive's folder, its .tar.gz, or a folder that holds either.
-
-    Raises:
-        SourceError: a file is missing or is not what such an archive holds; a pickle that asks for any other
-            global than those of a numpy array is refused, the file and the global named.
+    A pickle that asks for any other global than those of a numpy array is refused, the file and the global named.
     """
     layout = _LAYOUTS[name]
     found = _find(layout, place.path)
-    if found.is_dir():
-        for file in layout.files:
-            if not (found / file).is_file():
-                raise SourceError(f"{found} has no file {file}: unpack the archive again")
-
-    def content() -> tuple[dict[str, Split], tuple[str, ...]]:
-        return _splits(layout, found)
-
-    return Source(
-        file_sizes(found.parent, [found / file for file in layout.files] if found.is_dir() else [found]), content
-    )
+    files = [found / file for file in layout.files] if found.is_dir() else [found]
+    for file in files:
+        if not file.is_file():
+            raise SourceError(f"{found} has no file {file.name}: unpack the archive again")
+    return Source(file_sizes(found.parent, files), lambda: _splits(layout, found))
 
 
 def guess(path: Path) -> str | None:
@@ -134,7 +121,7 @@ def _uint8_dtype(code: str, *_: Any) -> np.dtype:
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own function, wherever this version keeps it
-_ADMITTED: Mapping[tuple[str, str], Any] = {
+_ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # the same when written by numpy 2
     ("numpy", "ndarray"): np.ndarray,
@@ -150,11 +137,10 @@ class _ArrayUnpickler(pickle.Unpickler):
         self._where = where
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        try:
-            return _ADMITTED[module_name, global_name]
-        except KeyError:
+        if (module_name, global_name) not in _ADMITTED:
             name = f"{module_name}.{global_name}"
-            raise SourceError(f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it") from None
+            raise SourceError(f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it")
+        return _ADMITTED[module_name, global_name]
 
 
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:

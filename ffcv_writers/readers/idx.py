@@ -41,10 +41,6 @@ def _read(path: Path, ndim: int) -> np.ndarray:
 
     Header (http://yann.lecun.com/exdb/mnist): two zero bytes, the type code, the number of dimensions, then
     each dimension as a big-endian uint32.
-
-    Raises:
-        SourceError: the file cannot be read, is not uint8 IDX of that many dimensions, or has another length
-            than its header says.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -1,4 +1,4 @@
-"""What a reader gives: splits of samples with labels, the classes' names, and a survey by which to know it again."""
+"""What a reader gives: splits of samples with labels, the classes' names, and a survey that shows later changes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a reader looks.
-
-    Attributes:
-        path: the folder or archive; "list": where the paths in the lists start.
-        lists: "list": the text file of each split.
-        class_index: "folder": a file of labels by class name, see `ffcv_writers.readers.folder.read_class_index`.
-    """
+    """Where a reader looks: the folder or archive, and for "list" the text file of each split."""
 
     path: Path
     lists: Mapping[str, Path] = field(default_factory=dict)
-    class_index: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,16 +45,13 @@ class Source:
     """
 
     def __init__(self, survey: dict[str, Any], content: Callable[[], tuple[dict[str, Split], tuple[str, ...]]]) -> None:
-        """
-        Args:
-            content: gives splits and classes; called when either is first wanted.
-        """
+        """`content` gives splits and classes; it is called when either is first wanted."""
         self.survey = survey
         self._content = functools.cache(content)
 
     @property
     def splits(self) -> dict[str, Split]:
-        """By their names, "train", "val" and "test", those that there are; a source without splits is "train"."""
+        """Those of "train", "val" and "test" that there are; a source without splits is "train"."""
         return self._content()[0]
 
     @property
@@ -85,12 +75,7 @@ class Contents:
 
 def image_files(paths: Sequence[str], name: Callable[[int], str]) -> Contents:
     """Files as samples."""
-
-    def read(number: int) -> bytes:
-        with open(paths[number], "rb", buffering=0) as file:
-            return file.read()
-
-    return Contents(len(paths), read, name)
+    return Contents(len(paths), lambda number: Path(paths[number]).read_bytes(), name)
 
 
 def file_source(
@@ -103,7 +88,7 @@ def file_source(
         for path, label in zip(files, labels.tolist(), strict=True):
             try:
                 size = os.stat(path).st_size
-            except OSError:  # reading it will say so
+            except OSError:  # reported when it is read
                 size = -1
             digest.update(os.fsencode(f"{path.removeprefix(str(root))}\0{size}\0{label}\n"))
         counts = np.bincount(labels, minlength=len(classes)).tolist()
@@ -143,31 +128,31 @@ def array_split(images: np.ndarray, labels: np.ndarray, where: object) -> Split:
 
 def numbered(splits: dict[str, Split]) -> tuple[str, ...]:
     """Names of classes that have none: their numbers, up to the largest label of the training split."""
-    labels = next(iter(splits.values())).labels if "train" not in splits else splits["train"].labels
+    labels = splits.get("train", next(iter(splits.values()))).labels
     return tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
 
 
 def survey_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What has changed between two surveys of a source, a line each; [] if nothing has."""
+    nothing: dict[str, Any] = {"classes": [], "splits": {}, "files": {}}
+    before, now = nothing | before, nothing | now
     lines = []
-    old, new = before.get("classes", []), now.get("classes", [])
-    lines += [f"class {name!r} is gone" for name in old if name not in set(new)]
-    lines += [f"class {name!r} is new" for name in new if name not in set(old)]
-    for what, key in (("split", "splits"), ("file", "files")):
-        lines += [f"the {what} {name} is gone" for name in before.get(key, {}) if name not in now.get(key, {})]
-        lines += [f"the {what} {name} is new" for name in now.get(key, {}) if name not in before.get(key, {})]
-    for name, size in before.get("files", {}).items():
-        if now.get("files", {}).get(name, size) != size:
+    for key, what in (("classes", "class {!r}"), ("splits", "the split {}"), ("files", "the file {}")):
+        old, new = dict.fromkeys(before[key]), dict.fromkeys(now[key])
+        lines += [f"{what.format(name)} is gone" for name in old if name not in new]
+        lines += [f"{what.format(name)} is new" for name in new if name not in old]
+    for name, size in before["files"].items():
+        if now["files"].get(name, size) != size:
             lines.append(f"the file {name} has {now['files'][name]} bytes, not {size}")
-    for split in (name for name in before.get("splits", {}) if name in now.get("splits", {})):
+    for split in (name for name in before["splits"] if name in now["splits"]):
         one, other = before["splits"][split], now["splits"][split]
-        counts = dict(zip(new, other["counts"], strict=False))
-        changes = {name: counts[name] - n for name, n in zip(old, one["counts"], strict=False) if name in counts}
+        counts = dict(zip(now["classes"], other["counts"], strict=False))
+        then = zip(before["classes"], one["counts"], strict=False)
+        changes = {name: counts[name] - n for name, n in then if counts.get(name, n) != n}
         lines += [
             f"{split}: {abs(n)} image{'s' * (abs(n) > 1)} {'more' if n > 0 else 'fewer'} in class {name!r}"
             for name, n in changes.items()
-            if n
         ]
-        if old == new and not any(changes.values()) and one["digest"] != other["digest"]:
+        if before["classes"] == now["classes"] and not changes and one["digest"] != other["digest"]:
             lines.append(f"{split}: other files or sizes")
     return lines

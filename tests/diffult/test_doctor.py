@@ -46,7 +46,7 @@ def test_cpu_rows(cpu_rows: dict[str, Row]) -> None:
 
 def test_the_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.dispatch._mode", "torch")
-    assert "DIFFULT_KERNELS says torch" in doctor.kernels_row(CPU).why
+    assert "DIFFULT_KERNELS is set to torch" in doctor.kernels_row(CPU).why
     monkeypatch.setattr("kernels.dispatch._mode", "triton")
     row = doctor.kernels_row(CPU)
     assert row.used.startswith("Triton 3.") and "knows 0 shapes" in row.why

@@ -76,9 +76,9 @@ def test_a_raw_set_on_a_cpu_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     """2,000 images and 40,000: what the process itself holds (Linux's RssAnon) after an epoch in random order."""
     program = """if True:
         import sys
-        from ffcv_writers import CenterCrop, Loader, Natural, open_set
+        from ffcv_writers import Loader, Natural, open_set
         image_set = open_set([sys.argv[1]])
-        loader = Loader(image_set, 64, crop=CenterCrop(32))
+        loader = Loader(image_set, 64)
         for draws in Natural(len(image_set)).steps(0, 64, 0, len(image_set) // 64):
             for batch in loader.batches(*draws):
                 pass

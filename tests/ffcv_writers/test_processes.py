@@ -88,7 +88,7 @@ def test_there_is_no_worker_that_could_die_alone(tmp_path: Path, what: str) -> N
                 return np.zeros((8, 8, 3), np.uint8)
         names = np.arange(1000)
         if what == "write":
-            write(out, Slow(), labels=names, synthetic=0 * names, index=names, workers=4, shards=3, storage="jpg")
+            write(out, Slow(), labels=names, synthetic=0 * names, index=names, workers=4, storage="jpg")
         for number, _ in enumerate(Loader(open_set([path]), 16, num_workers=4, resident=False).sequential()):
             if number == 5:
                 pause()
