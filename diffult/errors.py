@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and what its messages have in common."""
+"""The exception whose message a user reads, and parts of such messages."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ class UserError(Exception):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'NAME'?`, or nothing where no name is near."""
+    """`; did you mean 'NAME'?`, or nothing if no name is near."""
     close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def one_of(names: Iterable[str], given: str) -> str:
-    """`given`, which must be one of the names.
-
-    Raises:
-        ValueError: it is not; the message lists them, and the nearest.
-    """
+    """Returns `given`, or raises ValueError with the known names and the nearest if it is not among them."""
     known = list(names)
     if given not in known:
         raise ValueError(f"expected one of {', '.join(known)}, got {given!r}{nearest(given, known)}")

@@ -57,7 +57,7 @@ def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) ->
     result: dict[str, dict[str, float | None]] = {}
     for method in run.config.classifier.methods:
         model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)
-        predictions, labels = predict(model, loader, model.image_size, dtype, device)
+        predictions, labels = predict(model, loader, dtype)
         result[method] = accuracies(predictions, labels, groups)
     return result
 

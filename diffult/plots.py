@@ -1,4 +1,4 @@
-"""Pictures of a set: samples in a row for each class, and the class histogram before and after balancing."""
+"""Pictures of a set: a row of samples for each class, and the class histogram before and after balancing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_CLASSES = 40  # rows that a reader still looks at
-TILE = 64  # pixels: the side of an image in a picture, at the most
+MAX_CLASSES = 40  # rows of a grid, names on an axis
+TILE = 64  # pixels: the longer side of an image in a picture, at most
 _GAP = 2
 _LABEL_WIDTH = 160
 _QUIET = "#555555"
-_REAL, _SYNTHETIC = "#0072b2", "#e69f00"  # blue and orange of Okabe & Ito, told apart in any colour vision
+_REAL, _SYNTHETIC = "#0072b2", "#e69f00"  # Okabe & Ito's, safe for colour-blind readers
 
 
 class Samples(Protocol):
-    """Labelled images, such as a set of `ffcv_writers`: `labels` is int64 [N], `image(i)` gives uint8 (H, W, C)."""
+    """Labelled images, such as an `ffcv_writers.ImageSet`: labels int64 [N], image(i) uint8 (H, W, C)."""
 
     labels: np.ndarray
 
@@ -47,24 +47,21 @@ NO_SAMPLES = ArraySamples(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64
 
 
 def evenly(items: np.ndarray, limit: int) -> np.ndarray:
-    """Up to `limit` of the items at even distances, the first and the last among them."""
+    """Up to `limit` evenly spaced items, the first and the last among them."""
     places = np.linspace(0, len(items) - 1, min(len(items), limit))
     return items[places.round().astype(np.int64)]
 
 
 def first_images(samples: Samples, label: int, count: int) -> list[np.ndarray]:
-    """The first `count` images of a class in the order of the set: no picking."""
+    """The first `count` images of a class in the order of the set."""
     return [samples.image(int(i)) for i in np.flatnonzero(samples.labels == label)[:count]]
 
 
 def image_strip(images: Sequence[np.ndarray]) -> Image.Image:
-    """Images side by side on white, as an RGB picture.
+    """Images side by side on white, as an RGB picture; at least one, uint8 (H, W, C), C = 1 or 3, all of one shape.
 
-    Images below 64 pixels are enlarged by the largest whole factor that keeps them within it, every pixel a
-    sharp square; larger ones are reduced to 64 with antialiasing.
-
-    Args:
-        images: at least one, uint8 (H, W, C), C = 1 or 3, all of one shape.
+    Images below 64 pixels are enlarged by a whole factor, every pixel a sharp square; larger ones are reduced to 64
+    with antialiasing.
     """
     tiles = [_tile(image) for image in images]
     width, height = tiles[0].size
@@ -85,16 +82,12 @@ def _tile(image: np.ndarray) -> Image.Image:
 
 
 def sample_grid(samples: Samples, classes: tuple[str, ...], path: Path, per_class: int = 10) -> None:
-    """Writes a PNG with a row for each class: its name, then its first samples.
-
-    Classes without a sample have no row. Of more than 40 classes an even choice of 40 is shown. Without any
-    sample the picture says so.
+    """Writes a PNG, whatever the suffix of `path`, with a row for each class that has samples: its name, then its
+    first `per_class` samples. Of more than 40 classes 40 evenly spaced ones are shown.
 
     Args:
         samples: labels in 0..len(classes)-1.
-        classes: the names of the classes, by label.
-        path: the file, whatever its suffix.
-        per_class: samples in a row, at the most.
+        classes: names by label.
     """
     font = ImageFont.load_default(14)
     shown = evenly(np.unique(samples.labels), MAX_CLASSES)
@@ -115,29 +108,25 @@ def sample_grid(samples: Samples, classes: tuple[str, ...], path: Path, per_clas
 
 def _fitted(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The name on one line, cut to the label column."""
-    text = " ".join(name.split())
-    if font.getlength(text) <= _LABEL_WIDTH:
-        return text
-    while text and font.getlength(text + "…") > _LABEL_WIDTH:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    text = fitted = " ".join(name.split())
+    while font.getlength(fitted) > _LABEL_WIDTH:
+        text = text[:-1].rstrip()
+        fitted = text + "…"
+    return fitted
 
 
 def class_histogram(
     real: np.ndarray, synthetic: np.ndarray, groups: dict[str, np.ndarray], classes: tuple[str, ...]
 ) -> bytes:
-    """The class histogram as SVG: the real images of each class, and on them the synthetic ones.
-
-    Classes stand in the order of their real images, most first, so that groups are neighbours. The axis is
-    linear: on a logarithmic one the parts of a stacked bar cannot be compared. The same counts give the same
-    file.
+    """The class histogram as SVG: the real images of each class, largest class first, and on them the synthetic ones.
+    The same counts give the same file.
 
     Args:
         real, synthetic: int64 [num_classes], images of each class.
         groups: class numbers by name, as from `class_groups`; an empty group is left out.
-        classes: the names of the classes, by label.
+        classes: names by label.
     """
-    import matplotlib as mpl  # here, because whoever draws a grid alone should not wait for it
+    import matplotlib as mpl  # slow to import, and a grid does not need it
     from matplotlib.figure import Figure
 
     order = np.argsort(-real, kind="stable")
@@ -150,12 +139,8 @@ def class_histogram(
         return np.stack([heights, np.zeros_like(heights)], axis=1).ravel()[:-1]
 
     below, above = outline(real[order]), outline((real + synthetic)[order])
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "diffult",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "axes.edgecolor": "#888888",
-    }
+    style: dict[Any, Any] = {"svg.hashsalt": "diffult", "svg.fonttype": "none"}
+    style |= {"font.size": 9, "axes.edgecolor": "#888888"}
     with mpl.rc_context(style):
         figure = Figure((9.6, 3.3), layout="constrained")
         axes = figure.subplots()
@@ -172,22 +157,15 @@ def class_histogram(
 
 
 def _count_images(axes: Axes, real: np.ndarray, synthetic: np.ndarray) -> None:
-    """The counts over each bar, such as 10+490: the real images of the tail are too few to see."""
+    """Counts over each bar, such as 10+490: the tail's real images are too few to see."""
     for place, (before, added) in enumerate(zip(real, synthetic, strict=True)):
         text = f"{before}+{added}" if added else f"{before}"
-        axes.annotate(
-            text,
-            (place, before + added),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            color=_QUIET,
-            size=7.5,
-        )
+        at = (place, before + added)
+        axes.annotate(text, at, (0, 2), textcoords="offset points", ha="center", color=_QUIET, size=7.5)
 
 
 def _mark_groups(axes: Axes, order: np.ndarray, groups: dict[str, np.ndarray]) -> None:
-    """The name of each group over its classes, and a line where the next one begins."""
+    """The name of each group over its classes, and a line before the next group."""
     for name, members in groups.items():
         places = np.flatnonzero(np.isin(order, members))
         if len(places) == 0:
@@ -204,10 +182,9 @@ def _name_classes(axes: Axes, names: list[str]) -> None:
         axes.set_xticks([])
         return
     names = [name if len(name) <= 16 else name[:15] + "…" for name in names]
-    slanted = max(map(len, names)) * len(names) > 120
     axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.tick_params(axis="x", length=0)
-    if slanted:
+    if max(map(len, names)) * len(names) > 120:
         for text in axes.get_xticklabels():
             text.set(rotation=40, ha="right", rotation_mode="anchor")
 
@@ -215,7 +192,7 @@ def _name_classes(axes: Axes, names: list[str]) -> None:
 def _as_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Text stays text in the file: the reader's own fonts have what matplotlib's has not.
+        # Text stays text in the file, so the reader's fonts draw what matplotlib's lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -11,7 +11,6 @@ import typer
 
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import Config, preset_names
-from diffult.engine.checkpoints import check_checkpoint
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
@@ -23,6 +22,7 @@ from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.pack import pack
 from diffult.report import write_report
+from diffult.runs.files import load_state
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, Stage
 from diffult.train_classifier import train_classifier
@@ -57,7 +57,7 @@ def check_run(run: RunDir) -> None:
     check_networks(run.config, num_classes=2)
     for checkpoint in sorted(run.path.glob("*/*state.pt")):
         if not (checkpoint.parent / "done.json").exists():
-            check_checkpoint(checkpoint)
+            load_state(checkpoint)
 
 
 def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> None:

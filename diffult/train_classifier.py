@@ -89,7 +89,7 @@ def _training(run: RunDir, name: str, loader: Loader, num_classes: int, world: W
     model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size).to(device)
     return Training(
         f"classifier {name}", model, loader, drawing.order, loss, config, run.folder("classifier") / f"{name}.state.pt",
-        (run.config.seed, _STAGE), method_hash(run, name), compute_dtype(run.config.precision, device), device, world,
+        (run.config.seed, _STAGE), method_hash(run, name), compute_dtype(run.config.precision, device), world,
     )  # fmt: skip
 
 

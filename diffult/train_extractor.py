@@ -49,16 +49,12 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     seed = (run.config.seed, _STAGE)
     loader = training_loader(images, run.config.data, config, seed, device, world)
     order, checkpoint = Natural(len(images)), folder / "state.pt"
-    fit(
-        Training(
-            "extractor", model, loader, order, CrossEntropy(), config, checkpoint, seed, digest, dtype, device, world
-        )
-    )
+    fit(Training("extractor", model, loader, order, CrossEntropy(), config, checkpoint, seed, digest, dtype, world))
     if not world.is_main:  # the others wait where the stage ends
         return
     view = run.config.data.view(config.image_size, config.image_size / run.config.data.image_size)  # as of samples
     loader = Loader(images, config.batch_size, device=device, crop=view)
-    features, labels = extract_features(model, loader, config.image_size, dtype, device)
+    features, labels = extract_features(model, loader, dtype)
     statistics = class_statistics(features, labels, num_classes)
     save_classifier(
         folder / "weights.safetensors", model, config.network, run.config.data.channels, config.image_size, digest

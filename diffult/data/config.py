@@ -18,17 +18,16 @@ class DataConfig(StrictModel):
 
     Attributes:
         source: the format of the images, see `ffcv_writers.readers.open_source`.
-        path: the folder (for CIFAR also the .tar.gz) of the images; `digits` needs none, `idx` without one
-            reads Debian's Fashion-MNIST.
-        train_list, val_list, test_list: the text files of `list`; `val_list` may be left out.
-        storage: `raw`: image_size x image_size pixels, as the networks see them. `jpg`: up to max_short_side pixels
-            on the shorter side, of which the networks take crops.
-        max_short_side: in pixels, under `jpg`; larger images are scaled down, JPEG files up to it lose nothing.
+        path: the folder (for CIFAR also the .tar.gz) of the images; `digits` needs none, `idx` without one reads
+            Debian's Fashion-MNIST.
+        train_list, val_list, test_list: the text files of `list`; `val_list` is optional.
+        storage: `raw`: image_size x image_size pixels. `jpg`: the networks take crops of images of up to
+            max_short_side pixels on the shorter side; larger images are scaled down, JPEG files up to it lose nothing.
         image_size: height and width in pixels. Files are resized to it, arrays must have it.
-        channels: 1 (grey) or 3 (RGB); must be what the source gives. Image files give 3, `jpg` needs 3.
+        channels: 1 (grey) or 3 (RGB), as in the source. Image files give 3, `jpg` needs 3.
         profile: how the training classes are thinned out, see `diffult.data.profiles`.
-        n_max: images of the largest class under `exponential` and `step`; None takes the source's largest.
-        imbalance: the imbalance factor n_max / n_min under `exponential` and `step`.
+        n_max: images of the largest class under `exponential` and `step`; default: the source's largest.
+        imbalance: n_max / n_min under `exponential` and `step`.
         counts: images per class, in label order, under `counts`.
         seed: of the draw of training and validation images; 0 with CIFAR is the published CIFAR-LT.
         val_per_class: validation images per class, where the source has no validation split of its own.
@@ -67,6 +66,5 @@ class DataConfig(StrictModel):
         return self
 
     def view(self, size: int, share: float = 1.0) -> CenterCrop | None:
-        """How the loader shows a stored image to a network of `size` pixels: the middle `share` of its shorter side,
-        scaled. None where images are stored as networks see them."""
+        """The loader's crop for a network of `size` pixels: the middle `share` of the shorter side; None if raw."""
         return None if self.storage == "raw" else CenterCrop(size, share)

@@ -1,7 +1,4 @@
-"""A run's images, packed: train.beton, val.beton and test.beton, decoded once, and what is known of them.
-
-After packing, a run needs its source no more.
-"""
+"""A run's images, decoded once into train.beton, val.beton and test.beton; then the source is not needed any more."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ class Packed:
 
 
 class _Chosen:
-    """Some of a split's samples."""
+    """The samples of these numbers."""
 
     def __init__(self, samples: Samples, numbers: np.ndarray) -> None:
         self._samples, self._numbers = samples, numbers
@@ -68,7 +65,7 @@ def _name(samples: Samples, number: int) -> str:
 
 
 def open_data(config: DataConfig) -> Source:
-    """The configured source, checked as far as that goes without decoding.
+    """The configured source, checked as far as possible without decoding.
 
     Raises:
         UserError: a path is missing, a file is not of its format, a label is out of range, a class is empty, or the
@@ -83,16 +80,13 @@ def open_data(config: DataConfig) -> Source:
 
 
 def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, Any]:
-    """Writes the splits of a run to FOLDER/{train,val,test}.beton on all cores, whole or not at all.
+    """Writes the splits of a run to FOLDER/{train,val,test}.beton on all cores; on an error none of them is left.
 
     The samples' `index` is their number in the source's split.
 
-    Args:
-        source: from `open_data`.
-
     Returns:
-        What stands beside them in packed.json: "classes", "counts" of images per split and class, the source's
-        "survey", and a "fingerprint" of the files' content.
+        What it writes to packed.json: "classes", "counts" of images per split and class, the source's "survey", and a
+        "fingerprint" of the files' content.
 
     Raises:
         UserError: a file does not decode (it is named), or a class has too few images.
@@ -100,7 +94,7 @@ def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, A
     try:
         return _write(config, source, choose_splits(config, source), folder)
     except SampleError as error:
-        raise UserError(f"{error}; mend the file or take it out") from error
+        raise UserError(f"{error}; repair or remove the file") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -128,7 +122,7 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
 
 
 def _write_split(config: DataConfig, source: Source, split: str, numbers: np.ndarray, path: Path) -> np.ndarray:
-    """Writes the images of these numbers; returns their labels."""
+    """Writes one split; returns its labels."""
     origin = source.splits[split if split in source.splits else "train"]
     if isinstance(origin.samples, np.ndarray):
         transform = None
@@ -171,7 +165,7 @@ def _open(config: DataConfig) -> Source:
 
 def _check(config: DataConfig, source: Source) -> None:
     where, classes = config.path or config.source, source.classes
-    for name in {"train": 0, "test": 0} | source.splits:
+    for name in dict.fromkeys(("train", "test", *source.splits)):
         if name not in source.splits:
             raise UserError(f"{where} has no {name} split: a run needs train and test images")
         samples, labels = source.splits[name].samples, source.splits[name].labels
@@ -195,18 +189,14 @@ def _check(config: DataConfig, source: Source) -> None:
 
 
 def read_packed(folder: Path) -> Packed:
-    """What `pack_images` wrote.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """What `pack_images` wrote; raises UserError if it is missing or damaged."""
     try:
         record = read_json(folder / _RECORD)
         sets = {split: open_set([folder / f"{split}.beton"], mixed_sizes=True) for split in record["counts"]}
         classes = tuple(record["classes"])
         for split, image_set in sets.items():
             if np.bincount(image_set.labels, minlength=len(classes)).tolist() != record["counts"][split]:
-                raise ValueError(f"{split}.beton is another set's")
+                raise ValueError(f"{split}.beton is of another set")
         counts = np.array(record["counts"]["train"], np.int64)
         return Packed(
             classes, counts, sets["train"], sets.get("val"), sets["test"], record["fingerprint"], record["survey"]
@@ -219,7 +209,7 @@ def read_packed(folder: Path) -> Packed:
 
 
 def source_differences(config: DataConfig, packed: Packed) -> list[str]:
-    """What has changed in the source since it was packed, a line each; [] if nothing has or it is gone."""
+    """Changes of the source since it was packed, a line each; none if the source is gone."""
     if not all(place.exists() for place in (_path(config), *_lists(config).values())):
         return []
     try:

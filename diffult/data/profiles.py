@@ -19,7 +19,7 @@ from diffult.errors import UserError
 
 
 def exponential(n_max: int, imbalance: float, classes: int) -> list[int]:
-    """Images per class that fall off exponentially from n_max to int(n_max / imbalance)."""
+    """Images per class, falling from n_max to int(n_max / imbalance)."""
     # A quotient of powers, not a negative power: 49 * 49.0**-1 is 0.999..., which int() makes 0.
     return [int(n_max / imbalance ** (i / max(classes - 1, 1))) for i in range(classes)]
 
@@ -31,15 +31,7 @@ def step(n_max: int, imbalance: float, classes: int) -> list[int]:
 
 
 def class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
-    """The number of training images that the profile gives each class.
-
-    Args:
-        config: profile, n_max, imbalance and counts.
-        available: int (C,), the images of each class in the source's training split.
-
-    Raises:
-        UserError: `counts` has another length than the source has classes.
-    """
+    """Training images of each class, from those available, int (C,); UserError if `counts` is of another length."""
     n_max = int(available.max()) if config.n_max is None else config.n_max
     match config.profile:
         case "natural":
@@ -49,7 +41,7 @@ def class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
                 raise UserError(f"data.counts has {len(config.counts)} numbers for {len(available)} classes")
             return list(config.counts)
         case "exponential" | "step":
-            assert config.imbalance is not None  # DataConfig holds this
+            assert config.imbalance is not None  # checked by DataConfig
             rule = exponential if config.profile == "exponential" else step
             return rule(n_max, config.imbalance, len(available))
 
@@ -57,8 +49,8 @@ def class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
 def draw(labels: np.ndarray, counts: list[int], seed: int) -> np.ndarray:
     """The training images that a profile keeps: with CIFAR and seed 0, those of the published CIFAR-LT.
 
-    numpy's legacy generator is seeded once; then, class after class, the positions of the class are shuffled
-    and the first ones kept (`imbalance_cifar.py` of LDAM-DRW, Cao et al. 2019).
+    As in `imbalance_cifar.py`, numpy's legacy generator is seeded once; then, class after class, the positions of the
+    class are shuffled and the first ones kept.
 
     Args:
         labels: int (N,), of the pool to draw from.
@@ -77,7 +69,7 @@ def draw(labels: np.ndarray, counts: list[int], seed: int) -> np.ndarray:
         positions = np.flatnonzero(labels == label)
         if wanted < 1:
             raise UserError(
-                f"class {label} would get {wanted} images: raise data.n_max, lower data.imbalance or mend data.counts"
+                f"class {label} would get {wanted} images: raise data.n_max or data.counts, or lower data.imbalance"
             )
         if wanted > len(positions):
             raise UserError(

@@ -1,10 +1,8 @@
-"""The splits of a run: long-tailed training images, validation images for choices, the whole test split.
+"""The splits of a run.
 
-What each is for:
-
-    train   the only images that anything is trained on
-    val     serves choices only (when to stop, which setting): never trained on
-    test    seen at evaluation only, never drawn from, never chosen by
+train   long-tailed; the only images that anything is trained on
+val     for choices only (when to stop, which setting)
+test    the source's whole test split, for evaluation only
 """
 
 from __future__ import annotations
@@ -21,16 +19,14 @@ _log = logging.getLogger(__name__)
 
 
 def choose_splits(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
-    """Which images of the source a run has: sample numbers, int64, "train" and "val" disjoint where drawn here.
+    """The sample numbers of each split, int64.
 
-    The validation split is the source's own, if it has one. Otherwise it has `val_per_class` images of each
-    class out of those that the profile did not draw, or as many of them as there are. The natural profile
-    draws all, so there min(val_per_class, n_c // 10) images of each class are taken out of the training set.
-    Without any, there is no "val".
+    The validation split is the source's own, if it has one. Otherwise it has up to `val_per_class` images of each
+    class that the profile did not draw; the natural profile draws all, so there min(val_per_class, n_c // 10) images
+    of each class are taken out of the training set. Without any, there is no "val".
 
     Returns:
-        "train" and, unless the source has a "val" split, "val" number the source's training split; "test", and "val" of
-        the source, all of their own.
+        "train" and "val" as numbers in the source's training split; "test", and a "val" of the source, in their own.
 
     Raises:
         UserError: see `class_counts` and `draw`.
@@ -74,5 +70,5 @@ def _hold_out(config: DataConfig, source: Source, chosen: np.ndarray) -> np.ndar
             without.append(name)
     if without:
         names = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
-        _log.warning("no image is left to validate %d of %d classes: %s", len(without), len(limits), names)
+        _log.warning("no validation image is left for %d of %d classes: %s", len(without), len(limits), names)
     return np.concatenate(held_out)

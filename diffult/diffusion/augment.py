@@ -1,7 +1,7 @@
 """Augmentation that does not leak into the samples (Karras et al., 2022, appendix F.2; after ADA, 2020).
 
-Each image is moved by a random affine map, and the network is told by which: nine numbers that are zero for
-an image left as it is. At sampling the label is zero. The label tells all: the map is a function of it.
+Each image is moved by a random affine map, a function of the nine numbers that the network gets as a label. They are
+zero for an image left as it is, and at sampling.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffult.errors import UserError
-
 LABEL_DIM = 9
 SCALE = 0.2  # standard deviation of log2 of the zoom, and of log2 of the stretch
 SHIFT = 0.125  # standard deviation of the translation in image widths
@@ -23,21 +21,18 @@ UPRIGHT_TURN = math.pi / 6  # largest rotation where orientation carries the cla
 def augment(
     images: Tensor, probability: float, uniform: Tensor, normal: Tensor, flips: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Apply each of six transformations to each image with `probability`, independently.
+    """Applies each of six transformations to each image with `probability`, independently.
 
-    images: float [B, C, N, N] in [-1, 1].
-    flips: whether mirrored and upside-down images stay in their class. False (digits, letters) leaves out
-    both flips and turns by 30 degrees at most, for a 6 on its head is a 9.
-    uniform, normal: the random numbers, float32 [B, 8] in [0, 1] and [B, 4].
-    Returns images in [-1, 1], channels-last, bit for bit the input where no transformation fell, and labels,
-    float32 [B, 9]: flip x, flip y, log2(zoom) / 0.2, cos(turn) - 1, sin(turn), stretch (2, see `affine`),
-    translation in x and y in units of N / 8 pixels.
-    Raises UserError on images that are not square and on a probability outside [0, 1].
+    Args:
+        images: float [B, C, N, N] in [-1, 1].
+        uniform, normal: the random numbers, float32 [B, 8] in [0, 1] and [B, 4].
+        flips: False, for digits and letters, leaves out both flips and turns by 30 degrees at most.
+
+    Returns:
+        Images in [-1, 1], channels-last, bit for bit the input where no transformation fell, and labels, float32
+        [B, 9]: flip x, flip y, log2(zoom) / 0.2, cos(turn) - 1, sin(turn), stretch (2, see `affine`), translation in x
+        and y in units of N / 8 pixels.
     """
-    if images.shape[2] != images.shape[3]:
-        raise UserError(f"augment: images must be square, got {images.shape[2]} x {images.shape[3]}: crop them first")
-    if not 0 <= probability <= 1:
-        raise UserError(f"augment: the probability must lie in [0, 1], got {probability}")
     labels = draw_labels(probability, flips, uniform, normal)
     moved = warp(images, affine(labels))
     touched = labels.ne(0).any(dim=1)[:, None, None, None]
@@ -69,9 +64,8 @@ def affine(labels: Tensor) -> Tensor:
     """The map of each label, [B, 9] -> [B, 2, 3]: where a point (x, y) of the image goes.
 
     In half image widths: x points right and y down, the centre is 0, turns are from x towards y. The order is
-    flips, zoom, turn, stretch, shift. The stretch (u, v) is the symmetric matrix 2^(0.2 [[u, v], [v, -u]]):
-    factors 2^(0.2 r) along an axis and 2^(-0.2 r) across it, r = |(u, v)|, the axis at half the angle of
-    (u, v). Half, because an axis has no sign: so each stretch has one label.
+    flips, zoom, turn, stretch, shift. The stretch (u, v) is the symmetric matrix 2^(0.2 [[u, v], [v, -u]]): factors
+    2^(0.2 r) along an axis and 2^(-0.2 r) across it, r = |(u, v)|, the axis at half the angle of (u, v).
     """
     flip_x, flip_y, zoom, cosine, sine, u, v, shift_x, shift_y = labels.unbind(1)
     cosine = cosine + 1
@@ -89,7 +83,7 @@ def affine(labels: Tensor) -> Tensor:
 
 def warp(images: Tensor, maps: Tensor) -> Tensor:
     """Images [B, C, N, N] moved by maps [B, 2, 3] of `affine`: bicubic, mirrored at borders, in [-1, 1]."""
-    # grid_sample asks the other way round: which point of the input is shown at a point of the output
+    # grid_sample takes the inverse map, from points of the output to points of the input
     inverse = _inverse(maps[:, :, :2])
     theta = torch.cat([inverse, -inverse @ maps[:, :, 2:]], dim=2).to(images.dtype)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -98,7 +92,7 @@ def warp(images: Tensor, maps: Tensor) -> Tensor:
 
 
 def _inverse(matrices: Tensor) -> Tensor:
-    """Of [B, 2, 2], in closed form: torch.linalg's waits for the device to report singular ones."""
+    """Of [B, 2, 2], in closed form: torch.linalg's waits for the device."""
     (a, b), (c, d) = (row.unbind(1) for row in matrices.unbind(1))
     adjugate = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1)
     return adjugate / (a * d - b * c)[:, None, None]

@@ -1,7 +1,6 @@
-"""The three terms of DiffuLT's training loss, L = L_DDPM + L_CBDM + L_AID, as functions of tensors alone.
+"""The three terms of DiffuLT's training loss, L = L_DDPM + L_CBDM + L_AID.
 
-Written with eps, eps_theta of shape [B, C, H, W]; squared norms are means over the pixels, as in the code bases of
-DDPM and CBDM, so that the terms keep their relative size at any resolution.
+Squared norms are means over the pixels, as in the code of DDPM and CBDM.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def cbdm_loss(
 
         tau (t / T) ( |eps_theta(y) - sg eps_theta(y')|^2 + gamma |sg eps_theta(y) - eps_theta(y')|^2 )
 
-    with one label y' per image, drawn by the caller from the training labels: the average over y' of the paper's
-    formula, estimated by one draw, t counted as a share of T as in CBDM's code. sg stops the gradient.
+    with one label y' per image, drawn from the training labels: an estimate of the paper's average over y'. t counts
+    as a share of T as in CBDM's code; sg stops the gradient.
 
     Args:
         eps: eps_theta(x_t, t, y), [B, C, H, W].
@@ -50,7 +49,7 @@ def aid_distance(
     """d_t of DiffuLT: (s_T / s_t) |phi0(x0) - phi0(x0 + eps - eps_theta)|_2, float [B].
 
     Args:
-        features_real, features_shifted: [B, F], the extractor's features of x0 and of x0 + eps - eps_theta(x_t, t, y).
+        features_real, features_shifted: [B, F], phi0 of x0 and of x0 + eps - eps_theta(x_t, t, y).
         noise_level: s_t = sqrt(1 - abar_t), float [B].
         noise_last: s_T.
     """

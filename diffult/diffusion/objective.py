@@ -1,8 +1,8 @@
 """The training objective of one batch: L_DDPM + L_CBDM + L_AID.
 
 Every random number (timestep, noise, flip, dropped label, CBDM's other label) is keyed by the seed and the sample's
-position in the training stream. So the loss of a sample is the same in whatever micro-batch, on whatever process and
-after whatever restart it is computed; the network's own dropout alone is not.
+position in the training stream, so a sample's loss does not depend on micro-batches, processes and restarts, except
+for the network's dropout.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kernels.augment import normalise
 from kernels.diffuse import diffuse
 from kernels.random import normal, uniform
 
-_CHOICES, _AUGMENT = 1, 2  # draws of a sample's life; `diffuse` makes the noise as draw 0
+_CHOICES, _AUGMENT = 1, 2  # numbers of a sample's draws; the noise of `diffuse` is 0
 
 
 class DiffusionLoss:
-    """Losses of a batch by name. A sample whose label is dropped takes part in every term without class.
+    """Losses of a batch by name. A sample whose label is dropped enters every term without class.
 
-    L_CBDM takes every n-th sample of a batch, n = 1 / cbdm_share, and L_AID likewise: an unbiased estimate at that
-    share of the cost, and the same samples however a batch is cut into parts of whole multiples of n.
+    L_CBDM reads every n-th sample of a batch, n = 1 / cbdm_share, and L_AID likewise: an unbiased estimate at that
+    share of the cost.
     """
 
     def __init__(
@@ -45,9 +45,8 @@ class DiffusionLoss:
         Args:
             model: (x_t, t, labels, augmentation label) -> prediction; the label num_classes stands for "no class".
             class_share: float [num_classes], the share of each class in the training batches; L_CBDM draws y' from it.
-            extractor: phi0 with the radii d_f, for L_AID; None without.
-            seed: of all random numbers.
-            dtype: of x_t, what the network computes in.
+            extractor: phi0 and the radii d_f, for L_AID.
+            dtype: of x_t.
         """
         self.model, self.config, self.schedule = model, config, schedule
         self.null_label = len(class_share)
@@ -58,7 +57,7 @@ class DiffusionLoss:
     def __call__(
         self, images: torch.Tensor, y: torch.Tensor, positions: torch.Tensor, with_aid: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Scalar losses by name; "loss" is their sum, the others are detached.
+        """Scalar losses by name: "loss" is their sum, the others are detached.
 
         Args:
             images: uint8 [B, H, W, C].
@@ -103,7 +102,7 @@ class DiffusionLoss:
             n = stride(config.aid_share)
             clean = _clean(x0[::n], None if flips is None else flips[::n])
             eps_theta = schedule.to_eps(config.prediction, out[::n], x_t[::n].float(), t[::n])
-            losses["aid"] = self._aid(clean, eps[::n] - eps_theta, t[::n], y[::n])
+            losses["aid"] = self._aid(clean, clean + (eps[::n] - eps_theta), t[::n], y[::n])
         return {"loss": torch.stack(list(losses.values())).sum()} | {k: v.detach() for k, v in losses.items()}
 
     def _augmented(self, x0: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,24 +115,23 @@ class DiffusionLoss:
             flips=config.augment_flips,
         )
 
-    def _aid(self, x0: torch.Tensor, error: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`error` is eps - eps_theta."""
+    def _aid(self, x0: torch.Tensor, shifted: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.extractor is not None, "diffusion.aid needs the extractor"
         with autocast(self.dtype, x0.device):
             with torch.no_grad():
                 real = self.extractor.features(x0)
-            shifted = self.extractor.features(x0 + error)
+            moved = self.extractor.features(shifted)
         _, s = self.schedule.levels(t)
-        distance = aid_distance(real, shifted, s.flatten(), self.noise_last)
+        distance = aid_distance(real, moved, s.flatten(), self.noise_last)
         return aid_loss(distance, self.extractor.statistics.radii[y], self.config.aid_alpha)
 
 
 def stride(share: float) -> int:
-    """Every how many samples a share of the batch takes one."""
+    """n such that every n-th sample makes that share of a batch."""
     return round(1 / share)
 
 
 def _clean(images: torch.Tensor, flips: torch.Tensor | None) -> torch.Tensor:
-    """Images in [-1, 1] as `diffuse` sees them, float32 [B, C, H, W]; those in [-1, 1] already are left as they are."""
+    """The clean images of `diffuse`, float32 [B, C, H, W] in [-1, 1], from uint8 or already so."""
     x0 = normalise(images) if images.dtype == torch.uint8 else images
     return x0 if flips is None else torch.where(flips.view(-1, 1, 1, 1), x0.flip(3), x0)

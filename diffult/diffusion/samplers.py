@@ -1,13 +1,11 @@
-"""All of a draw's mathematics: timesteps, solvers of the reverse process, and the loop that runs them.
+"""Timesteps, solvers of the reverse process, and the loop that runs them.
 
-With the predicted clean image x0 every solver here takes the step
+With the predicted clean image x0 every solver takes the step
 
     x_next = c_x x + c_x0 x0 + c_previous (x0 of the step before) + c_noise z,    z standard normal
 
-so a solver is a function from the grid and abar to its coefficients (c_x, c_x0, c_previous, c_noise), float64
-[steps, 4] on the host. `sample` is the loop, over any denoiser and any way to do the update; `kernels.denoise_step` is
-the product's. The grid is a falling list of timesteps; after the last one comes the clean image (abar = 1), so the last
-step returns x0 itself.
+so a solver is a function from a grid and abar to its coefficients (c_x, c_x0, c_previous, c_noise), float64 [steps, 4]
+on the host. The grid is a falling list of timesteps; the last step returns x0 itself.
 
 A new sampler is a function with the signature of `ddim` and a line in SAMPLERS; settings and --help follow from that.
 """
@@ -36,9 +34,8 @@ def sample(
         grid: falling timesteps.
         coefficients: the solver's, float64 [steps, 4].
         evaluate: (x, timestep) -> the network's output.
-        update: (number of the step from 0, x, output, x0 of the step before, with noise) -> (next x, x0). x0 of the
-            step before is None where c_previous is 0. Noise is asked for where c_noise is not 0; it is number + 1 of
-            the sample's, the initial one being 0.
+        update: (step from 0, x, output, x0 of the step before or None if c_previous is 0, with noise if c_noise is not
+            0) -> (next x, x0). Its noise is number step + 1 of the sample, the initial one being number 0.
 
     Returns:
         The sample, [B, C, H, W].
@@ -50,23 +47,15 @@ def sample(
 
 
 def timestep_grid(timesteps: int, steps: int) -> list[int]:
-    """`steps` timesteps from T - 1 downwards, equally spaced, T - 1 always included ("trailing", Lin et al. 2024).
-
-    Raises:
-        ValueError: if steps is not in 1..T.
-    """
+    """`steps` equally spaced timesteps from T - 1 downwards ("trailing", Lin et al. 2024); ValueError beyond 1..T."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps = {steps} is not in 1..{timesteps}")
     return [round(timesteps * (steps - i) / steps) - 1 for i in range(steps)]
 
 
 def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
-    """`steps` timesteps from T - 1 to 0, as equally spaced in log-SNR as whole timesteps allow, each lower than the one
-    before (Lu et al. 2022, section 3.3, who advise it at low resolution).
-
-    Raises:
-        ValueError: if steps is not in 1..T.
-    """
+    """`steps` falling timesteps from T - 1 to 0, equally spaced in log-SNR but for rounding (Lu et al. 2022, section
+    3.3); ValueError beyond 1..T."""
     timesteps = len(alphas_cumprod)
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps = {steps} is not in 1..{timesteps}")
@@ -76,7 +65,7 @@ def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
     grid: list[int] = []
     for i, t in enumerate(nearest):
         below = grid[-1] - 1 if grid else timesteps - 1
-        grid.append(max(min(t, below), steps - 1 - i))  # leaves a timestep for each step to come
+        grid.append(max(min(t, below), steps - 1 - i))  # leaves a timestep for each later step
     return grid
 
 
@@ -92,7 +81,7 @@ def _levels(alphas_cumprod: torch.Tensor, grid: list[int]) -> list[tuple[float, 
 
 
 def _coefficients(rows: list[tuple[float, float, float, float]]) -> torch.Tensor:
-    """With those of the last step, which returns x0."""
+    """Adds the row of the last step, which returns x0."""
     return torch.tensor([*rows, (0.0, 1.0, 0.0, 0.0)], dtype=torch.float64)
 
 
@@ -102,7 +91,7 @@ def ddim(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> tor
     Args:
         grid: falling timesteps.
         alphas_cumprod: float64 [T].
-        eta: share of the posterior's deviation that is drawn anew.
+        eta: share of the posterior's standard deviation that is drawn as noise.
 
     Returns:
         float64 [steps, 4].
@@ -118,7 +107,7 @@ def ddim(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> tor
 def ddpm(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2, eq. 7) with the large variance beta_t, on any grid.
 
-    Arguments and result as in `ddim`; eta does nothing.
+    Arguments and result as in `ddim`; eta is unused.
     """
     levels, rows = _levels(alphas_cumprod, grid), []
     for (a, s), (a_next, s_next) in itertools.pairwise(levels):
@@ -130,8 +119,7 @@ def ddpm(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> tor
 def dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in the half log-SNR, one evaluation a step.
 
-    Arguments and result as in `ddim`; it draws no noise, eta does nothing. The first and the last step are of first
-    order.
+    Arguments and result as in `ddim`; eta is unused. The first and the last step are of first order.
     """
     levels, rows, h_previous = _levels(alphas_cumprod, grid), [], math.inf
     for (a, s), (a_next, s_next) in itertools.pairwise(levels):

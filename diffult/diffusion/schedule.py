@@ -1,7 +1,6 @@
-"""The forward process: how much of the image is left at each timestep, and the three ways to predict.
+"""The forward process and the three ways to predict.
 
-x_t = a_t x_0 + s_t eps with a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4). From a network's
-output the clean image and the noise follow in closed form, whatever it predicts:
+x_t = a_t x_0 + s_t eps with a_t = sqrt(abar_t), s_t = sqrt(1 - abar_t) (Ho et al. 2020, eq. 4). A network predicts
 
     epsilon: out = eps        x0: out = x_0        v: out = a_t eps - s_t x_0  (Salimans & Ho 2022)
 """
@@ -18,11 +17,7 @@ ScheduleName = Literal["linear", "cosine"]
 
 
 class Schedule:
-    """Signal and noise levels of T timesteps, kept in float64 on the host and gathered in float32 on the device.
-
-    Attributes:
-        alphas_cumprod: abar_t, float64 [T] on the CPU, falling from nearly 1 to nearly 0.
-    """
+    """Signal and noise levels of T timesteps. `alphas_cumprod`: abar_t, float64 [T] on the CPU, falling."""
 
     def __init__(self, name: ScheduleName, timesteps: int, device: torch.device | str = "cpu") -> None:
         """linear: beta from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T otherwise (Ho et al. 2020).
@@ -54,14 +49,10 @@ class Schedule:
         return s * x_t + a * out
 
     def x0_coefficients(self, prediction: Prediction, t: int) -> tuple[float, float]:
-        """(p_x, p_out): the clean image is p_x x_t + p_out out, whatever the network predicts."""
+        """(p_x, p_out): the clean image is p_x x_t + p_out out."""
         abar = float(self.alphas_cumprod[t])
         a, s = math.sqrt(abar), math.sqrt(1 - abar)
-        if prediction == "x0":
-            return 0.0, 1.0
-        if prediction == "epsilon":
-            return 1 / a, -s / a
-        return a, -s
+        return {"epsilon": (1 / a, -s / a), "x0": (0.0, 1.0), "v": (a, -s)}[prediction]
 
     def diffuse_coefficients(self, prediction: Prediction, t: torch.Tensor) -> torch.Tensor:
         """(a, s, k_0, k_e), float32 [B, 4]: x_t = a x_0 + s eps and the target is k_0 x_0 + k_e eps; t: int64 [B]."""
@@ -75,9 +66,4 @@ class Schedule:
         min(SNR, gamma) / SNR on the noise error and min(SNR, gamma) / (SNR + 1) on the v error."""
         a, s = (level.flatten() for level in self.levels(t))
         snr = (a / s) ** 2
-        clipped = snr.clamp(max=gamma)
-        if prediction == "epsilon":
-            return clipped / snr
-        if prediction == "x0":
-            return clipped
-        return clipped / (snr + 1)
+        return snr.clamp(max=gamma) / {"epsilon": snr, "x0": torch.ones_like(snr), "v": snr + 1}[prediction]

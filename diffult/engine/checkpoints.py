@@ -11,12 +11,6 @@ from diffult.errors import UserError
 from diffult.runs.files import load_state, save_state
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raises UserError if a checkpoint exists but cannot be read: before any work starts rather than in its middle."""
-    if path.exists():
-        load_state(path)
-
-
 def save_checkpoint(path: Path, step: int, first_loss: float, config_hash: str, parts: Mapping[str, Any]) -> None:
     """Writes the state of `parts` after `step` steps.
 

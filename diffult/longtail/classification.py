@@ -1,5 +1,4 @@
-"""Training classifiers on a loader, and their predictions and features: shared by the extractor and the final
-classifiers, so that all are trained alike."""
+"""Training of the extractor and the final classifiers, their predictions and features."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from diffult.config import TrainingConfig
 from diffult.data.config import DataConfig
@@ -34,10 +33,8 @@ class Training:
 
     Attributes:
         title: on the progress bar.
-        model: trained in place, on `device`.
+        model: trained in place, on the loader's device.
         loader: made by `training_loader` with the same config, seed and world.
-        order: of the training stream.
-        loss: of a batch.
         checkpoint: NAMEstate.pt, from which it resumes; NAMEmetrics.jsonl beside it takes loss and speed.
         seed: the run's seed and the stage's number.
         config_hash: of the settings; a checkpoint of others is refused.
@@ -55,7 +52,6 @@ class Training:
     seed: tuple[int, int]
     config_hash: str
     dtype: torch.dtype
-    device: torch.device
     world: World = ALONE
 
 
@@ -67,12 +63,7 @@ def training_loader(
     device: torch.device,
     world: World = ALONE,
 ) -> Loader:
-    """Loads this process's share of each training batch: random resized crops if the settings ask for them, whole
-    images otherwise.
-
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
+    """Loads this process's share of each training batch; UserError if the processes do not divide the batch."""
     resized = RandomResizedCrop(config.image_size, _stream_seed(seed)) if config.augment.resized_crop else None
     crop = resized or data.view(config.image_size)
     return Loader(images, len(_local_rows(config, world)), device=device, crop=crop)
@@ -81,11 +72,11 @@ def training_loader(
 def training_batches(
     loader: Loader, order: Order, seed: int, batch_size: int, start: int, steps: int, rows: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Batches start..steps-1 of the endless training stream, all of `batch_size`; one may span two epochs.
+    """Batches start..steps-1 of the training stream, all of `batch_size`; one may span two epochs.
 
     Args:
         loader: of batches of len(rows).
-        rows: of each batch, int64 [n], those to load; None: all.
+        rows: those of each batch to load, int64 [n]; None: all.
     """
     rows = np.arange(batch_size) if rows is None else rows
     for draws in order.steps(seed, batch_size, start, steps):
@@ -93,30 +84,22 @@ def training_batches(
 
 
 def fit(training: Training) -> None:
-    """Trains a model for `config.steps` steps of SGD, resuming from its checkpoint.
-
-    Raises:
-        UserError: see `train_steps`.
-    """
+    """Trains a model for `config.steps` steps of SGD, resuming from its checkpoint; raises as `train_steps` does."""
     for _ in fit_all([training]):
         pass
 
 
 def fit_all(trainings: Sequence[Training]) -> Iterator[Training]:
-    """Does what `fit` does for each training, and yields each when it is done.
+    """Fits each training and yields it when it is done.
 
-    On one GPU, small networks train side by side, each on its own stream: their kernels together fill the card.
-    Otherwise they train one after another; the results are the same.
-
-    Raises:
-        UserError: see `train_steps`.
+    On one GPU, small networks train side by side, each on its own stream, to fill the card; the results are the same.
     """
     together = _side_by_side(trainings)
-    if together:  # a resident set must be on the device before several streams read it
-        for training in trainings:
+    if together:
+        for training in trainings:  # a resident set must be on the device before several streams read it
             next(training.loader.batches(np.zeros(1, np.int64)))
     for group in [trainings] if together else [[training] for training in trainings]:
-        lanes = [(t, _steps(t), _stream(t.device) if together else nullcontext()) for t in group]
+        lanes = [(t, _steps(t), _stream(t.loader.device) if together else nullcontext()) for t in group]
         while lanes:
             for lane in list(lanes):
                 training, steps, stream = lane
@@ -125,15 +108,14 @@ def fit_all(trainings: Sequence[Training]) -> Iterator[Training]:
                         continue
                 lanes.remove(lane)
                 if together:
-                    torch.cuda.synchronize(training.device)
+                    torch.cuda.synchronize(training.loader.device)
                 training.model.eval()
                 yield training
 
 
 def _side_by_side(trainings: Sequence[Training]) -> bool:
-    if len(trainings) < 2 or any(t.device.type != "cuda" or t.world.size > 1 for t in trainings):
-        return False
-    return all(_step_flops(training) < _SMALL_STEP for training in trainings)
+    alone = len(trainings) < 2 or any(t.loader.device.type != "cuda" or t.world.size > 1 for t in trainings)
+    return not alone and all(_step_flops(training) < _SMALL_STEP for training in trainings)
 
 
 def _step_flops(training: Training) -> float:
@@ -152,7 +134,7 @@ def _stream(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _stream_seed(seed: tuple[int, int]) -> int:
-    """Of the order, the crops and the augmentation."""
+    """The seed of order, crops and augmentation."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
@@ -167,16 +149,16 @@ def _halo(config: TrainingConfig, world: World) -> int:
 
 
 def _steps(training: Training) -> Iterator[int]:
-    """Does a step of the training each time it is asked for the next number of steps done."""
+    """Trains; yields the number of steps done after each."""
     config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
     step = _Step(training, seed)
     factors = [
         learning_rate_factor(i, config.steps, config.warmup * config.steps, config.milestones, config.decay)
         for i in range(config.steps)
     ]
-    rates = torch.tensor([config.learning_rate * factor for factor in factors], device=training.device)
+    rates = torch.tensor([config.learning_rate * factor for factor in factors], device=loader.device)
     # With several processes their exchange stays outside graphs.
-    run = CUDAGraphRunner(step, training.device if world.size == 1 else torch.device("cpu"))
+    run = CUDAGraphRunner(step, loader.device if world.size == 1 else torch.device("cpu"))
     name = training.checkpoint.name.removesuffix("state.pt")
     yield from train_steps(
         LoopConfig(
@@ -193,7 +175,7 @@ def _steps(training: Training) -> Iterator[int]:
 
 
 class _Step:
-    """Augmentation, forward, loss, backward, exchange and SGD on device tensors alone, fit for a CUDA graph."""
+    """Augmentation, forward, loss, backward, exchange and SGD on device tensors alone, as a CUDA graph needs."""
 
     def __init__(self, training: Training, seed: int) -> None:
         self.training, self.seed = training, seed
@@ -204,18 +186,11 @@ class _Step:
         # Fused on CUDA: only then does the rate stay on the device.
         self.optimizer = torch.optim.SGD(
             self.parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
-            fused=training.device.type == "cuda",
+            fused=training.loader.device.type == "cuda",
         )  # fmt: skip
 
-    def __call__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        synthetic: torch.Tensor,
-        positions: torch.Tensor,
-        rate: torch.Tensor,
-    ) -> Losses:
-        """One step on a batch as the loader gives it, at the learning rate `rate`, float32 scalar."""
+    def __call__(self, images: Tensor, labels: Tensor, synthetic: Tensor, positions: Tensor, rate: Tensor) -> Losses:
+        """One step on the fields of a `Batch`, at the learning rate `rate`, float32 scalar."""
         config, world = self.training.config, self.training.world
         options = {"pad": config.augment.pad, "flip": config.augment.flip, "jitter": config.augment.jitter}
         size, dtype = config.image_size, self.training.dtype
@@ -226,7 +201,7 @@ class _Step:
             x, share = (y[halo:] for y in mixup(x, self.seed, positions, config.mixup))
             share = torch.cat([share, 1 - share])
             labels, synthetic = (torch.cat([y[halo:], y.roll(1)[halo:]]) for y in (labels, synthetic))
-        with autocast(dtype, self.training.device):
+        with autocast(dtype, self.training.loader.device):
             logits = self.training.model(x)
         loss = self.training.loss(logits.float(), labels, synthetic, share)
         world.sum_(loss.weight)
@@ -252,30 +227,22 @@ class _Step:
 
 @torch.inference_mode()
 def _apply(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    loader: Loader,
-    image_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    function: Callable[[Tensor], Tensor], size: int, loader: Loader, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     outputs, labels = [], []
     for batch in loader.sequential():
-        with autocast(dtype, device):
-            outputs.append(function(center_crop(normalise(batch.images), image_size)).float())
+        with autocast(dtype, loader.device):
+            outputs.append(function(center_crop(normalise(batch.images), size)).float())
         labels.append(batch.labels)
     return torch.cat(outputs), torch.cat(labels)
 
 
-def predict(
-    model: nn.Module, loader: Loader, image_size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
+def predict(model: Classifier, loader: Loader, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and true labels of the whole set in its order, int64 [N] each."""
-    logits, labels = _apply(model, loader, image_size, dtype, device)
+    logits, labels = _apply(model, model.image_size, loader, dtype)
     return logits.argmax(1).cpu().numpy(), labels.cpu().numpy()
 
 
-def extract_features(
-    model: nn.Module, loader: Loader, image_size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Penultimate features float32 [N, F] and labels int64 [N] of the whole set in its order."""
-    return _apply(model.features, loader, image_size, dtype, device)  # type: ignore[arg-type]
+def extract_features(model: Classifier, loader: Loader, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Penultimate features, float32 [N, F], and labels, int64 [N], of the whole set in its order."""
+    return _apply(model.features, model.image_size, loader, dtype)

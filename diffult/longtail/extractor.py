@@ -1,4 +1,4 @@
-"""The extractor phi0 with the classes as it sees them."""
+"""The extractor phi0 with the centre and radius of each class in its features."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ from kernels.augment import center_crop
 
 @dataclass(frozen=True)
 class Extractor:
-    """phi0, frozen, in evaluation mode.
-
-    Attributes:
-        network: a classifier with `features`.
-        image_size: side of the images it was trained on; larger ones are cropped to their middle.
-        statistics: centre and radius of each class in its feature space.
-    """
+    """phi0, frozen, in evaluation mode. Images larger than the `image_size` it was trained on are cropped to their
+    middle."""
 
     network: Classifier
     image_size: int
@@ -33,18 +28,14 @@ class Extractor:
         return self.network.features(center_crop(images, self.image_size))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """The class that phi0 sees, int64 [B], from features [B, F], with the class frequency taken out of its logits
-        (Menon et al. 2021, eq. 9): unadjusted, it would see head classes in most samples of the tail."""
+        """phi0's class, int64 [B], from features [B, F], its logits adjusted for class frequency (Menon et al. 2021,
+        eq. 9): unadjusted, it would assign most samples of the tail to head classes."""
         logits = self.network.head(features)
         return (logits.float() - log_prior(self.statistics.counts)).argmax(1)
 
 
 def load_extractor(folder: Path, device: torch.device) -> Extractor:
-    """What the stage extractor left in its folder: phi0 in evaluation mode, and the classes.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """The extractor of a finished stage's folder; raises UserError if a file is missing or damaged."""
     network = load_classifier(folder / "weights.safetensors", device)
     statistics, _ = load_tensors(folder / "statistics.safetensors")
     return Extractor(network, network.image_size, ClassStatistics(**statistics).to(device))

@@ -1,12 +1,12 @@
-"""Here a sample is accepted or dropped: each mode of `generate.filter` is a line of FILTERS.
+"""Which samples are kept: each mode of `generate.filter` is a line of FILTERS.
 
-Every candidate gets a verdict from its distance d to the centre of the class it was drawn for, in the extractor's
-features, and the class's radius d_f (DiffuLT):
+Every candidate gets a verdict from its distance d to the centre of its class in the extractor's features, and the
+class's radius d_f (DiffuLT):
 
     ID: d <= d_f        AID, approximately in distribution: d_f < d <= 2 d_f        OOD: beyond
 
-A filter says which verdicts it keeps. Where it also checks the label, a sample that the extractor takes for another
-class is OOD at any distance.
+A filter keeps some of the verdicts. If it also checks the label, a sample that the extractor assigns to another class
+is OOD at any distance.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class Verdict(IntEnum):
-    """See above."""
-
     ID = 0
     AID = 1
     OOD = 2
@@ -34,12 +32,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class Filter:
-    """What a filter keeps.
-
-    Attributes:
-        keeps: the verdicts of accepted samples.
-        checks_label: whether the extractor's class, its logits adjusted for class frequency, must be the sample's.
-    """
+    """The verdicts that a filter keeps, and whether `Extractor.classify` must give the sample's own class."""
 
     keeps: tuple[Verdict, ...]
     checks_label: bool = False
@@ -47,14 +40,14 @@ class Filter:
     def judge(
         self, extractor: Extractor, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distances float32 [B] and verdicts uint8 [B] of samples, float [B, C, H, W] in [-1, 1], drawn for the classes
+        """Distances float32 [B] and verdicts uint8 [B] of samples, float [B, C, H, W] in [-1, 1], of the classes
         `labels`, int64 [B]."""
         features = extractor.features(images)
         predicted = extractor.classify(features) if self.checks_label else None
         return judge(features, labels, extractor.statistics, predicted)
 
     def accepts(self, verdict: np.ndarray) -> np.ndarray:
-        """Which candidates are accepted, bool [B], from `Verdict` values, uint8 [B]."""
+        """Whether each candidate is accepted, bool [B], from its `Verdict` value, uint8 [B]."""
         return np.isin(verdict, self.keeps)
 
 
@@ -71,16 +64,13 @@ def judge(
     statistics: ClassStatistics,
     predicted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance of each sample to the centre of the class it was drawn for, and the verdict that follows.
+    """Distance of each sample to the centre of its class, float32 [B], and its `Verdict` value, uint8 [B].
 
     Args:
         features: float [B, F], the extractor's features of the samples.
-        labels: int64 [B], the class each sample was drawn for.
-        statistics: centres and radii of the real images.
-        predicted: int64 [B], the class that the extractor sees in each sample; None leaves the label unchecked.
-
-    Returns:
-        distance float32 [B] and verdict uint8 [B], the values of `Verdict`.
+        labels: int64 [B], their classes.
+        statistics: of the real images.
+        predicted: int64 [B], the extractor's class of each sample; None leaves the label unchecked.
     """
     distance = torch.linalg.vector_norm(features.float() - statistics.centres[labels], dim=1)
     radius = statistics.radii[labels]

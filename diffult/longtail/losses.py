@@ -1,4 +1,4 @@
-"""Losses of the classifier. A loss is a callable that holds all it knows beside the batch; see `Loss`."""
+"""Losses of the classifier."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 
 class WeightedSum(NamedTuple):
-    """Scalars: the sum of the samples' weighted losses, and the sum of their weights. Kept apart because processes that
-    share a batch divide by the weight of the whole batch."""
+    """Scalars: the sum of the samples' weighted losses, and the sum of their weights; apart, because processes that
+    share a batch divide by the weight of all of it."""
 
     total: torch.Tensor
     weight: torch.Tensor
 
     @property
     def mean(self) -> torch.Tensor:
-        """total / weight; 0 for a batch without any weight."""
+        """total / weight; 0 for a batch without weight."""
         return self.total / self.weight.clamp(min=1e-12)
 
 
@@ -40,15 +40,15 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy in which a synthetic sample weighs omega and a real one 1.
+    """Cross-entropy in which a synthetic sample weighs omega and a real one 1; the labels of a mixed image count by
+    their shares.
 
-    The paper leaves the normalisation open; this is the weighted mean, sum(w l) / sum(w), as torch's own weighted
-    cross-entropy, so that omega does not change the size of the step. Each of the two labels of a mixed image counts by
-    its share.
+    The paper leaves the normalisation open; this is the weighted mean, as in torch's weighted cross-entropy, so that
+    omega does not change the size of the step.
 
     Attributes:
         omega: not negative.
-        prior: float [num_classes], added to the logits; see `log_prior`. None: none.
+        prior: float [num_classes], added to the logits; see `log_prior`.
     """
 
     omega: float = 1.0
@@ -67,11 +67,10 @@ class CrossEntropy:
 
 
 def log_prior(effective_counts: torch.Tensor) -> torch.Tensor:
-    """log pi_c for logit adjustment, float32 [num_classes]: added to the logits in training alone, so that the
-    classifier learns what the class frequency does not already say (Menon et al. 2021, eq. 10, tau = 1).
+    """log pi_c of logit adjustment, float32 [num_classes], added to the logits in training alone (Menon et al. 2021,
+    eq. 10, tau = 1).
 
     Args:
-        effective_counts: float [num_classes], the weight of each class in the training set: its real images plus omega
-            times its synthetic ones.
+        effective_counts: float [num_classes], the weight of each class in training.
     """
     return torch.log(effective_counts / effective_counts.sum()).float()

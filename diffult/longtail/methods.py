@@ -1,4 +1,4 @@
-"""The ways to train the final classifier that a run compares: `METHODS`, a row each.
+"""The ways to train the final classifier that a run compares: one row of `METHODS` each.
 
 A method differs from the others in the images it uses, the order it draws them in and its loss; network, steps, rate
 and augmentation are the same for all.
@@ -57,13 +57,8 @@ class Drawing(NamedTuple):
 
 
 class ClassCounts(NamedTuple):
-    """Float64 [num_classes] each.
-
-    Attributes:
-        real: real images.
-        effective: the weight of each class in training: its images, by how often they are drawn, each synthetic one
-            weighing omega.
-    """
+    """Float64 [num_classes] each: the real images, and the weight of each class in training, that is its images by how
+    often they are drawn, each synthetic one weighing omega."""
 
     real: torch.Tensor
     effective: torch.Tensor
@@ -75,9 +70,9 @@ class Method:
 
     Attributes:
         title: its name in tables.
-        synthetic: whether it trains on real and synthetic images, or on real ones alone.
-        draw: the order in which it draws them.
-        loss: makes its loss of class counts and omega.
+        synthetic: whether it trains on synthetic images too.
+        draw: makes the order in which it draws images.
+        loss: makes its loss from class counts and omega.
         filled: whether it reads N_t itself.
     """
 
@@ -116,21 +111,14 @@ def resampled(train: TrainingSet) -> Drawing:
 
 
 def duplicated(train: TrainingSet) -> Drawing:
-    """See `Duplicates`."""
     counts = np.bincount(train.labels)
     frequency = np.maximum(counts, train.balance_to) / np.maximum(counts, 1)
     return Drawing(Duplicates(train.labels, train.balance_to), frequency[train.labels])
 
 
 class Duplicates(Order):
-    """Each class filled up to `balance_to` draws an epoch with its own images, which come equally often, give or take
-    one; larger classes once an image. It draws as many images of each class as a filled-up set holds, without any new
-    one: the control of what synthetic images add.
-
-    Args:
-        labels: (N,) integers, the class of each sample.
-        balance_to: N_t.
-    """
+    """Fills each class up to `balance_to` draws an epoch with its own images, each drawn equally often, give or take
+    one: the control for what synthetic images add. `labels`: integers (N,)."""
 
     def __init__(self, labels: np.ndarray, balance_to: int) -> None:
         _, sizes = np.unique(labels, return_counts=True)

@@ -8,7 +8,7 @@ COLUMNS = ("top1", "many", "medium", "few")  # what `accuracies` gives for the g
 
 
 def class_groups(train_counts: np.ndarray, many: int, few: int) -> dict[str, np.ndarray]:
-    """Class numbers of each group: many has more than `many` training images, few fewer than `few`, medium the rest.
+    """Class numbers by group: many has more than `many` training images, few fewer than `few`, medium the rest.
 
     Args:
         train_counts: int64 [num_classes], real training images of each class.

@@ -17,11 +17,10 @@ def quotas_to(target: int, counts: np.ndarray) -> np.ndarray:
 
 
 class Quota:
-    """The ledger of a generation run.
+    """The candidates and verdicts of a generation run.
 
-    Candidates of a class are 0, 1, 2, ... up to a limit; each is handed out once by `next_batch` and judged once by
-    `record`. A class is finished when it has its quota, or when its limit is spent: a class whose samples hardly ever
-    pass ends short, it never loops for ever.
+    Candidates of a class are 0, 1, 2, ... up to a limit; `next_batch` hands each out once, `record` takes its verdict.
+    A class is finished when it has its quota or has reached its limit.
     """
 
     def __init__(self, quotas: np.ndarray, max_draws: float, filter: Filter = FILTERS["distance"]) -> None:
@@ -29,31 +28,28 @@ class Quota:
         Args:
             quotas: int64 [num_classes], how many accepted samples each class needs.
             max_draws: at most ceil(quota * max_draws) candidates are drawn for a class.
-            filter: says which verdicts are accepted.
         """
         self.filter = filter
         self.quotas = np.asarray(quotas, dtype=np.int64)
         self.limits = np.ceil(self.quotas * max_draws).astype(np.int64)
         self._verdicts: list[dict[int, int]] = [{} for _ in self.quotas]
-        # Below `_settled` every index is judged; `_passed` counts those that passed. What passed above a gap, left by
-        # a lost shard, counts only when the gap is closed: else the kept set would not be that of the lowest indices.
+        # Below `_settled` every index has its verdict; `_passed` counts those that passed. What passed above a gap,
+        # left by a lost shard, counts only when the gap is closed, so that the kept set is that of the lowest indices.
         self._settled = [0] * len(self.quotas)
         self._passed = np.zeros_like(self.quotas)
-        self._next = [0] * len(self.quotas)  # below it, every index is judged or handed out
+        self._next = [0] * len(self.quotas)  # below it, every index has its verdict or is handed out
 
     def next_batch(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `size` candidates, (labels, indices) int64, none judged before; both empty when nothing is left to do.
+        """Up to `size` new candidates, (labels, indices) int64; both empty when every class is finished.
 
-        Classes take turns in order; each asks for what it still lacks, divided by its rate of acceptance so far.
+        Each class in turn gets what it lacks, divided by its rate of acceptance so far.
         """
         labels: list[int] = []
         indices: list[int] = []
         missing = self.missing
         for c in np.flatnonzero(missing > 0).tolist():
-            judged = self._verdicts[c]
-            rate = (self._passed[c] + 1) / (len(judged) + 1)
-            wanted = min(int(np.ceil(missing[c] / rate)), size - len(labels))
-            taken = self._take(c, wanted)
+            rate = (self._passed[c] + 1) / (len(self._verdicts[c]) + 1)
+            taken = self._take(c, min(int(np.ceil(missing[c] / rate)), size - len(labels)))
             labels += [c] * len(taken)
             indices += taken
             if len(labels) == size:
@@ -70,11 +66,11 @@ class Quota:
 
     def record(self, labels: np.ndarray, indices: np.ndarray, verdict: np.ndarray) -> None:
         """Enters the verdicts of candidates: int64 [B], int64 [B], `Verdict` values [B]."""
-        for c, i, judged in zip(labels.tolist(), indices.tolist(), verdict.tolist(), strict=True):
-            self._verdicts[c].setdefault(i, judged)
+        for c, i, value in zip(labels.tolist(), indices.tolist(), verdict.tolist(), strict=True):
+            self._verdicts[c].setdefault(i, value)
         for c in np.unique(labels).tolist():
-            while (judged := self._verdicts[c].get(self._settled[c])) is not None:
-                self._passed[c] += judged in self.filter.keeps
+            while (value := self._verdicts[c].get(self._settled[c])) is not None:
+                self._passed[c] += value in self.filter.keeps
                 self._settled[c] += 1
 
     @property
@@ -85,7 +81,7 @@ class Quota:
 
     @property
     def drawn(self) -> list[int]:
-        """How many candidates of each class have been judged."""
+        """How many candidates of each class have their verdict."""
         return [len(verdicts) for verdicts in self._verdicts]
 
     @property
@@ -99,10 +95,10 @@ class Quota:
         return sorted(passed)[: int(self.quotas[c])]
 
     def tally(self, c: int) -> dict[str, int]:
-        """How many candidates of class c were drawn, and their fates: {"drawn", "accepted", "id", "aid", "ood"}.
+        """How many candidates of class c were drawn and accepted, and their verdicts, by name.
 
-        Counted are those up to the last one kept, or all where the class is short: what was drawn beyond is waste of
-        the batching, and would make the figures depend on the batch size.
+        Counts those up to the last one kept, or all if the class is short, so that the figures do not depend on the
+        batch size.
         """
         kept = self.kept(c)
         end = kept[-1] + 1 if kept and len(kept) == self.quotas[c] else self.limits[c] if self.quotas[c] else 0

@@ -1,4 +1,4 @@
-"""Where each class lives in the extractor's feature space: a centre and a radius (DiffuLT, section on generation)."""
+"""Centre and radius of each class in the extractor's feature space (DiffuLT, section on generation)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-# With fewer real images than this a class has no spread to speak of: one image has no pair, and two have one pair,
-# whose distance is a single draw. Such a class borrows the median radius of the classes that do have one.
+# A class with fewer real images, at most one pair, takes the median radius of the others.
 MIN_IMAGES_FOR_RADIUS = 3
-_ROWS = 1024  # rows of the distance matrix held at a time: 5000 images need 20 MB, not 100
+_ROWS = 1024  # rows of the distance matrix held at a time
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,14 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
     Args:
         features: float [N, F], the extractor's features of the real training images.
         labels: int64 [N].
-        num_classes: every class in 0..num_classes-1 must have at least one image.
+        num_classes: each must have at least one image.
 
     Raises:
         ValueError: a class without an image, or no class with three images.
     """
     features = features.float()
     by_class = [features[labels == c] for c in range(num_classes)]
-    empty = [c for c, rows in enumerate(by_class) if len(rows) == 0]
-    if empty:
+    if empty := [c for c, rows in enumerate(by_class) if len(rows) == 0]:
         raise ValueError(f"no image of class {empty[0]}: a centre needs at least one")
     measured = [len(rows) >= MIN_IMAGES_FOR_RADIUS for rows in by_class]
     if not any(measured):

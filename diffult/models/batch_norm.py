@@ -9,10 +9,7 @@ from diffult.engine.distributed import World
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose statistics in training are those of the batches of all processes, of equal sizes.
-
-    torch.nn.SyncBatchNorm does the same on GPUs alone.
-    """
+    """`nn.BatchNorm2d` over the batches of all processes, of equal sizes. torch.nn.SyncBatchNorm needs GPUs."""
 
     def __init__(self, norm: nn.BatchNorm2d, world: World) -> None:
         """Takes the place of `norm`, with the same parameters and buffers."""
@@ -43,7 +40,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 def share_batch_norms(model: nn.Module, world: World) -> None:
-    """Makes every BatchNorm2d of `model` see the whole batch, if several processes share it."""
+    """Makes every BatchNorm2d of `model` normalise over the whole batch, if several processes share it."""
     if world.size > 1:
         for module in list(model.modules()):
             for name, child in module.named_children():

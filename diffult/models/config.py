@@ -32,9 +32,8 @@ class UNetConfig(StrictModel):
     resample_in_block: bool = False
     """How resolutions change. False: a convolution (DDPM). True: inside a residual block (ADM)."""
     gradient_checkpointing: bool = False
-    """Training keeps only the blocks' inputs and computes the rest again in the backward pass: a forward more, much
-    less memory (Chen et al., 2016)."""
+    """Training keeps only the blocks' inputs and recomputes the rest in the backward pass (Chen et al., 2016)."""
     patch: Annotated[int, Field(ge=1)] = 1
-    """Space-to-depth factor: patch x patch pixels are one position of the network, in and out."""
+    """Space-to-depth factor: patch x patch pixels are one position of the network."""
     augment_dim: Literal[0, 9] = 0
     """Length of the augmentation label of `diffult.diffusion.augment`; 0: the network takes none."""

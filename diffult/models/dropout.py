@@ -7,14 +7,11 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` (Srivastava et al. 2014); on a CPU 16 bits decide on each number, four of them from one draw.
-
-    torch draws for each number by itself, which took a tenth of a training step on an AMD processor. The probability is
-    rounded to 1/65536.
-    """
+    """`torch.nn.Dropout` (Srivastava et al. 2014); on a CPU each number takes 16 random bits, so the probability is
+    rounded to 1/65536."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape and floating type. Returns its shape, type and layout in memory."""
+        """Of any shape and floating type; returns the same, in the same memory layout."""
         if x.device.type != "cpu" or not self.training or self.p in (0, 1):
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)

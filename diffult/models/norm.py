@@ -9,7 +9,7 @@ from kernels.group_norm_silu import group_norm_silu
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, by default with SiLU, that can be scaled and shifted by an embedding (ADM)."""
+    """Group normalisation, by default with SiLU, optionally scaled and shifted by an embedding (ADM)."""
 
     def __init__(self, channels: int, silu: bool = True) -> None:
         super().__init__()

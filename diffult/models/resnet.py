@@ -1,8 +1,7 @@
-"""Classifiers: the extractor phi0 and the final classifier phi are both one of these."""
+"""The networks of the extractor phi0 and of the final classifiers."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffult.errors import UserError
+from diffult.errors import UserError, nearest
 from diffult.runs.files import load_tensors, save_tensors
 
 
@@ -39,14 +38,9 @@ class Classifier(nn.Module):
 
 
 def build_classifier(name: str, num_classes: int, channels: int, image_size: int) -> Classifier:
-    """A freshly initialised classifier: smallcnn, resnet32, resnet10, resnet50 or resnext50.
-
-    channels: colours of the input. Raises UserError on an unknown name and on images smaller than the factor
-    by which the network shrinks them.
-    """
+    """A freshly initialised classifier of CLASSIFIERS; UserError for an unknown name or too small images."""
     if name not in CLASSIFIERS:
-        nearest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"classifier {name!r} is not known: did you mean {nearest!r}? ({', '.join(CLASSIFIERS)})")
+        raise UserError(f"unknown classifier {name!r}{nearest(name, CLASSIFIERS)} (known: {', '.join(CLASSIFIERS)})")
     entry = CLASSIFIERS[name]
     if image_size < entry.smallest_image:
         raise UserError(
@@ -60,26 +54,14 @@ def build_classifier(name: str, num_classes: int, channels: int, image_size: int
 
 
 def save_classifier(file: Path, model: Classifier, name: str, channels: int, image_size: int, digest: str) -> None:
-    """Writes a classifier's weights with all that `load_classifier` needs.
-
-    Args:
-        name, channels, image_size: as `build_classifier` was given them.
-        digest: of the settings that it was trained with.
-
-    Raises:
-        UserError: the system refuses, for a full disk for one.
-    """
+    """Writes a classifier's weights with all that `load_classifier` needs; `digest` is of its settings."""
     sizes = {"num_classes": model.head.out_features, "channels": channels, "image_size": image_size}
     info = {"hash": digest, "network": name} | {key: str(value) for key, value in sizes.items()}
     save_tensors(file, model.state_dict(), info)
 
 
 def load_classifier(file: Path, device: torch.device) -> Classifier:
-    """The classifier of `save_classifier`, in evaluation mode; its `image_size` is what it was trained on.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The classifier of `save_classifier`, in evaluation mode; UserError if the file is missing or damaged."""
     weights, info = load_tensors(file)
     sizes = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
     model = build_classifier(info["network"], *sizes)
@@ -128,10 +110,7 @@ class CifarBlock(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Trunk for small grey images: 3x3 convolutions with batch norm, 32, 64 and 128 wide, strides 1, 2, 2.
-
-    A strided convolution rounds odd sizes up, so that any size from 4 pixels passes: 28, 14, 7 or 8, 4, 2.
-    """
+    """Trunk for small grey images: 3x3 convolutions with batch norm, 32, 64 and 128 wide, strides 1, 2, 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -149,18 +128,15 @@ class SmallCNN(nn.Module):
 
 
 def _torchvision(build: Callable[[Any], Any]) -> Callable[[int], nn.Module]:
-    """A network of the module torchvision.models.resnet, without its head, its first convolution fitted to the colours.
-
-    torchvision is imported where one is built: the other classifiers do without it.
-    """
+    """A trunk from torchvision.models.resnet, its first convolution fitted to the number of colours."""
 
     def trunk(channels: int) -> nn.Module:
         try:
             from torchvision.models import resnet
         except ImportError as error:
             raise UserError(
-                f"resnet10, resnet50 and resnext50 are built by torchvision, which does not import ({error}): install "
-                "it, or take smallcnn or resnet32"
+                f"this classifier needs torchvision, which does not import ({error}): install it, or take smallcnn or "
+                "resnet32"
             ) from None
         net = build(resnet)
         net.fc = nn.Identity()

@@ -1,8 +1,7 @@
 """The class-conditional UNet that predicts noise or velocity in pixel space.
 
-One network with two published shapes: DDPM's (Ho et al., 2020; with labels in CBDM) adds the embedding and
-resamples with convolutions; ADM's (Dhariwal and Nichol, 2021) scales and shifts the norms and resamples
-inside residual blocks. Activations are torch.channels_last throughout.
+DDPM's (Ho et al., 2020; with labels in CBDM) adds the embedding and resamples with convolutions; ADM's (Dhariwal and
+Nichol, 2021) scales and shifts the norms and resamples inside residual blocks. Activations are channels-last.
 """
 
 from __future__ import annotations
@@ -29,11 +28,8 @@ Resample = Literal["", "down", "up"]
 
 
 class UNet(nn.Module):
-    """Class-conditional diffusion UNet for square images of `image_size` pixels and `channels` colours.
-
-    `num_classes` is the number of real classes; the label `num_classes` itself means "no class" (guidance).
-    Raises UserError when the image size, the levels and the attention settings do not fit each other.
-    """
+    """UNet for square images of `image_size` pixels and `channels` colours; the label `num_classes` means "no class".
+    Raises UserError if the image size, the levels and the attention settings do not fit."""
 
     def __init__(self, config: UNetConfig, image_size: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -99,12 +95,16 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, augment: Tensor | None = None) -> Tensor:
-        """Predict from noisy images.
+        """Predicts from noisy images; computes in the type of its weights.
 
-        x: float [B, channels, image_size, image_size]. t: timesteps 0 .. T-1, int or float [B].
-        y: int64 [B] in 0 .. num_classes, the last meaning no class.
-        augment: float [B, augment_dim]; None is the same as zeros.
-        Computes in the type of its weights. Returns the shape and type of x, channels-last.
+        Args:
+            x: float [B, channels, image_size, image_size].
+            t: timesteps 0 .. T-1, int or float [B].
+            y: int64 [B] in 0 .. num_classes.
+            augment: float [B, augment_dim]; None is the same as zeros.
+
+        Returns:
+            The shape and type of x, channels-last.
         """
         embedding = self._embed(t, y, augment)
         h = F.pixel_unshuffle(x.to(self.conv_in.weight.dtype), self.config.patch)
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         embedding = self.time_embedding(sinusoid(t, self.config.channels).to(dtype)) + self.label_embedding(y)
         if augment is not None and self.augment_embedding is not None:
             embedding = embedding + self.augment_embedding(augment.to(dtype))
-        return F.silu(embedding)  # every block would begin with it
+        return F.silu(embedding)  # once for all blocks
 
 
 def build_unet(config: Config, num_classes: int) -> UNet:
@@ -138,22 +138,14 @@ def build_unet(config: Config, num_classes: int) -> UNet:
 
 
 def save_unet(file: Path, weights: Mapping[str, Tensor], config: Config, num_classes: int, digest: str) -> None:
-    """Writes the weights of a configuration's UNet with all that `load_unet` needs; `digest` is of its settings.
-
-    Raises:
-        UserError: the system refuses, for a full disk for one.
-    """
+    """Writes the weights of a configuration's UNet with all that `load_unet` needs; `digest` is of its settings."""
     sizes = {"image_size": config.data.image_size, "channels": config.data.channels, "num_classes": num_classes}
     info = {"hash": digest, "unet": config.unet.model_dump_json()} | {key: str(value) for key, value in sizes.items()}
     save_tensors(file, weights, info)
 
 
 def load_unet(file: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
-    """The UNet of `save_unet` in evaluation mode, computing in `dtype`.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The UNet of `save_unet` in evaluation mode, computing in `dtype`; UserError if the file is missing or damaged."""
     weights, info = load_tensors(file)
     sizes = (int(info[key]) for key in ("image_size", "channels", "num_classes"))
     model = UNet(UNetConfig.model_validate_json(info["unet"]), *sizes)
@@ -164,18 +156,11 @@ def load_unet(file: Path, device: torch.device, dtype: torch.dtype = torch.float
 class ResBlock(nn.Module):
     """Norm, SiLU, convolution, twice, plus the input; the embedding enters at the second norm; may attend.
 
-    With `resample` both branches are halved ("down": mean) or doubled ("up": nearest) before the first
-    convolution.
+    With `resample` both branches are halved ("down": mean) or doubled ("up": nearest) before the first convolution.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        width: int,
-        embed: int,
-        config: UNetConfig,
-        attend: bool,
-        resample: Resample,
+        self, inputs: int, width: int, embed: int, config: UNetConfig, attend: bool, resample: Resample
     ) -> None:
         super().__init__()
         self.resample = resample
@@ -225,7 +210,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, width, rows, columns = x.shape
-        # channels-last is [B, H, W, C] in memory: tokens are a view of it, and so is the way back
+        # channels-last is [B, H, W, C] in memory: tokens are a view of it, and the other way round
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(batch, rows * columns, width)
         q, k, v = self.qkv(tokens).view(batch, rows * columns, 3, self.heads, width // self.heads).unbind(2)
         h = self.out(attention(q, k, v).reshape(batch, rows * columns, width))
@@ -267,29 +252,26 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 def _level_sizes(config: UNetConfig, image_size: int) -> list[int]:
-    """Resolution of each level; UserError unless the image can be cut into patches and halved that often."""
-    factor = config.patch * 2 ** (len(config.multipliers) - 1)
+    levels = len(config.multipliers)
+    factor = config.patch * 2 ** (levels - 1)
     if image_size < factor or image_size % factor:
         raise UserError(
-            f"UNet: images of {image_size} pixels do not go with patch {config.patch} and "
-            f"{len(config.multipliers)} multipliers: the size must be a multiple of {factor}; use fewer "
-            "multipliers or another patch"
+            f"UNet: with patch {config.patch} and {levels} multipliers the image size must be a multiple of {factor}, "
+            f"got {image_size}; use fewer multipliers or another patch"
         )
-    return [image_size // config.patch // 2**level for level in range(len(config.multipliers))]
+    return [image_size // config.patch // 2**level for level in range(levels)]
 
 
 def _check_attention(config: UNetConfig, image_size: int, sizes: list[int], widths: list[int]) -> None:
-    missing = set(config.attention_resolutions) - set(sizes)
-    if missing:
+    if missing := set(config.attention_resolutions) - set(sizes):
         raise UserError(
-            f"UNet: attention_resolutions names {sorted(missing)}, but a {image_size}-pixel image has levels "
-            f"of {sizes}; choose among these"
+            f"UNet: attention_resolutions names {sorted(missing)}, but a {image_size}-pixel image has levels of "
+            f"{sizes}; choose among these"
         )
-    if config.head_width:
-        attending = [w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions] + widths[-1:]
-        for width in attending:
-            if width % config.head_width:
-                raise UserError(
-                    f"UNet: head_width {config.head_width} does not divide a level of {width} channels; "
-                    "choose a divisor, or 0 for one head"
-                )
+    attending = [w for s, w in zip(sizes, widths, strict=True) if s in config.attention_resolutions] + widths[-1:]
+    for width in attending:
+        if config.head_width and width % config.head_width:
+            raise UserError(
+                f"UNet: head_width {config.head_width} does not divide a level of {width} channels; choose a divisor, "
+                "or 0 for one head"
+            )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from diffult.data import DataConfig, choose_splits
+from diffult.data.config import DataConfig
 from diffult.data.profiles import class_counts, draw, exponential, step
+from diffult.data.splits import choose_splits
 from diffult.errors import UserError
 from ffcv_writers.readers import Source, Split
 
@@ -179,7 +180,7 @@ def test_no_remainder_means_no_validation_and_a_warning(caplog: pytest.LogCaptur
 
     with caplog.at_level(logging.WARNING):
         assert counts_of(source, chosen(10, 4, 10)["val"]) == [0, 3, 0]
-    assert "no image is left to validate 2 of 3 classes: c0, c2" in caplog.text
+    assert "no validation image is left for 2 of 3 classes: c0, c2" in caplog.text
     assert "val" not in chosen(10, 10, 10) and "val" not in chosen(5, 5, 5, val_per_class=0)
 
 

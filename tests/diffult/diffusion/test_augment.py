@@ -11,7 +11,6 @@ import scipy.ndimage
 import torch
 
 from diffult.diffusion.augment import LABEL_DIM, _inverse, affine, augment, draw_labels, warp
-from diffult.errors import UserError
 
 
 def _images(batch: int = 3, size: int = 12) -> torch.Tensor:
@@ -146,10 +145,3 @@ def test_untouched_images_are_bit_for_bit_and_others_follow_their_label() -> Non
     assert (moved[touched] - images[touched]).abs().amax((1, 2, 3)).min() > 0.01
     assert moved.abs().max() <= 1
     assert moved.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_bad_input() -> None:
-    with pytest.raises(UserError, match="square"):
-        augment(torch.zeros(1, 1, 8, 9), 0.1, torch.rand(1, 8), torch.randn(1, 4))
-    with pytest.raises(UserError, match="probability"):
-        augment(torch.zeros(1, 1, 8, 8), 1.2, torch.rand(1, 8), torch.randn(1, 4))

@@ -185,7 +185,7 @@ def training(images, folder, *overrides: str, method: str = "diffult", device: s
     loader = training_loader(images, DIGITS, config, (0, 9), torch.device(device))
     return Training(
         method, model, loader, drawing.order, loss, config, folder / f"{method}.state.pt", (0, 9), "hash",
-        torch.float32, torch.device(device),
+        torch.float32,
     )  # fmt: skip
 
 
