@@ -22,6 +22,7 @@ from diffult.engine.device import pick_device
 from diffult.engine.distributed import init_distributed
 from diffult.errors import UserError
 from diffult.generation.shards import open_kept
+from diffult.longtail.filter import FILTERS, Verdict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.longtail.quota import quotas_to
@@ -146,6 +147,7 @@ def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: 
         histogram=_data_uri(class_histogram(counts, synthetic, groups, packed.classes), "image/svg+xml"),
         gallery=gallery(packed, samples, quotas),
         generation=generation,
+        filtered=Verdict.OOD not in FILTERS[config.generate.filter].keeps,
         shares=_shares(generation),
         by_class=generation_rows(generation["by_class"], packed.classes, counts, quotas),
         long_table=_LONG_TABLE,

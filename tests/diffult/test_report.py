@@ -283,6 +283,15 @@ def test_report_without_samples_and_validation(config: Config) -> None:
     assert "No sample was drawn: no class has fewer than 3 real images." in page.text
 
 
+@pytest.mark.parametrize(
+    ("filter", "words"), [("none", "No sample was"), ("distance", "Samples out of distribution were")]
+)
+def test_the_report_says_whether_samples_were_dropped(samples: Images, filter: str, words: str) -> None:
+    config = load_preset("digits-lt", [f"generate.filter={filter}"])
+    page = Page(render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m"))
+    assert f"{words} dropped." in page.text
+
+
 def test_a_group_without_test_images_is_a_dash() -> None:
     row = {"top1": 50.0, "many": None, "medium": None, "few": 50.0}
     rows = accuracy_rows({"diffult": row | {"top1": 49.96}, "ce": row})
