@@ -32,8 +32,8 @@ from diffult.train_extractor import train_extractor
 log = logging.getLogger(__name__)
 
 
-def check_networks(config: Config, num_classes: int) -> list[str]:
-    """Parameters and FLOP of each network, a line each. Raises UserError if one does not fit the images."""
+def network_costs(config: Config, num_classes: int) -> list[str]:
+    """Parameters and FLOP of each network, a line each."""
 
     def images(side: int) -> torch.Tensor:
         return torch.empty(1, config.data.channels, side, side)
@@ -46,22 +46,16 @@ def check_networks(config: Config, num_classes: int) -> list[str]:
     return [*lines, summary("diffusion (UNet)", build_unet(config, num_classes), inputs)]
 
 
-def check_run(run: RunDir) -> None:
-    """Raises UserError, before any work starts, if a network does not fit the images or a checkpoint is damaged."""
-    check_networks(run.config, num_classes=2)
-    for folder in map(run.folder, STAGES):
-        if not (folder / "done.json").exists():
-            for checkpoint in sorted(folder.glob("*state.pt")):
-                check_checkpoint(checkpoint)
-
-
 def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> None:
     """Runs every stage up to `until`; finished ones are skipped, an interrupted one resumes.
 
     Raises:
-        UserError: bad settings or images.
+        UserError: bad settings or images, or a damaged checkpoint.
     """
-    check_run(run)
+    for folder in map(run.folder, STAGES):  # before any work starts
+        if not (folder / "done.json").exists():
+            for checkpoint in sorted(folder.glob("*state.pt")):
+                check_checkpoint(checkpoint)
     device = pick_device()
     log.info("%s: %s", run.config.name, run.path)
     log.info("device: %s, %s", device, str(compute_dtype(run.config.precision, device)).removeprefix("torch."))
@@ -75,7 +69,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
             raise UserError(
                 f"no class has {MIN_IMAGES_FOR_RADIUS} training images: no radius can be measured; raise data.n_max"
             )
-        for line in check_networks(run.config, len(packed.classes)):
+        for line in network_costs(run.config, len(packed.classes)):
             log.info(line)
 
     stages = {

@@ -43,6 +43,7 @@ def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False
     """
     packed = run.packed()
     extractor = _extractor(run)
+    world.local_slice(run.config.diffusion.batch_size, "diffusion.batch_size")
     with run.stage("diffusion", world) as record:
         if record is not None:
             folder = run.folder("diffusion") / "tensorboard"

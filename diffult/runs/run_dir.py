@@ -18,10 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffult.config import Config, differences, load_preset, override, read_config
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
+from diffult.models.resnet import build_classifier
+from diffult.models.unet import build_unet
 from diffult.runs.files import lock_folder, read_json, write_json, write_text
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
@@ -46,7 +50,8 @@ class RunDir:
                 redoes is logged.
 
         Raises:
-            UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings.
+            UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings,
+                among them networks that do not fit the images.
         """
         file = path / "config.toml"
         if path.exists() and not path.is_dir():
@@ -56,12 +61,16 @@ class RunDir:
                 raise UserError(f"{file}: not found; start a run with python -m diffult.run --preset NAME --run {path}")
             if path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir()):  # .lock, .*.tmp: after a kill
                 raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
-            return cls(path, load_preset(preset, overrides or []))
+            run = cls(path, load_preset(preset, overrides or []))
+            _check_networks(run.config)
+            return run
         before = read_config(file)
         if preset not in (None, before.name):
             raise UserError(f"{path}: holds a run of preset {before.name!r}, not {preset!r}; give another directory")
         run = cls(path, override(before, overrides or []))
-        run._announce(before)
+        if run.config != before:
+            _check_networks(run.config)
+            run._announce(before)
         return run
 
     def _announce(self, before: Config) -> None:
@@ -213,6 +222,14 @@ class RunDir:
                     shutil.rmtree(folder, ignore_errors=True)
                     copy.rename(folder)  # whole or not at all
                 log.info("%s: taken from %s", stage, other.path)
+
+
+def _check_networks(config: Config) -> None:
+    """Here, before a stage deletes what an attempt with other settings made."""
+    with torch.device("meta"):
+        for part in (config.extractor, config.classifier):
+            build_classifier(part.network, 2, config.data.channels, part.image_size)
+        build_unet(config, num_classes=2)
 
 
 def _link(source: str, target: str) -> None:

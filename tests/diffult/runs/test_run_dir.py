@@ -12,12 +12,14 @@ from conftest import TINY
 from PIL import Image
 
 from diffult.config import load_preset
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.run import run_pipeline
 from diffult.runs import run_dir
 from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, affected
+from diffult.train_diffusion import train_diffusion
 
 
 @pytest.fixture
@@ -119,6 +121,21 @@ def test_a_second_writer_is_refused_and_changes_nothing(copied, settings):
     with lock_folder(copied.path), pytest.raises(UserError, match="another process writes to it"):
         run_pipeline(RunDir.open(copied.path, overrides=settings))
     assert content() == before
+
+
+@pytest.mark.parametrize("setting", ["unet.attention_resolutions=[3]", "extractor.network=resnet33"])
+def test_networks_that_do_not_fit_are_refused_before_a_finished_one_is_deleted(copied, setting):
+    before = written(copied)
+    with pytest.raises(UserError, match=r"resolution|resnet33"):
+        RunDir.open(copied.path, overrides=[setting])
+    assert written(copied) == before and RunDir.open(copied.path).config == copied.config
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_a_finished_model_is_deleted(copied):
+    run = RunDir.open(copied.path, overrides=["diffusion.batch_size=7"])
+    with pytest.raises(UserError, match=r"diffusion.batch_size = 7 cannot be shared by 2 processes"):
+        train_diffusion(run, World(0, 2))
+    assert copied.done("diffusion")
 
 
 def test_sharing_that_is_killed_leaves_no_half_stage(tiny_run, tmp_path, monkeypatch):
