@@ -129,19 +129,8 @@ def build_peer_step(model: Model, peer: Any, plain: bool) -> Callable[[], torch.
 
 def build_sampler(model: Model, settings: GenerateConfig, compiled: bool = False) -> Sampler:
     """Draws from `model`."""
-    config = model.config
-    return Sampler(
-        unet=model.unet,
-        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, model.device),
-        prediction=config.diffusion.prediction,
-        settings=settings.model_copy(update={"batch_size": model.size}),
-        shape=(config.data.channels, config.data.image_size, config.data.image_size),
-        null_label=CLASSES,
-        seed=0,
-        dtype=model.dtype,
-        device=model.device,
-        compiled=compiled,
-    )
+    settings = settings.model_copy(update={"batch_size": model.size})
+    return Sampler.for_run(model.config, model.unet, settings, seed=0, compiled=compiled)
 
 
 def our_draw(model: Model, settings: GenerateConfig, compiled: bool = False) -> Call:

@@ -1,4 +1,4 @@
-"""What all verbs share on the command line: common options, logging, one-line errors, exit codes."""
+"""The command line that all verbs share: common options, logging, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ UsageError: Any = typer.BadParameter.__base__  # its module differs between vers
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="Start the run from this preset where the directory is new.", show_default=False),
+    typer.Option("--preset", help="Preset to start a new run from.", show_default=False),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a setting of the preset: section.key=value. Repeatable.", show_default=False),
+    typer.Option(
+        "--set", help="Override a setting, also on an existing run: section.key=value. Repeatable.", show_default=False
+    ),
 ]
 
 
@@ -54,7 +56,7 @@ def main(verb: Callable[..., None]) -> None:
     except OSError as error:  # a folder that is a file, a full disk, no permission
         message = f"{error.filename or 'file system'}: {error.strerror or error}; choose another place or make room"
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""What this machine will use for each operation, and why."""
+"""What serves each operation on this machine, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def installed(package: str) -> str | None:
-    """A package's version, None if it is not there. It is not imported: xformers warns without a GPU."""
+    """A package's version, None if it is missing. It is not imported: xformers warns without a GPU."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -39,11 +39,11 @@ def installed(package: str) -> str | None:
 
 
 def rows() -> list[Row]:
-    """What is used on the device that every verb would pick now."""
-    device = pick_device()
+    """The rows for the device that every verb would pick now."""
+    device, cuda = pick_device(), torch.version.cuda
     return [
         Row("Python", platform.python_version(), platform.platform(terse=True)),
-        Row("torch", torch.__version__, _torch_build()),
+        Row("torch", torch.__version__, f"built for CUDA {cuda}" if cuda else "built without CUDA"),
         device_row(device),
         dtype_row(device),
         attention_row(device),
@@ -53,10 +53,6 @@ def rows() -> list[Row]:
         Row("disk", f"{shutil.disk_usage(Path.cwd()).free / _GIB:.1f} GiB free", f"in {Path.cwd()}"),
         Row("presets", f"{len(preset_names())} known", ", ".join(preset_names())),
     ]
-
-
-def _torch_build() -> str:
-    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
 
 
 def device_row(device: torch.device) -> Row:
@@ -85,26 +81,24 @@ def dtype_row(device: torch.device) -> Row:
 
 def attention_row(device: torch.device) -> Row:
     backend, why = attention_backend(device)
-    there = installed("xformers")
     if backend == "xformers":
-        return Row("attention", f"xformers {there}", why)
-    return Row("attention", "torch SDPA", f"{why}; {_state('xformers', there)}")
+        return Row("attention", f"xformers {installed('xformers')}", why)
+    return Row("attention", "torch SDPA", f"{why}; {_unused('xformers')}")
 
 
 def kernels_row(device: torch.device) -> Row:
-    """What serves the operations of `kernels` but attention."""
-    refusal, there = dispatch.refusal(device), f"Triton {installed('triton')}"
-    if refusal is not None:
-        return Row(_KERNELS, "torch", f"{refusal}; {_state('triton', installed('triton'))}")
-    shapes = [
-        row for of_kernel in dispatch.table().get(dispatch.card(device), {}).values() for row in of_kernel.values()
-    ]
-    fallen = sum(row.get("torch", 0) for row in shapes)
+    """The operations of `kernels` except attention."""
+    if (refusal := dispatch.refusal(device)) is not None:
+        return Row(_KERNELS, "torch", f"{refusal}; {_unused('triton')}")
+    kernels = dispatch.table().get(dispatch.card(device), {}).values()
+    shapes = [row for kernel in kernels for row in kernel.values()]
     why = f"DIFFULT_KERNELS={dispatch.mode()}; kernels/tiles.json knows {len(shapes)} shapes of this card, "
-    return Row(_KERNELS, there, f"{why}{fallen} of them faster in torch")
+    why += f"{sum(row.get('torch', 0) for row in shapes)} of them faster in torch"
+    return Row(_KERNELS, f"Triton {installed('triton')}", why)
 
 
-def _state(package: str, there: str | None) -> str:
+def _unused(package: str) -> str:
+    there = installed(package)
     return f"{package} {there} is installed, not used" if there else f"{package} is not installed"
 
 
@@ -134,7 +128,7 @@ def table(lines: list[Row]) -> str:
 
 
 def command() -> None:
-    """Tell what this machine will use for each operation, and why."""
+    """Print what serves each operation on this machine, and why."""
     print(table(rows()))
 
 

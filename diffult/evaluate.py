@@ -1,4 +1,4 @@
-"""Stage evaluate: every classifier on the whole test set, seen here for the first time. Writes metrics.json."""
+"""Stage evaluate: every classifier on the whole test set, read here for the first time. Writes metrics.json."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.distributed import init_distributed
 from diffult.longtail.classification import predict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
@@ -24,28 +26,24 @@ _SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on I
 def evaluate(run: RunDir) -> dict[str, Any]:
     """Top-1 and many / medium / few in percent on the test set, and on the validation set under "validation".
 
-    Skipped where metrics.json is there and of the present settings.
-
-    Raises:
-        UserError: a stage before is not finished.
+    Skipped if metrics.json holds them already. Raises UserError if a stage before is not finished.
     """
     file = run.path / "metrics.json"
     if file.exists() and (metrics := read_json(file)).get("hash") == run.hash("evaluate"):
         return metrics
     run.require("classifier")
+    records = {stage: run.require(stage) for stage in ("pack", "extractor", "diffusion", "generate", "classifier")}
     packed = run.packed()
     groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
     metrics = {"name": run.config.name, "hash": run.hash("evaluate"), "seed": run.config.seed}
     metrics |= {"device": str(pick_device()), "torch": torch.__version__}
-    metrics |= _accuracies(run, packed.test, groups)
-    if packed.val is not None:
-        metrics["validation"] = _accuracies(run, packed.val, groups)
-    metrics["generation"] = run.require("generate")["generation"]
-    metrics["seconds"] = {
-        stage: run.require(stage)["seconds"] for stage in ("pack", "extractor", "diffusion", "generate", "classifier")
-    }
-    run.start()
-    write_json(file, metrics)
+    with run.lock():
+        metrics |= _accuracies(run, packed.test, groups)
+        if packed.val is not None:
+            metrics["validation"] = _accuracies(run, packed.val, groups)
+        metrics["generation"] = records["generate"]["generation"]
+        metrics["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
+        write_json(file, metrics)
     return metrics
 
 
@@ -55,7 +53,7 @@ def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) ->
     view = run.config.data.view(run.config.classifier.image_size, _SHOWN)
     loader = Loader(images, _BATCH, device=device, crop=view)
     result: dict[str, dict[str, float | None]] = {}
-    for method in run.config.classifier.methods:
+    for method in tqdm(run.config.classifier.methods, "evaluate", unit="classifier", dynamic_ncols=True):
         model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)
         predictions, labels = predict(model, loader, dtype)
         result[method] = accuracies(predictions, labels, groups)
@@ -74,9 +72,11 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def command(run: RunOption, set_: SetOption = None) -> None:
-    """Measure every classifier on the balanced test set: top-1 and many / medium / few."""
-    metrics = evaluate(RunDir.open(run, overrides=set_))
-    print(table(metrics))
+    """Measure every classifier on the balanced test set: top-1 and many / medium / few. Needs every stage before."""
+    world, run_dir = init_distributed(), RunDir.open(run, overrides=set_)
+    if world.is_main:
+        print(table(evaluate(run_dir)))
+    world.barrier()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def pack(run: RunDir, world: World = ALONE) -> None:
-    """Packs the images, or where they are packed logs how the source has changed since."""
+    """Packs the images or, if they are packed already, logs how the source has changed since."""
     source = open_data(run.config.data) if run.done("pack") is None and world.is_main else None
     with run.stage("pack", world) as record:
         if record is not None and source is not None:
-            record["fingerprint"] = pack_images(run.config.data, source, run.folder("pack"))["fingerprint"]
+            packed = pack_images(run.config.data, source, run.folder("pack"))
+            record["fingerprint"] = packed["fingerprint"]
+            sizes = ", ".join(f"{sum(counts)} {split}" for split, counts in packed["counts"].items())
+            log.info("pack: %d classes; images: %s", len(packed["classes"]), sizes)
     if record is None and world.is_main:
         for difference in source_differences(run.config.data, run.packed()):
             log.warning("%s has changed since it was packed: %s", run.config.data.path, difference)

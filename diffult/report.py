@@ -1,7 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it.
-
-`render` turns plain values into the document; `write_report` gathers them from a run directory.
-"""
+"""Stage report: a run as one HTML file that needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -11,18 +8,21 @@ import logging
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from jinja2 import Environment, StrictUndefined, Template
 
-from diffult.cli import RunOption, SetOption, duration, main
+from diffult.cli import RunOption, duration, main
 from diffult.config import Config
 from diffult.data.packing import Packed
 from diffult.engine.device import pick_device
+from diffult.engine.distributed import init_distributed
 from diffult.errors import UserError
 from diffult.generation.shards import open_kept
+from diffult.longtail.filter import FILTERS, Verdict
 from diffult.longtail.methods import METHODS
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.longtail.quota import quotas_to
@@ -32,22 +32,24 @@ from diffult.runs.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 _PER_CLASS = 6  # real images of a class, and as many samples beside them
-_LONG_TABLE = 40  # rows beyond which a table is folded
+_LONG_TABLE = 40  # more rows than this are folded
 
 
 def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method that was trained, in the order of METHODS.
+    """A row {"title", "cells"} for each trained method, in the order of METHODS.
+
+    A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
+    cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add up.
 
     Args:
-        accuracies: method -> {"top1", "many", "medium", "few"} in percent, None where there is no test image.
-
-    Returns:
-        {"title", "cells"}; a cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of
-        its column, and its difference to cross-entropy in points, None for cross-entropy itself. All follow
-        from the accuracies rounded to the one decimal shown, so that what is read adds up.
+        accuracies: method -> {"top1", "many", "medium", "few"} in percent, None without test images.
     """
-    shown: dict[str, dict[str, float | None]] = {
-        method: {column: _rounded(accuracies[method][column]) for column in COLUMNS}
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 1)
+
+    shown = {
+        method: {column: rounded(accuracies[method][column]) for column in COLUMNS}
         for method in METHODS
         if method in accuracies
     }
@@ -55,64 +57,44 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
     def cell(method: str, column: str) -> dict[str, Any]:
         value, base = shown[method][column], shown["ce"][column]
         best = max(row[column] or 0.0 for row in shown.values())
-        return {
-            "value": value,
-            "best": value == best,
-            "delta": None if method == "ce" or value is None or base is None else value - base,
-        }
+        delta = None if method == "ce" or value is None or base is None else value - base
+        return {"value": value, "best": value == best, "delta": delta}
 
     return [{"title": METHODS[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
-
-
 def generation_rows(
-    by_class: Mapping[str, Mapping[str, int]],
-    classes: tuple[str, ...],
-    counts: np.ndarray,
-    quotas: np.ndarray,
+    by_class: Mapping[str, Mapping[str, int]], classes: tuple[str, ...], counts: np.ndarray, quotas: np.ndarray
 ) -> list[dict[str, Any]]:
-    """What became of the candidates of each class that drew any; the class with most real images first.
+    """The tally of each class that drew candidates, its verdicts in percent, the class with most real images first.
 
     Args:
         by_class: class name -> {"drawn", "accepted", "id", "aid", "ood"}.
-        counts, quotas: int64 [num_classes], real images, and samples needed.
-
-    Returns:
-        {"name", "real", "needed", "drawn", "accepted", "id", "aid", "ood"}, the last three in percent.
+        counts, quotas: int64 [num_classes], real images and samples needed.
     """
-    rows = []
-    for c in np.argsort(-counts, kind="stable"):
-        tally = by_class.get(classes[c])
-        if tally is not None:
-            row = {"name": classes[c], "real": counts[c], "needed": quotas[c]}
-            rows.append(row | {"drawn": tally["drawn"], "accepted": tally["accepted"]} | _shares(tally))
-    return rows
+    return [
+        {"name": classes[c], "real": counts[c], "needed": quotas[c]} | dict(tally) | _shares(tally)
+        for c in np.argsort(-counts, kind="stable")
+        if (tally := by_class.get(classes[c])) is not None
+    ]
 
 
 def _shares(tally: Mapping[str, int]) -> dict[str, float]:
-    """Verdicts in percent of the candidates drawn."""
+    """Verdicts in percent of the candidates."""
     return {verdict: 100.0 * tally[verdict] / max(tally["drawn"], 1) for verdict in ("id", "aid", "ood")}
 
 
 def gallery(packed: Packed, samples: Samples, quotas: np.ndarray) -> list[dict[str, Any]]:
-    """The first real images and the first samples of each class, the class with most real images first; of
-    more than 40 classes an even choice."""
-    counts, real = packed.counts, packed.train
+    """The first real images and samples of each class, the class with most real images first; an even choice of more
+    than 40 classes."""
+    counts = packed.counts
     drawn = np.bincount(samples.labels, minlength=len(counts))
-
-    def strip(images: Samples, label: int) -> dict[str, Any] | None:
-        shown = first_images(images, label, _PER_CLASS)
-        return _picture(shown) if shown else None
-
     return [
         {
             "name": packed.classes[c],
-            "real": strip(real, c),
+            "real": _strip(packed.train, c),
             "real_count": counts[c],
-            "generated": strip(samples, c),
+            "generated": _strip(samples, c),
             "generated_count": drawn[c],
             "needed": quotas[c],
         }
@@ -120,8 +102,12 @@ def gallery(packed: Packed, samples: Samples, quotas: np.ndarray) -> list[dict[s
     ]
 
 
-def _picture(images: list[np.ndarray]) -> dict[str, Any]:
-    strip, buffer = image_strip(images), io.BytesIO()
+def _strip(images: Samples, label: int) -> dict[str, Any] | None:
+    """The first images of a class as {"src", "width"}; None if it has none."""
+    shown, buffer = first_images(images, label, _PER_CLASS), io.BytesIO()
+    if not shown:
+        return None
+    strip = image_strip(shown)
     strip.save(buffer, format="PNG", optimize=True)
     return {"src": _data_uri(buffer.getvalue(), "image/png"), "width": strip.width}
 
@@ -132,11 +118,8 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     """{"stage", "seconds", "share"} for each stage, the share in percent of the whole."""
-    total = sum(seconds.values())
-    return [
-        {"stage": stage, "seconds": spent, "share": 100.0 * spent / total if total else 0.0}
-        for stage, spent in seconds.items()
-    ]
+    total = sum(seconds.values()) or 1.0
+    return [{"stage": stage, "seconds": spent, "share": 100 * spent / total} for stage, spent in seconds.items()]
 
 
 def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: Samples, machine: str) -> str:
@@ -144,15 +127,13 @@ def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: 
 
     Args:
         metrics: the content of metrics.json.
-        packed: the long-tailed set.
-        samples: the accepted samples.
-        machine: what the report names as the machine, one line.
+        samples: the kept ones.
+        machine: its description, one line.
     """
     counts = packed.counts
     quotas = quotas_to(config.generate.balance_to, counts)
     groups = class_groups(counts, config.groups.many, config.groups.few)
     synthetic = np.bincount(samples.labels, minlength=len(counts))
-    histogram = class_histogram(counts, synthetic, groups, packed.classes)
     generation = metrics["generation"]
     return _template().render(
         config=config,
@@ -163,9 +144,10 @@ def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: 
         synthetic=int(synthetic.sum()),
         accuracy=accuracy_rows(metrics),
         validation=accuracy_rows(metrics["validation"]) if "validation" in metrics else [],
-        histogram=_data_uri(histogram, "image/svg+xml"),
+        histogram=_data_uri(class_histogram(counts, synthetic, groups, packed.classes), "image/svg+xml"),
         gallery=gallery(packed, samples, quotas),
         generation=generation,
+        filtered=Verdict.OOD not in FILTERS[config.generate.filter].keeps,
         shares=_shares(generation),
         by_class=generation_rows(generation["by_class"], packed.classes, counts, quotas),
         long_table=_LONG_TABLE,
@@ -180,17 +162,14 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def write_report(run: RunDir) -> Path:
-    """Writes report.html into the run directory and returns its path.
-
-    Raises:
-        UserError: the run is not evaluated with the present settings.
-    """
+def write_report(run: RunDir, out: Path | None = None) -> Path:
+    """Writes the report to `out`, or report.html in the run directory, and returns its path. Raises UserError if the
+    run is not evaluated with the present settings."""
     file = run.path / "metrics.json"
     metrics = read_json(file) if file.exists() else {}
     if metrics.get("hash") != run.hash("evaluate"):
         raise UserError(f"{file}: no metrics of the present settings; run python -m diffult.evaluate --run {run.path}")
-    path = run.path / "report.html"
+    path = out or run.path / "report.html"
     samples = open_kept(run.folder("generate")) or NO_SAMPLES
     write_text(path, render(run.config, metrics, run.packed(), samples, _machine()))
     return path
@@ -203,9 +182,17 @@ def _machine() -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def command(run: RunOption, set_: SetOption = None) -> None:
+def command(
+    run: RunOption,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, for a run in a read-only place; default: RUN/report.html.")
+    ] = None,
+) -> None:
     """Write the report of an evaluated run: one HTML file with table, histogram, samples and timings."""
-    print(write_report(RunDir.open(run, overrides=set_)))
+    world, run_dir = init_distributed(), RunDir.open(run)
+    if world.is_main:
+        print(write_report(run_dir, out))
+    world.barrier()
 
 
 if __name__ == "__main__":

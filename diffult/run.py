@@ -32,41 +32,30 @@ from diffult.train_extractor import train_extractor
 log = logging.getLogger(__name__)
 
 
-def check_networks(config: Config, num_classes: int) -> list[str]:
-    """What the networks cost, a line each: parameters and FLOP.
+def network_costs(config: Config, num_classes: int) -> list[str]:
+    """Parameters and FLOP of each network, a line each."""
 
-    Raises:
-        UserError: a network that does not fit the images.
-    """
+    def images(side: int) -> torch.Tensor:
+        return torch.empty(1, config.data.channels, side, side)
+
     lines = []
     for title, part in (("extractor", config.extractor), ("classifier", config.classifier)):
         classifier = build_classifier(part.network, num_classes, config.data.channels, part.image_size)
-        image = torch.empty(1, config.data.channels, part.image_size, part.image_size)
-        lines.append(summary(f"{title} ({part.network})", classifier, [image]))
-    image = torch.empty(1, config.data.channels, config.data.image_size, config.data.image_size)
-    label = torch.zeros(1, dtype=torch.int64)
-    return [*lines, summary("diffusion (UNet)", build_unet(config, num_classes), [image, label, label])]
-
-
-def check_run(run: RunDir) -> None:
-    """Refuses before any work starts what can be refused then: networks and checkpoints.
-
-    Raises:
-        UserError: networks that do not fit the images, or a damaged checkpoint.
-    """
-    check_networks(run.config, num_classes=2)
-    for checkpoint in sorted(run.path.glob("*/*state.pt")):
-        if not (checkpoint.parent / "done.json").exists():
-            load_state(checkpoint)
+        lines.append(summary(f"{title} ({part.network})", classifier, [images(part.image_size)]))
+    inputs = [images(config.data.image_size), *[torch.zeros(1, dtype=torch.int64)] * 2]
+    return [*lines, summary("diffusion (UNet)", build_unet(config, num_classes), inputs)]
 
 
 def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> None:
     """Runs every stage up to `until`; finished ones are skipped, an interrupted one resumes.
 
     Raises:
-        UserError: bad settings or images.
+        UserError: bad settings or images, or a damaged checkpoint.
     """
-    check_run(run)
+    for folder in map(run.folder, STAGES):  # before any work starts
+        if not (folder / "done.json").exists():
+            for checkpoint in sorted(folder.glob("*state.pt")):
+                load_state(checkpoint)
     device = pick_device()
     log.info("%s: %s", run.config.name, run.path)
     log.info("device: %s, %s", device, str(compute_dtype(run.config.precision, device)).removeprefix("torch."))
@@ -75,12 +64,12 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
         pack(run, world)
         packed = run.packed()
         if world.is_main:
-            run.start()
+            run.save_config()
         if packed.counts.max() < MIN_IMAGES_FOR_RADIUS:
             raise UserError(
                 f"no class has {MIN_IMAGES_FOR_RADIUS} training images: no radius can be measured; raise data.n_max"
             )
-        for line in check_networks(run.config, len(packed.classes)):
+        for line in network_costs(run.config, len(packed.classes)):
             log.info(line)
 
     stages = {
@@ -98,7 +87,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
 
 
 def command(
-    run: Annotated[Path | None, typer.Option("--run", "--out", help="Run directory; default: runs/PRESET.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run directory.", show_default="runs/PRESET")] = None,
     preset: PresetOption = None,
     set_: SetOption = None,
     from_: Annotated[
@@ -109,7 +98,8 @@ def command(
 ) -> None:
     """Rebalance a long-tailed image set and train on it: every stage, resumable, from images to report.
 
-    Start with --preset NAME; the same command again resumes. --set on an existing run redoes what reads the setting.
+    Start with --preset NAME; the same command again resumes. --set on an existing run redoes the stages that read the
+    setting.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """
@@ -121,8 +111,10 @@ def command(
         raise UserError(f"--until {until!r}: expected one of {', '.join(STAGES)}")
     world = init_distributed()
     run_dir = RunDir.open(run, preset, set_)
-    if from_ is not None and world.is_main:
-        run_dir.share(RunDir.open(from_))
+    if from_ is not None:
+        world.barrier()  # every process has opened the run before the first writes to it
+        if world.is_main:
+            run_dir.share(RunDir.open(from_))
     world.barrier()
     run_pipeline(run_dir, until, world)
 

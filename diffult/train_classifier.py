@@ -1,4 +1,4 @@
-"""Stage classifier: the final classifiers, one a method, all with the same network, steps, rate and seed.
+"""Stage classifier: a final classifier for each method, all with the same network, steps, rate and seed.
 
 Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 """
@@ -26,13 +26,10 @@ _STAGE = 3  # its number among the seeds
 
 
 def train_classifier(run: RunDir, world: World = ALONE) -> None:
-    """Trains the classifier of every method of the configuration; those finished before are skipped.
-
-    Args:
-        world: the processes that share each batch; every one of them calls this.
+    """Trains the classifier of every configured method that is not up to date. Every process of `world` calls this.
 
     Raises:
-        UserError: the processes do not divide the batch, or what `fit` raises.
+        UserError: a stage before is not finished, the processes do not divide the batch, or see `fit_all`.
     """
     packed = run.packed()
     run.require("generate")
@@ -61,22 +58,23 @@ def _up_to_date(run: RunDir, file: Path) -> bool:
 
 
 def _train(run: RunDir, packed: Packed, world: World) -> None:
-    config, folder, device = run.config.classifier, run.folder("classifier"), pick_device()
+    config, data, folder = run.config.classifier, run.config.data, run.folder("classifier")
+    device, seed, num_classes = pick_device(), (run.config.seed, _STAGE), len(packed.classes)
     kept = open_kept(run.folder("generate"))
     both = open_set([*packed.train.paths, *kept.paths], mixed_sizes=True) if kept else packed.train
-    seed, num_classes = (run.config.seed, _STAGE), len(packed.classes)
-    images = {False: packed.train, True: both}
-    loaders = {
-        with_: training_loader(part, run.config.data, config, seed, device, world) for with_, part in images.items()
-    }
+    real_loader, loader = (training_loader(part, data, config, seed, device, world) for part in (packed.train, both))
     missing = [name for name in config.methods if not _up_to_date(run, folder / f"{name}.safetensors")]
-    trainings = [_training(run, name, loaders[METHODS[name].synthetic], num_classes, world, device) for name in missing]
+    missing = world.gather(missing)[0]  # of the first process: it may already write the first of them
+    trainings = [
+        _training(run, name, loader if METHODS[name].synthetic else real_loader, num_classes, world, device)
+        for name in missing
+    ]
     for training in fit_all(trainings):
         if world.is_main:
             name = training.checkpoint.name.removesuffix(".state.pt")
             save_classifier(
-                folder / f"{name}.safetensors", training.model, config.network, run.config.data.channels,
-                config.image_size, training.config_hash,
+                folder / f"{name}.safetensors", training.model, config.network, data.channels, config.image_size,
+                training.config_hash,
             )  # fmt: skip
 
 
@@ -94,7 +92,9 @@ def _training(run: RunDir, name: str, loader: Loader, num_classes: int, world: W
 
 
 def command(run: RunOption, set_: SetOption = None) -> None:
-    """Train the final classifiers on real and synthetic images, and the rivals under the same budget.
+    """Train the final classifiers on real and synthetic images, and the baselines with the same budget.
+
+    Needs the stages pack, extractor, diffusion and generate.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_classifier --run RUN
     """

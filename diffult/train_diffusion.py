@@ -1,13 +1,13 @@
 """Stage diffusion: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
 Writes diffusion/ema.safetensors, the averaged weights that samples are drawn with, metrics.jsonl, and a grid of samples
-at every checkpoint. Alone or with torchrun: the batch is shared by the processes, and the model is the same but for
-rounding.
+at every checkpoint. Under torchrun the processes share the batch; the model is the same but for rounding.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from typing import Annotated, Any
 
@@ -16,7 +16,6 @@ import typer
 
 from diffult.cli import PresetOption, RunOption, SetOption, duration, main
 from diffult.data.packing import Packed
-from diffult.diffusion.schedule import Schedule
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
@@ -34,17 +33,17 @@ log = logging.getLogger(__name__)
 
 
 def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False) -> None:
-    """Trains the diffusion model on the packed training images.
+    """Trains the diffusion model on the packed training images. Every process of `world` calls this.
 
     Args:
-        world: the processes that share the batch; every one of them calls this.
-        tensorboard: also write diffusion/tensorboard, event files of what metrics.jsonl holds.
+        tensorboard: also write event files to diffusion/tensorboard, of what metrics.jsonl holds.
 
     Raises:
-        UserError: a stage before is not finished, `tensorboard` without that package, or what `train_loop` raises.
+        UserError: a stage before is not finished, `tensorboard` without that package, or see `train_loop`.
     """
     packed = run.packed()
     extractor = _extractor(run)
+    world.local_slice(run.config.diffusion.batch_size, "diffusion.batch_size")
     with run.stage("diffusion", world) as record:
         if record is not None:
             folder = run.folder("diffusion") / "tensorboard"
@@ -53,7 +52,7 @@ def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False
 
 
 def _extractor(run: RunDir) -> Extractor | None:
-    """phi0, where L_AID needs it."""
+    """phi0 if L_AID needs it."""
     if not run.config.diffusion.aid:
         return None
     run.require("extractor")
@@ -90,21 +89,10 @@ def _train(
 
 
 def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
-    config, device = run.config, trainer.device
-    dtype = compute_dtype(config.precision, device)
-    sampler = Sampler(
-        unet=build_unet(config, len(classes)).eval().requires_grad_(False).to(device, dtype),
-        schedule=Schedule(config.diffusion.schedule, config.diffusion.timesteps, device),
-        prediction=config.diffusion.prediction,
-        settings=preview_settings(config.diffusion.timesteps),
-        shape=(config.data.channels, config.data.image_size, config.data.image_size),
-        null_label=len(classes),
-        seed=config.seed,
-        dtype=dtype,
-        device=device,
-    )
-    every, steps = config.diffusion.checkpoint_every, config.diffusion.steps
-    return Preview(sampler, trainer.optimizer, run.folder("diffusion"), classes, every, steps, trainer.micro_batch)
+    config, dtype = run.config.diffusion, compute_dtype(run.config.precision, trainer.device)
+    unet = build_unet(run.config, len(classes)).eval().requires_grad_(False).to(trainer.device, dtype)
+    sampler = Sampler.for_run(run.config, unet, preview_settings(config.timesteps), run.config.seed)
+    return Preview(config, sampler, trainer.optimizer, run.folder("diffusion"), classes, trainer.micro_batch)
 
 
 def _log_flops(trainer: Trainer, batch_size: int) -> None:
@@ -114,20 +102,20 @@ def _log_flops(trainer: Trainer, batch_size: int) -> None:
 
 
 def seconds_per_step(run: RunDir, world: World = ALONE) -> float:
-    """Median time of a training step on this machine, from a few seconds of steps that are thrown away."""
+    """Median time of a training step on this machine, from a few seconds of steps whose result is discarded."""
     trainer = build_trainer(run.config, run.packed(), _extractor(run), world, LRBackoff())
     _log_flops(trainer, run.config.diffusion.batch_size)
     times: list[float] = []
     begun, batch = time.perf_counter(), next(trainer.batches(0))
-    while len(times) < 5 or (time.perf_counter() - begun < 5 and len(times) < 100):
+    while world.gather(len(times) < 5 or (time.perf_counter() - begun < 5 and len(times) < 100))[0]:
         start = time.perf_counter()
         trainer.step(len(times), batch)["loss"].item()
         times.append(time.perf_counter() - start)
-    return sorted(times[4:])[len(times[4:]) // 2]  # the first few compile and record
+    return statistics.median(times[4:])  # the first few compile and record
 
 
 def print_cost(run: RunDir, world: World) -> None:
-    """Prints what training would take on this machine."""
+    """Prints steps, time and memory of the training on this machine."""
     config, seconds, device = run.config.diffusion, seconds_per_step(run, world), pick_device()
     with torch.device("meta"):
         state = 5 * 4 * parameters(build_unet(run.config, len(run.packed().classes)))
@@ -147,7 +135,7 @@ def command(
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print steps, time and memory, and stop.")] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write event files, to RUN/diffusion/tensorboard.")
+        bool, typer.Option("--tensorboard", help="Also write event files to RUN/diffusion/tensorboard.")
     ] = False,
 ) -> None:
     """Train the class-conditional diffusion model on the long-tailed set. Needs the stages pack and extractor.

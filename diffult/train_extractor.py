@@ -1,4 +1,4 @@
-"""Stage extractor: the extractor phi0, an ordinary classifier on the long-tailed set, and where each class lies in it.
+"""Stage extractor: phi0, an ordinary classifier of the long-tailed set, and where each class lies in its features.
 
 Writes extractor/weights.safetensors, extractor/statistics.safetensors (centres, radii) and extractor/metrics.jsonl.
 """
@@ -25,13 +25,11 @@ _STAGE = 1  # its number among the seeds
 
 
 def train_extractor(run: RunDir, world: World = ALONE) -> None:
-    """Trains phi0 on the packed training images with plain cross-entropy and measures the classes.
-
-    Args:
-        world: the processes that share each batch; every one of them calls this.
+    """Trains phi0 on the packed training images with plain cross-entropy and measures the classes. Every process of
+    `world` calls this.
 
     Raises:
-        UserError: the images are not packed, the processes do not divide the batch, or what `fit` raises.
+        UserError: the images are not packed, the processes do not divide the batch, or see `fit`.
     """
     packed = run.packed()
     world.local_slice(run.config.extractor.batch_size, "extractor.batch_size")
@@ -41,36 +39,32 @@ def train_extractor(run: RunDir, world: World = ALONE) -> None:
 
 
 def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) -> None:
-    config, folder, images = run.config.extractor, run.folder("extractor"), packed.train
+    config, data, folder, images = run.config.extractor, run.config.data, run.folder("extractor"), packed.train
     device, digest, num_classes = pick_device(), run.hash("extractor"), len(packed.classes)
-    dtype = compute_dtype(run.config.precision, device)
+    dtype, seed = compute_dtype(run.config.precision, device), (run.config.seed, _STAGE)
     torch.manual_seed(run.config.seed)
-    model = build_classifier(config.network, num_classes, run.config.data.channels, config.image_size).to(device)
-    seed = (run.config.seed, _STAGE)
-    loader = training_loader(images, run.config.data, config, seed, device, world)
+    model = build_classifier(config.network, num_classes, data.channels, config.image_size).to(device)
+    loader = training_loader(images, data, config, seed, device, world)
     order, checkpoint = Natural(len(images)), folder / "state.pt"
     fit(Training("extractor", model, loader, order, CrossEntropy(), config, checkpoint, seed, digest, dtype, world))
     if not world.is_main:  # the others wait where the stage ends
         return
-    view = run.config.data.view(config.image_size, config.image_size / run.config.data.image_size)  # as of samples
+    view = data.view(config.image_size, config.image_size / data.image_size)  # as of samples
     loader = Loader(images, config.batch_size, device=device, crop=view)
     features, labels = extract_features(model, loader, dtype)
     statistics = class_statistics(features, labels, num_classes)
-    save_classifier(
-        folder / "weights.safetensors", model, config.network, run.config.data.channels, config.image_size, digest
-    )
+    save_classifier(folder / "weights.safetensors", model, config.network, data.channels, config.image_size, digest)
     save_tensors(folder / "statistics.safetensors", vars(statistics), {"hash": digest})
     record["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 
 def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None) -> None:
-    """Train the extractor phi0 on the long-tailed set and measure centre and radius of each class.
+    """Train the extractor phi0 on the long-tailed set and measure centre and radius of each class. Needs stage pack.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_extractor --run RUN
     """
     world = init_distributed()
-    run_dir = RunDir.open(run, preset, set_)
-    train_extractor(run_dir, world)
+    train_extractor(RunDir.open(run, preset, set_), world)
 
 
 if __name__ == "__main__":

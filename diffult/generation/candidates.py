@@ -1,13 +1,13 @@
-"""Candidates: taken from the quota, drawn, judged by the filter, and entered into the quota, batch by batch.
+"""Candidates: taken from the quota, drawn, judged by the filter and recorded in the quota, batch by batch.
 
-Every batch has one static shape. Samples without a disk, exactly as many as each class needs, from what
-`diffult.generate.open_sampler` and `diffult.longtail.extractor.load_extractor` open:
+Exactly as many samples as each class needs, in memory, with the sampler of `diffult.generate.open_sampler` and the
+extractor of `diffult.longtail.extractor.load_extractor`:
 
     quota = Quota(np.full(10, 100), max_draws=10.0, filter=FILTERS["distance"])
     for images, labels, indices in accepted(sampler, extractor, quota):
         ...  # uint8 [N, H, W, C], int64 [N], int64 [N]
 
-Which verdict is accepted is said in `diffult.longtail.filter`, how many are kept in `diffult.longtail.quota`.
+`diffult.longtail.filter` defines which verdicts are accepted, `diffult.longtail.quota` how many samples are kept.
 """
 
 from __future__ import annotations
@@ -31,26 +31,22 @@ _ROUND = 4  # batches that each process draws before they exchange their verdict
 
 @dataclass(frozen=True)
 class CandidateBatch:
-    """One batch of candidates.
+    """Candidates in the order they were drawn, and the images of those that passed."""
 
-    labels, indices: int64 [B]. distance: float32 [B] to the class centre. verdict: uint8 [B], `Verdict` values.
-    passed: bool [B], accepted by the filter. images: uint8 [passed.sum(), H, W, C], of those that passed, in order.
-    """
-
-    labels: np.ndarray
-    indices: np.ndarray
-    distance: np.ndarray
-    verdict: np.ndarray
-    passed: np.ndarray
-    images: np.ndarray
+    labels: np.ndarray  # int64 [B]
+    indices: np.ndarray  # int64 [B]
+    distance: np.ndarray  # float32 [B], to the class centre
+    verdict: np.ndarray  # uint8 [B], `Verdict` values
+    passed: np.ndarray  # bool [B], accepted by the filter
+    images: np.ndarray  # uint8 [passed.sum(), H, W, C]
 
 
 @torch.no_grad()
 def draw_candidates(
     sampler: Sampler, extractor: Extractor, filter: Filter, labels: np.ndarray, indices: np.ndarray
 ) -> CandidateBatch:
-    """Draws and judges the candidates of these names, int64 [B], up to the sampler's batch size; fewer are padded to
-    it. They are judged as they will be stored, in whole grey levels."""
+    """Draws the candidates of these names, int64 [B], at most the sampler's batch size, to which they are padded, and
+    judges them as they will be stored: in whole grey levels."""
     count, size = len(labels), sampler.settings.batch_size
     padded = [np.concatenate([names, np.zeros(size - count, np.int64)]) for names in (labels, indices)]
     names = [torch.from_numpy(part).to(sampler.device) for part in padded]
@@ -63,18 +59,13 @@ def draw_candidates(
 
 
 def generate(sampler: Sampler, extractor: Extractor, quota: Quota, world: World = ALONE) -> Iterator[CandidateBatch]:
-    """Batches of candidates until every class has its quota or has spent its limit. Memory does not grow with the
-    quota.
+    """Yields the batches that this process draws, until every class has its quota or has spent its limit.
 
-    Several processes take turns by batch: all make the same list of candidates, each draws every size-th batch of it,
-    and after a round of a few batches they exchange the verdicts. So none waits at each batch, and the kept set is that
-    of one process.
+    Several processes make the same list of candidates, each draws every size-th batch of it, and after a round of a
+    few batches they exchange the verdicts. So none waits at each batch, and the kept set is that of one process.
 
     Args:
-        quota: may already hold verdicts of an earlier run, which are not drawn again; the same on every process.
-
-    Yields:
-        The batches that this process drew.
+        quota: the same on every process; candidates that it holds a verdict on are not drawn again.
     """
     size = sampler.settings.batch_size
     while True:
@@ -88,7 +79,7 @@ def generate(sampler: Sampler, extractor: Extractor, quota: Quota, world: World 
             judged.append((batch.labels, batch.indices, batch.verdict))
             quota.record(*judged[-1])
             yield batch
-        for verdicts in world.gather(judged):  # one's own are in it too, and are entered once
+        for verdicts in world.gather(judged):  # its own are among them, and count once
             for received in verdicts:
                 quota.record(*received)
 
@@ -96,8 +87,8 @@ def generate(sampler: Sampler, extractor: Extractor, quota: Quota, world: World 
 def accepted(
     sampler: Sampler, extractor: Extractor, quota: Quota
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The kept samples alone, by batch: images uint8 [N, H, W, C], labels and indices int64 [N]; over all batches
-    exactly what the quota asks for, but for a class that spent its limit. One process; see the example above."""
+    """Yields the kept samples of each batch: images uint8 [N, H, W, C], labels and indices int64 [N]. Over all batches
+    they are exactly what the quota asks for, except in a class that spent its limit. For one process."""
     for batch in generate(sampler, extractor, quota):
         labels, indices = batch.labels[batch.passed], batch.indices[batch.passed]
         kept = {c: set(quota.kept(c)) for c in np.unique(labels).tolist()}

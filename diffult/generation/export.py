@@ -1,13 +1,12 @@
-"""Kept samples in the formats that other tools read: each is a function and a line of FORMATS.
+"""Kept samples in the formats of other tools: each is a function and a line of FORMATS.
 
-A format writes the samples into a folder and returns the file or folder made; a file there before is replaced whole.
+A format writes the samples into a folder and returns the new file or folder; an existing file is replaced.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -48,13 +47,8 @@ def _npz(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """images uint8 [N, H, W, C], labels and indices int64 [N], classes. All images are in memory at once."""
     file = folder / "samples.npz"
     with atomic_write(file) as temporary, temporary.open("wb") as out:
-        np.savez(
-            out,
-            images=samples.take(np.arange(len(samples))),
-            labels=samples.labels,
-            indices=samples.index,
-            classes=np.array(classes),
-        )
+        images = samples.take(np.arange(len(samples)))
+        np.savez(out, images=images, labels=samples.labels, indices=samples.index, classes=np.array(classes))
     return file
 
 
@@ -83,12 +77,4 @@ def _wds(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     return file
 
 
-def _beton(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
-    """synthetic.beton under the name that the other formats have."""
-    file = folder / "samples.beton"
-    with atomic_write(file) as temporary:
-        shutil.copyfile(samples.paths[0], temporary)
-    return file
-
-
-FORMATS: dict[str, Format] = {"imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds, "beton": _beton}
+FORMATS: dict[str, Format] = {"imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds}

@@ -1,4 +1,4 @@
-"""Filling: draws until every class has its quota, and leaves the kept samples in one file."""
+"""Filling: draws until every class has its quota, and writes the kept samples to one file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def fill(
     classes: tuple[str, ...],
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Draws until the quota is met, writing while the next batch is drawn, and finishes the store. Returns what the
-    metrics report of generation; "images_per_s" is of all processes together."""
+    """Draws until the quota is met, writing shards meanwhile, and finishes the store. Returns the figures for
+    metrics.json; "images_per_s" is of all processes together."""
     if quota.missing.any():
         sampler.prepare()
     flops, begun = sampler.flops(), time.perf_counter()
     try:
         drawn = _draw(sampler, extractor, store, quota, classes, flops, world)
-    finally:  # interrupted too
+    finally:  # also when interrupted
         store.flush()
     seconds = time.perf_counter() - begun
     drawn = sum(world.gather(drawn))  # so every process has flushed
@@ -67,18 +67,18 @@ def _draw(
     flops: float,
     world: World,
 ) -> int:
-    """How many candidates this process drew; flops: of a sample."""
+    """Returns how many candidates this process drew. flops: of a sample."""
     drawn, begun = 0, time.perf_counter()
     peak = peak_flops(sampler.device) * world.size
-    total, there = int(quota.quotas.sum()), int(quota.accepted.sum())
     bar = tqdm(
-        total=total, initial=there, desc="generate", unit="img", dynamic_ncols=True, disable=not world.is_main
+        total=int(quota.quotas.sum()), initial=int(quota.accepted.sum()), desc="generate", unit="img",
+        dynamic_ncols=True, disable=not world.is_main,
     )  # fmt: skip
     written: Future[None] | None = None
     with bar, ThreadPoolExecutor(1) as writer:
         for batch in generate(sampler, extractor, quota, world):
             if written is not None:
-                written.result()  # a full disk ends the run here; and no more than one batch waits
+                written.result()  # raises when the disk is full; at most one batch waits
             written = writer.submit(store.add, batch)
             drawn += len(batch.labels)
             bar.update(int(quota.accepted.sum()) - bar.n)
@@ -90,7 +90,7 @@ def _draw(
 
 
 def _shares(quota: Quota, classes: tuple[str, ...]) -> str:
-    """Of what was drawn how much is kept, and in the three unfinished classes where it is least."""
+    """The share of candidates that is kept: of all, and in the three unfinished classes where it is smallest."""
     drawn, accepted = np.array(quota.drawn), quota.accepted
     shares = accepted / np.maximum(drawn, 1)
     unfinished = [c for c in np.argsort(shares, kind="stable") if quota.missing[c] and drawn[c]]
@@ -99,6 +99,6 @@ def _shares(quota: Quota, classes: tuple[str, ...]) -> str:
 
 
 def speed(rate: float, flops: float, peak: float) -> str:
-    """Samples a second in words; flops: of a sample; peak: FLOP/s of the hardware, 0 where that is not known."""
+    """Drawn samples and FLOP a second as text. flops: of a sample; peak: FLOP/s of the hardware, 0 if unknown."""
     share = f", {rate * flops / peak:.0%} of peak" if peak else ""
     return f"{rate:.4g} drawn/s, {rate * flops / 1e12:.3g} TFLOP/s{share}"

@@ -1,4 +1,4 @@
-"""What the diffusion model draws so far: a grid of the same few samples of each class at every checkpoint."""
+"""Previews of a training: a grid of the same few samples of each class at every checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffult.config import GenerateConfig
+from diffult.config import DiffusionConfig, GenerateConfig
 from diffult.generation.sampler import Sampler
 from diffult.plots import MAX_CLASSES, ArraySamples, evenly, sample_grid
 from diffult.runs.files import atomic_write
@@ -18,55 +18,49 @@ _PER_CLASS, _STEPS = 4, 10  # by count of network evaluations 2 % of digits-lt's
 
 
 def preview_settings(timesteps: int) -> GenerateConfig:
-    """How a preview draws: DPM-Solver++ in 10 steps without guidance."""
+    """DPM-Solver++ in 10 steps without guidance."""
     return GenerateConfig(balance_to=0, sampler="dpm++", steps=min(_STEPS, timesteps))
 
 
 class Preview:
     """Writes samples-STEP.png at every checkpoint, drawn with the averaged weights.
 
-    A sample's noise is keyed by its name (seed, class, index), so successive grids show the same samples getting
-    better: those that `generate` will try first. Nothing of the training is touched: the weights are copied, and
-    torch's generators are not used.
-
-    On CUDA the grid is drawn in a stream beside the training, which waits only until the weights are copied, and is
-    written at the loop's next look at the loss: a process killed between the two leaves that grid out.
+    Noise is keyed by (seed, class, index), so successive grids show the same samples getting better: the first that
+    `generate` will try. Training is not affected: the weights are copied, and torch's generators are not used. On CUDA
+    it waits only until the weights are copied; a side stream draws the grid, which is written at the next reading of
+    the loss. A process killed in between leaves that grid out.
     """
 
     def __init__(
         self,
+        config: DiffusionConfig,
         sampler: Sampler,
         optimizer: AdamWEma,
         folder: Path,
         classes: tuple[str, ...],
-        every: int,
-        steps: int,
         batch_size: int,
     ) -> None:
         """
         Args:
-            sampler: its network is this preview's own, of the model that `optimizer` averages; see `preview_settings`.
-            every: steps between checkpoints.
-            steps: of the training; a grid is also drawn after the last one.
-            batch_size: images drawn at a time. What the training computes at a time, with its backward pass, fits.
+            sampler: with a network of its own, like the one that `optimizer` averages; see `preview_settings`.
+            batch_size: images drawn at a time; as many as the training computes at a time fit.
         """
-        self.sampler, self.optimizer = sampler, optimizer
-        self.folder, self.classes = folder, classes
-        self.every, self.steps, self.batch_size = every, steps, batch_size
+        self.config, self.sampler, self.optimizer = config, sampler, optimizer
+        self.folder, self.classes, self.batch_size = folder, classes, batch_size
         self.labels = np.repeat(evenly(np.arange(len(classes)), MAX_CLASSES), _PER_CLASS)
         self._side = torch.cuda.Stream(sampler.device) if sampler.device.type == "cuda" else None
         self._drawn: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """What the loop calls at each look at the loss, `step` steps being done."""
+        """The callback of the training loop, after `step` steps."""
         self.write()
-        if step % self.every == 0 or step == self.steps:
+        if step % self.config.checkpoint_every == 0 or step == self.config.steps:
             self._drawn = step, self._draw()
             if self._side is None:
                 self.write()
 
     def _draw(self) -> torch.Tensor:
-        """uint8 [N, H, W, C] on the device, where it may not be finished yet."""
+        """uint8 [N, H, W, C] on the device, perhaps still being computed."""
         device = self.sampler.device
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(device))
@@ -89,9 +83,5 @@ class Preview:
         self._drawn = None
         with torch.cuda.stream(self._side):
             images = on_device.cpu().numpy()
-        with atomic_write(grid_path(self.folder, step)) as temporary:
+        with atomic_write(self.folder / f"samples-{step:07d}.png") as temporary:
             sample_grid(ArraySamples(images, self.labels), self.classes, temporary, _PER_CLASS)
-
-
-def grid_path(folder: Path, step: int) -> Path:
-    return folder / f"samples-{step:07d}.png"

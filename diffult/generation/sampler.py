@@ -1,6 +1,6 @@
-"""Drawing: class and index of a sample in, its pixels out; what becomes of it is no matter here.
+"""Drawing: class and index of a sample in, its pixels out.
 
-All noise of a sample is keyed by (seed, class, index, step), so a sample is the same whatever batch it sits in.
+All noise of a sample is keyed by (seed, class, index, step), so it does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from diffult.config import GenerateConfig
+from diffult.config import Config, GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS, SPACINGS, sample
 from diffult.diffusion.schedule import Prediction, Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
+from diffult.engine.device import compute_dtype
 from diffult.errors import UserError
 from diffult.models.cost import forward_flops
 from diffult.models.unet import UNet
@@ -32,11 +33,10 @@ class Sampler:
     Attributes:
         unet: the denoising network in evaluation mode.
         schedule, prediction: the process it was trained for.
-        settings: sampler, steps, guidance and batch size.
         shape: (C, H, W) of a sample.
         null_label: the label for "no class".
         seed: of the noise.
-        dtype: in which the network computes.
+        dtype: the network's compute type.
         compiled: the network goes through torch.compile.
     """
 
@@ -51,19 +51,31 @@ class Sampler:
     device: torch.device
     compiled: bool = False
 
+    @classmethod
+    def for_run(
+        cls, config: Config, unet: UNet, settings: GenerateConfig, seed: int, compiled: bool = False
+    ) -> Sampler:
+        """Draws with a network built by this configuration, on the network's device."""
+        diffusion, data, device = config.diffusion, config.data, next(unet.parameters()).device
+        return cls(
+            unet, Schedule(diffusion.schedule, diffusion.timesteps, device), diffusion.prediction, settings,
+            (data.channels, data.image_size, data.image_size), unet.label_embedding.num_embeddings - 1, seed,
+            compute_dtype(config.precision, device), device, compiled,
+        )  # fmt: skip
+
     def __post_init__(self) -> None:
         settings, abar = self.settings, self.schedule.alphas_cumprod
         self._grid = SPACINGS[settings.spacing](abar, settings.steps)
         self._solver = SAMPLERS[settings.sampler](self._grid, abar, settings.eta)
-        # All numbers of all steps go to the device now, so that no step waits for the host.
+        # The numbers of all steps go to the device now, so that no step waits for the host.
         self._coefficients = self._coefficient_table().to(self.device)
-        # One graph for each shape: a doubled batch is no reason to make the batch size variable.
+        # A graph for each shape: a doubled batch must not make the batch size variable.
         self._network = torch.compile(self.unet, dynamic=False) if self.compiled else self.unet
-        # On CUDA one recorded graph an evaluation: a whole draw's would be of any length.
+        # On CUDA a recorded graph for each evaluation: one for a whole draw would grow with the steps.
         self._evaluate = CUDAGraphRunner(self._network, self.device)
 
     def _coefficient_table(self) -> torch.Tensor:
-        """What `denoise_step` takes at each step, float32 [steps, 8], with x0 clipped to [-1, 1]."""
+        """The coefficients of `denoise_step` for each step, float32 [steps, 8]; x0 is clipped to [-1, 1]."""
         conversions = [self.schedule.x0_coefficients(self.prediction, t) for t in self._grid]
         steps = len(conversions)
         guidance, limit = torch.full((steps, 1), self.settings.guidance), torch.ones(steps, 1)
@@ -71,10 +83,10 @@ class Sampler:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Runs the network once, so that it is compiled before any clock runs, and logs the time which that took.
+        """Runs the network once, so that it is compiled before any clock runs, and logs how long that took.
 
         Raises:
-            UserError: this CPU's network does not compile, for want of a C++ compiler for one.
+            UserError: the network does not compile on this CPU, for example without a C++ compiler.
         """
         begun = time.perf_counter()
         try:
@@ -84,14 +96,14 @@ class Sampler:
             if self.device.type == "cuda":
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: {reason}; it needs g++, leave it out to go without") from None
+            raise UserError(f"--compile: {reason}; it needs g++, leave the option out to run without") from None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.compiled:
             log.info("network compiled in %.1f s", time.perf_counter() - begun)
 
     def flops(self) -> int:
-        """Work of the network for one sample, FLOP."""
+        """Work of the network for one sample, in FLOP."""
         image, label = torch.empty(1, *self.shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
         return self.settings.evaluations * forward_flops(self.unet, [image, label, label])
 
@@ -115,11 +127,11 @@ class Sampler:
         return denormalise(sample(noise, self._grid, self._solver, evaluate, update))
 
     def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
-        """The network's output, [B, C, H, W], or with guidance [2B, C, H, W], the second half without class: both
-        passes run as one doubled batch."""
+        """The network's output [B, C, H, W]; with guidance [2B, C, H, W] from one doubled batch, whose second half has
+        no class."""
         if self.settings.guidance:
             x = torch.cat([x, x])
             labels = torch.cat([labels, torch.full_like(labels, self.null_label)])
-        if self.compiled:  # the compiler tells strides apart, also those of one channel, which mean nothing
+        if self.compiled:  # the compiler compares strides, even those of one channel, which mean nothing
             x = x.clone(memory_format=torch.channels_last)
         return self._evaluate(x, torch.full((len(x),), t, device=x.device), labels)

@@ -1,11 +1,11 @@
 """A generation run on disk: shards while it is drawn, one .beton and a table of all candidates when it is done.
 
-    manifest.json             what makes the samples: weights, settings, seed, quotas
-    shard-RANK-NUMBER...      working state: candidates so far, with the images of those that passed
-    synthetic.beton           the kept samples in the order (class, index); not there where none is kept
+    manifest.json             what determines the samples: weights, settings, seed, quotas
+    shard-RANK-NUMBER...      candidates so far, with the images of those that passed
+    synthetic.beton           the kept samples in the order (class, index); absent if none is kept
     candidates.safetensors    labels, indices, distance and verdict of every candidate; written last
 
-Files are whole or absent. What a kill loses, at most the last shard's worth, is drawn again; shards are removed when
+Files are whole or absent. A killed run draws at most the last shard's samples again; shards are removed once
 candidates.safetensors is on disk.
 """
 
@@ -26,29 +26,26 @@ from diffult.config import GenerateConfig
 from diffult.errors import UserError
 from diffult.generation.candidates import CandidateBatch
 from diffult.longtail.quota import Quota
-from diffult.runs.files import load_tensors, read_json, save_tensors, write_json
+from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
 from ffcv_writers import ImageSet, open_set, write
 
 log = logging.getLogger(__name__)
 
-# A shard is written when its images have so many bytes, or the last one is so old: the larger of this and of the share
-# of the time so far. Small batches share a shard, and a long run has some hundred of them.
+# A shard is written when its images have so many bytes, or the last one is older than so many seconds and than this
+# share of the time so far: small batches share a shard, and a long run has about a hundred.
 SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
 
 
 def manifest(settings: GenerateConfig, quotas: np.ndarray, seed: int, weights: Mapping[str, Path]) -> dict[str, Any]:
-    """What makes the samples. The batch size is no part of it, so it may change between attempts.
-
-    Args:
-        weights: safetensors files of the networks, by their names in the manifest.
-    """
+    """What determines the samples; the batch size does not, and may change between attempts. weights: safetensors
+    files of the networks by name."""
     sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to"})
     fingerprints = {name: _fingerprint(file) for name, file in weights.items()}
     return fingerprints | sampling | {"seed": seed, "quotas": quotas.tolist()}
 
 
 def _fingerprint(weights: Path) -> str:
-    """Of the tensors alone: the file's header orders its metadata anew at each writing."""
+    """Of the tensors alone: the order of metadata in the file's header is arbitrary."""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_tensors(weights)[0].items()):
         digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -56,12 +53,8 @@ def _fingerprint(weights: Path) -> str:
 
 
 def open_kept(folder: Path) -> ImageSet | None:
-    """The kept samples of a finished run, in the order (class, index); `index` is the sample's. None where none is
-    kept.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The kept samples of a finished run in the order (class, index), None if there are none. Raises UserError if the
+    file is damaged."""
     file = folder / "synthetic.beton"
     try:
         return open_set([file]) if file.exists() else None
@@ -70,37 +63,35 @@ def open_kept(folder: Path) -> ImageSet | None:
 
 
 class ShardStore:
-    """The folder of one generation run."""
+    """The folder of one generation run.
+
+    Args:
+        rank: of the process that adds; each numbers its own shards, so none waits for another.
+
+    Raises:
+        UserError: the folder holds samples of another model or other settings.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], rank: int = 0) -> None:
-        """Opens the folder, or starts it with this manifest. The first process also removes what a kill left.
-
-        Args:
-            rank: of the process that adds; each has its own numbers, so none waits for another.
-
-        Raises:
-            UserError: the folder holds samples made by another model or other settings.
-        """
         self.folder, self.rank = folder, rank
         self._candidates = folder / "candidates.safetensors"
         self._pending: list[CandidateBatch] = []
         self._opened = self._written = time.monotonic()
         file = folder / "manifest.json"
-        if file.exists():
-            before = read_json(file)
-            changed = [key for key in manifest | before if before.get(key) != manifest.get(key)]
-            if changed:
-                key = changed[0]
+        if not file.exists():
+            write_json(file, manifest)
+        before = read_json(file)
+        for key in manifest | before:
+            if before.get(key) != manifest.get(key):
                 raise UserError(
                     f"{folder}: holds samples made otherwise ({key}: {before.get(key)}, now {manifest.get(key)}); "
                     "choose another --out or delete the folder"
                 )
-        else:
-            write_json(file, manifest)
         if rank == 0:
             self._clean()
 
     def _clean(self) -> None:
+        """Removes what a killed process left."""
         for orphan in self.folder.glob(".*.tmp"):
             orphan.unlink()
         if self.finished:
@@ -113,10 +104,10 @@ class ShardStore:
         """Whether the kept samples are all in synthetic.beton."""
         if not self._candidates.exists():
             return False
-        return (self.folder / "synthetic.beton").exists() or load_tensors(self._candidates)[1]["kept"] == "0"
+        return (self.folder / "synthetic.beton").exists() or metadata(self._candidates).get("kept") == "0"
 
     def add(self, batch: CandidateBatch) -> None:
-        """Takes a batch; it is on disk when the shard is large or old enough, or with `flush`."""
+        """Takes a batch, which is written when the shard is large or old enough, or by `flush`."""
         self._pending.append(batch)
         now = time.monotonic()
         due = now - self._written >= max(SHARD_SECONDS, SHARD_SHARE * (now - self._opened))
@@ -124,7 +115,7 @@ class ShardStore:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added since the last shard as one shard."""
+        """Writes the batches added since the last shard as one shard."""
         pending, self._pending = self._pending, []
         if pending:
             files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
@@ -137,7 +128,7 @@ class ShardStore:
             self._written = time.monotonic()
 
     def shards(self) -> Iterator[tuple[Path, CandidateBatch]]:
-        """Whole shards with their files, in order, one in memory at a time. A damaged one is named and set aside."""
+        """Shards with their files in order, one in memory at a time. A damaged one is logged and set aside."""
         for file in sorted(self.folder.glob("shard-*.safetensors")):
             try:
                 tensors, _ = load_tensors(file)
@@ -149,7 +140,7 @@ class ShardStore:
             yield file, CandidateBatch(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
     def resume(self, quota: Quota) -> None:
-        """Enters the verdicts of all candidates on disk."""
+        """Records the verdicts on all candidates on disk."""
         if self.finished:
             table, _ = load_tensors(self._candidates)
             quota.record(*(table[name].numpy() for name in ("labels", "indices", "verdict")))
@@ -158,12 +149,8 @@ class ShardStore:
                 quota.record(shard.labels, shard.indices, shard.verdict)
 
     def finish(self, quota: Quota) -> None:
-        """Writes synthetic.beton and candidates.safetensors, and removes the shards. For one process, when every
-        process has flushed.
-
-        Raises:
-            UserError: a shard was damaged meanwhile, or the disk is full.
-        """
+        """Writes synthetic.beton and candidates.safetensors and removes the shards; on one process, when every process
+        has flushed. Raises UserError if a shard was damaged meanwhile, or the disk is full."""
         if self.finished:
             return
         kept, beton = KeptSamples(self, quota), self.folder / "synthetic.beton"
@@ -192,7 +179,7 @@ class ShardStore:
 class KeptSamples:
     """The kept samples in a store's shards, in the order (class, index), for `ffcv_writers.write`.
 
-    `labels` and `indices` are int64 [N]; item i is uint8 [H, W, C], read when it is asked for.
+    `labels` and `indices` are int64 [N]; item i is uint8 [H, W, C], read on demand.
     """
 
     def __init__(self, store: ShardStore, quota: Quota) -> None:
@@ -202,7 +189,7 @@ class KeptSamples:
             passed = zip(shard.labels[shard.passed].tolist(), shard.indices[shard.passed].tolist(), strict=True)
             place |= {name: (file, row) for row, name in enumerate(passed) if name in wanted}
         if len(place) < len(names):
-            raise UserError(f"{store.folder}: samples are damaged; type the same command again to draw them anew")
+            raise UserError(f"{store.folder}: samples are damaged; repeat the command to draw them again")
         self.labels = np.array([c for c, _ in names], dtype=np.int64)
         self.indices = np.array([i for _, i in names], dtype=np.int64)
         self._place = [place[name] for name in names]

@@ -33,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds a folder, made where it is not there, for this process; the system lets go of it however the process ends.
+    """Locks a folder, created where it is missing, for this process; the system releases it however the process ends.
 
     Raises:
         UserError: another process writes to it.
@@ -49,7 +49,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -59,17 +59,13 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises UserError where the file is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path}: damaged; delete it to run its stage again") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors as safetensors with text metadata.
-
-    Raises:
-        UserError: the disk is full, or the system refuses for another reason.
-    """
+    """Writes safetensors with text metadata. Raises UserError where the disk is full or the system refuses."""
     with atomic_write(path) as temporary:
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
@@ -78,11 +74,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        UserError: missing, truncated or no safetensors file.
-    """
+    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, truncated or no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -93,7 +85,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata alone of a safetensors file; empty where it is damaged."""
+    """The metadata of a safetensors file, without its tensors; empty if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -102,30 +94,23 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Training state: tensors, numbers and containers of these.
-
-    Raises:
-        UserError: the disk is full, or the system refuses for another reason.
-    """
+    """Writes training state: tensors, numbers and containers of them. Raises UserError as `save_tensors` does."""
     with atomic_write(path) as temporary:
         try:
             torch.save(dict(state), temporary)
         except RuntimeError as error:
             if not any(part in str(error) for part in ("inline_container", "StreamWriter")):
-                raise  # nothing that has to do with the file
-            # torch tells positions in the file, and not the system's reason.
-            message = f"{path}: cannot be written (is the disk full?); choose another place or make room"
-            raise UserError(message) from None
+                raise  # not about the file
+            # torch reports a position in the file, not the system's reason.
+            raise UserError(
+                f"{path}: cannot be written (is the disk full?); choose another place or make room"
+            ) from None
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote; loads nothing but data (weights_only).
-
-    Raises:
-        UserError: a truncated file, or one that holds anything else.
-    """
+    """What `save_state` wrote, data alone (weights_only). Raises UserError if the file is truncated or holds code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to start this stage anew") from None
+        raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to restart this stage") from None

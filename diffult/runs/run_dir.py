@@ -3,7 +3,7 @@
     config.toml   pack/   extractor/   diffusion/   generate/   classifier/   metrics.json   report.html
 
 A stage is finished when its folder holds done.json, written last, with the hash of what the stage read. A finished
-stage is skipped, an interrupted one resumes from its own files, one that read other settings is redone.
+stage is skipped, an interrupted one resumes from its own files, one whose settings have changed is redone.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffult.config import Config, differences, load_preset, override, read_config
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
+from diffult.models.resnet import build_classifier
+from diffult.models.unet import build_unet
 from diffult.runs.files import lock_folder, read_json, write_json, write_text
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
-_NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: these may be deleted, as may a stage's folders
+_NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: may be deleted, as may the folders in a stage's
 _TRAINED = ("extractor", "diffusion", "classifier")
 
 
@@ -42,48 +46,73 @@ class RunDir:
         """Opens the run at `path`, or a new one from a preset. Nothing is written before a stage starts.
 
         Args:
-            overrides: `section.key=value`, laid over the preset or, where the run exists, over its config.toml: then it
-                is logged which stages are redone, and which are kept.
+            overrides: `section.key=value`, applied to the preset, or to config.toml where the run exists; what that
+                redoes is logged.
 
         Raises:
-            UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings.
+            UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings,
+                among them networks that do not fit the images.
         """
         file = path / "config.toml"
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; --run names a directory")
         if not file.exists():
             if preset is None:
-                raise UserError(f"{file}: not found; give --preset NAME to start a run there")
-            if path.is_dir() and any(entry.suffix != ".tmp" for entry in path.iterdir()):  # .tmp: what a kill left
+                raise UserError(f"{file}: not found; start a run with python -m diffult.run --preset NAME --run {path}")
+            if path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir()):  # .lock, .*.tmp: after a kill
                 raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
-            return cls(path, load_preset(preset, overrides or []))
+            run = cls(path, load_preset(preset, overrides or []))
+            _check_networks(run.config)
+            return run
         before = read_config(file)
         if preset not in (None, before.name):
             raise UserError(f"{path}: holds a run of preset {before.name!r}, not {preset!r}; give another directory")
         run = cls(path, override(before, overrides or []))
-        run._announce(before)
+        if run.config != before:
+            _check_networks(run.config)
+            run._announce(before)
         return run
 
     def _announce(self, before: Config) -> None:
-        """Logs what changed settings mean for the stages there are."""
+        """Logs which stages the changed settings redo and which they keep."""
         for change in differences(before, self.config):
             log.info("%s: %s", self.path, change)
+        files = {stage: f"{stage}/done.json" for stage in STAGES} | {
+            "evaluate": "metrics.json",
+            "report": "report.html",
+        }
+        finished = [stage for stage in STAGES if (self.path / files[stage]).exists()]
         changed = affected(before, self.config)
-        if redone := [stage for stage in changed if self._trace(stage).exists()]:
-            kept = [stage for stage in STAGES if stage not in changed and self._trace(stage).exists()]
-            log.info("will be redone: %s; kept: %s", ", ".join(redone), ", ".join(kept) or "nothing")
+        if redone := [stage for stage in finished if stage in changed]:
+            kept = ", ".join(stage for stage in finished if stage not in changed)
+            log.info("will be redone: %s; kept: %s", ", ".join(redone), kept or "nothing")
 
-    def _trace(self, stage: Stage) -> Path:
-        """The file that a finished stage leaves."""
-        files = {"evaluate": "metrics.json", "report": "report.html"}
-        return self.path / files.get(stage, f"{stage}/done.json")
+    def save_config(self) -> None:
+        """Writes config.toml where it is missing or settings have changed.
 
-    def start(self) -> None:
-        """Writes config.toml where it is missing or settings have changed. Called as a stage starts, when all that can
-        be refused has been: a command refused for a bad path can be typed again, corrected."""
-        file, text = self.path / "config.toml", self.config.to_toml()
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            write_text(file, text)
+        Raises:
+            UserError: another process writes to the run.
+        """
+        if not self._is_saved():
+            with self.lock():
+                pass
+
+    def _is_saved(self) -> bool:
+        file = self.path / "config.toml"
+        return file.exists() and file.read_text(encoding="utf-8") == self.config.to_toml()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Locks the run for this process and brings config.toml up to date. Taken when all that can be refused has
+        been: a command refused for a bad path can be typed again, corrected.
+
+        Raises:
+            UserError: another process writes to the run.
+        """
+        with lock_folder(self.path):
+            if not self._is_saved():
+                write_text(self.path / "config.toml", self.config.to_toml())
+            yield
 
     def folder(self, stage: Stage) -> Path:
         return self.path / stage
@@ -97,8 +126,8 @@ class RunDir:
         return digest(settings, (self.done("pack") or {}).get("fingerprint") if packed else None)
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
-        """What the finished stage recorded; None where it is not finished: never run, interrupted, run with other
-        settings or images, or one of its files is gone."""
+        """What the finished stage recorded; None if it never ran, was interrupted, read other settings or images, or
+        has lost a file."""
         file = self.folder(stage) / "done.json"
         if not file.exists():
             return None
@@ -111,11 +140,7 @@ class RunDir:
         return record
 
     def require(self, stage: Stage) -> dict[str, Any]:
-        """What the finished stage recorded.
-
-        Raises:
-            UserError: it is not finished.
-        """
+        """What the finished stage recorded. Raises UserError if it is not finished."""
         record = self.done(stage)
         if record is None:
             verb = f"train_{stage}" if stage in _TRAINED else stage
@@ -126,11 +151,7 @@ class RunDir:
         return record
 
     def packed(self) -> Packed:
-        """The packed images.
-
-        Raises:
-            UserError: they are not packed yet, or a file is damaged.
-        """
+        """The packed images. Raises UserError if they are not packed yet, or a file is damaged."""
         self.require("pack")
         return read_packed(self.folder("pack"))
 
@@ -140,17 +161,15 @@ class RunDir:
     ) -> Iterator[dict[str, Any] | None]:
         """Marks the stage finished when the block ends well. Yields a dict for its record, or None if it is finished.
 
-        "seconds" counts the last attempt: where a stage was interrupted, what came before is not in it. Of several
-        processes in one stage the first writes, and none leaves before it is finished. What an attempt with other
-        settings left behind is deleted, but for the files that `keep` names.
+        "seconds" counts the last attempt only. Of several processes the first writes, and none leaves before the stage
+        is finished. What an attempt with other settings left is deleted, except the files for which `keep` is true.
         """
         if world.gather(self.done(stage) is not None)[0]:
             log.info("%s: already finished, skipped", stage)
             yield None
             return
         if world.is_main:
-            self.start()
-            with lock_folder(self.path):
+            with self.lock():
                 self._clear_outdated(stage, keep)
                 world.barrier()  # the others look for checkpoints only now
                 yield from self._work(stage)
@@ -182,24 +201,35 @@ class RunDir:
         files = {f.name for f in self.folder(stage).iterdir() if f.is_file() and f.suffix not in _NOT_NEEDED}
         record["files"] = sorted(name for name in files - {"started.json"} if not name.endswith("state.pt"))
         write_json(self.folder(stage) / "done.json", record)
-        log.info("%s: finished in %.0f s", stage, record["seconds"])
+        log.info("%s: finished in %.0f s, in %s", stage, record["seconds"], self.folder(stage))
 
     def share(self, other: RunDir) -> None:
         """Takes over the finished stages of another run that read the same settings and images, as hard links where
         the file system allows: a stage's files are never changed in place.
 
         Raises:
-            UserError: the other run has packed other images.
+            UserError: the other run has packed other images, or another process writes to this one.
         """
         if self.done("pack") is None and self.config.data != other.config.data:
             change = differences(self.config, other.config)[0]
             raise UserError(f"--from {other.path}: its images may not be those of this run ({change})")
         for stage in STAGES[: STAGES.index("classifier")]:
             if self.done(stage) is None and other.done(stage) is not None and other.hash(stage) == self.hash(stage):
-                self.start()
-                shutil.rmtree(self.folder(stage), ignore_errors=True)
-                shutil.copytree(other.folder(stage), self.folder(stage), copy_function=_link)
+                copy, folder = self.path / f".{stage}.tmp", self.folder(stage)
+                with self.lock():
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(other.folder(stage), copy, copy_function=_link)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    copy.rename(folder)  # whole or not at all
                 log.info("%s: taken from %s", stage, other.path)
+
+
+def _check_networks(config: Config) -> None:
+    """Here, before a stage deletes what an attempt with other settings made."""
+    with torch.device("meta"):
+        for part in (config.extractor, config.classifier):
+            build_classifier(part.network, 2, config.data.channels, part.image_size)
+        build_unet(config, num_classes=2)
 
 
 def _link(source: str, target: str) -> None:

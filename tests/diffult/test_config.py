@@ -108,7 +108,7 @@ def test_bad_settings_are_one_line(preset, overrides, expected):
 
 
 def test_run_directory_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="give --preset"):
+    with pytest.raises(UserError, match=r"config.toml: not found; start a run with python -m diffult.run --preset"):
         RunDir.open(tmp_path / "absent")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")

@@ -182,7 +182,7 @@ def test_damaged_samples_are_named_and_drawn_again(copied_run, tiny_run):
 
 def test_killed_before_its_first_file_it_starts_again(tmp_path):
     (tmp_path / ".config.toml.1.tmp").write_text("")
-    RunDir.open(tmp_path, "digits-lt").start()
+    RunDir.open(tmp_path, "digits-lt").save_config()
     assert RunDir.open(tmp_path).config.name == "digits-lt"
 
 
@@ -200,7 +200,7 @@ def test_a_config_edited_by_hand_redoes_what_reads_it(copied_run):
 
 def test_stages_run_alone_in_order_or_say_which_is_missing(tmp_path):
     run = RunDir.open(tmp_path / "new", "digits-lt", TINY)
-    run.start()
+    run.save_config()
     for module, missing in (
         ("train_extractor", "pack"),
         ("generate", "pack"),

@@ -23,7 +23,7 @@ from diffult.longtail.metrics import class_groups
 from diffult.longtail.quota import quotas_to
 from diffult.pack import pack
 from diffult.plots import ArraySamples, class_histogram, evenly, image_strip, sample_grid
-from diffult.report import accuracy_rows, generation_rows, render, timing_rows, write_report
+from diffult.report import accuracy_rows, command, generation_rows, render, timing_rows, write_report
 from diffult.runs.files import write_json
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import write
@@ -283,6 +283,15 @@ def test_report_without_samples_and_validation(config: Config) -> None:
     assert "No sample was drawn: no class has fewer than 3 real images." in page.text
 
 
+@pytest.mark.parametrize(
+    ("filter", "words"), [("none", "No sample was"), ("distance", "Samples out of distribution were")]
+)
+def test_the_report_says_whether_samples_were_dropped(samples: Images, filter: str, words: str) -> None:
+    config = load_preset("digits-lt", [f"generate.filter={filter}"])
+    page = Page(render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m"))
+    assert f"{words} dropped." in page.text
+
+
 def test_a_group_without_test_images_is_a_dash() -> None:
     row = {"top1": 50.0, "many": None, "medium": None, "few": 50.0}
     rows = accuracy_rows({"diffult": row | {"top1": 49.96}, "ce": row})
@@ -334,6 +343,13 @@ def test_write_report_reads_a_run_directory(finished_run: RunDir) -> None:
     first = finished_run.packed().train
     expected = enlarged(first.image(int(np.flatnonzero(first.labels == 0)[0])), 8)
     np.testing.assert_array_equal(picture(shown["real images of class 0"])[:, :64], expected)
+
+
+def test_the_report_of_a_run_that_cannot_be_written_to_goes_elsewhere(tiny_run: RunDir, tmp_path: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in tiny_run.path.rglob("*")}
+    command(tiny_run.path, tmp_path / "out.html")
+    assert Page((tmp_path / "out.html").read_text(encoding="utf-8")).row("DiffuLT")
+    assert {file: file.stat().st_mtime_ns for file in tiny_run.path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("metrics", [None, {"hash": "another"}])

@@ -1,21 +1,24 @@
 """One process or several: the same losses, and a checkpoint that the other number of processes takes up."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
+from diffult import evaluate, report
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
 from diffult.models import unet
 from diffult.run import run_pipeline
 from diffult.runs.files import load_state, load_tensors
 from diffult.runs.run_dir import RunDir
-from diffult.train_diffusion import train_diffusion
+from diffult.train_diffusion import seconds_per_step, train_diffusion
 
 # float32: in bfloat16, where a machine has it, sums of other parts round by too much to tell a mistake from.
 SETTINGS = [
@@ -144,6 +147,31 @@ def test_recomputed_activations_train_as_kept_ones(alone, tmp_path, monkeypatch)
     assert len(losses(kept)) == 4 and losses(again) == losses(kept)
     weights = [load_tensors(path / "diffusion" / "ema.safetensors")[0] for path in (kept, again)]
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+
+def test_processes_measure_as_many_steps_as_the_first_says(fresh, monkeypatch):
+    """By its own clock each would stop at another step, and one of them wait for ever."""
+    decisions, steps = iter([True] * 7 + [False]), []
+
+    def build(*_):
+        step = lambda i, batch: steps.append(i) or {"loss": torch.zeros(())}  # noqa: E731
+        return SimpleNamespace(step=step, batches=lambda start: itertools.repeat(None), flops={"forward": 1.0})
+
+    monkeypatch.setattr("diffult.train_diffusion.build_trainer", build)
+    monkeypatch.setattr(World, "gather", lambda _, mine: [next(decisions), mine])
+    seconds_per_step(fresh, World(1, 2))
+    assert steps == list(range(7))
+
+
+@pytest.mark.parametrize("verb", [evaluate, report])
+def test_what_cannot_be_shared_is_done_by_the_first_process_alone(tiny_run, monkeypatch, capsys, verb):
+    monkeypatch.setattr(verb, "init_distributed", lambda: World(1, 2))
+    barriers = []
+    monkeypatch.setattr(World, "barrier", lambda world: barriers.append(world))
+    before = (tiny_run.path / "report.html").stat().st_mtime_ns
+    verb.command(tiny_run.path)
+    assert capsys.readouterr().out == "" and len(barriers) == 1
+    assert (tiny_run.path / "report.html").stat().st_mtime_ns == before
 
 
 def test_accumulated_parts_train_as_the_whole_batch(alone, tmp_path):

@@ -23,7 +23,7 @@ def train(tiny_run, tmp_path):
         run = RunDir.open(tmp_path / name, "digits-lt", [*TINY, *settings])
         for stage in ("pack", "extractor"):
             shutil.copytree(tiny_run.folder(stage), run.folder(stage), dirs_exist_ok=True)
-        run.start()
+        run.save_config()
         train_diffusion(run)
         return run
 

@@ -29,7 +29,7 @@ from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, lock_folder
 from diffult.runs.run_dir import RunDir
-from ffcv_writers import Loader, open_set
+from ffcv_writers import Loader
 
 CLASSES = tuple("0123456789")
 QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
@@ -234,8 +234,17 @@ def test_counts_come_from_a_file(tiny_run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["accepted"] == 3
     assert read_counts(tmp_path / "counts.txt", CLASSES).tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
     named = tmp_path / "named.txt"
-    named.write_text("polar bear 4\n")
-    assert read_counts(named, ("seal", "polar bear")).tolist() == [0, 4]
+    named.write_text("polar bear 4\nseal\t 2\n")
+    assert read_counts(named, ("seal", "polar bear")).tolist() == [2, 4]
+
+
+def test_a_setting_changed_here_redoes_the_stage(tiny_run, tmp_path, capsys):
+    run = RunDir.open(Path(shutil.copytree(tiny_run.path, tmp_path / "run")))
+    command(run=run.path, set_=["generate.steps=1"])
+    assert json.loads(capsys.readouterr().out)["nfe"] == 1
+    changed = RunDir.open(run.path)
+    assert changed.config.generate.steps == 1 and changed.done("generate") and not run.done("generate")
+    assert not (run.path / "generated").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +307,7 @@ def test_exports_hold_the_kept_samples(tiny_run, tmp_path):
         members = archive.getmembers()
         assert [int(archive.extractfile(m).read()) for m in members[1::2]] == labels
         assert np.array_equal(np.asarray(Image.open(archive.extractfile(members[0]))), images[0])
-    beton = open_set([made["beton"]])
+    beton = open_kept(tmp_path)
     assert beton.labels.tolist() == labels and beton.synthetic.all()
     read = np.concatenate([batch.images.numpy() for batch in Loader(beton, 8).sequential()])
     assert np.array_equal(read[..., 0], images)
@@ -310,6 +319,7 @@ def test_parse_classes():
         ("x", "expected numbers"),
         ("3-", "expected"),
         ("10", "no class 10"),
+        ("0-999999999999", "no class 999999999999"),  # nothing of that length is made
         ("5-3", "expected"),
     ):
         with pytest.raises(UserError, match=message):
@@ -336,7 +346,8 @@ def test_without_a_run_the_bundled_one_is_trained_first(tiny_run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     commands = []
 
-    def pretend(arguments, check):
+    def pretend(arguments, check, env):
+        assert env["WORLD_SIZE"] == "1"  # under torchrun it would wait for processes that never join
         commands.append(arguments)
         run = tmp_path / "runs" / "digits-lt"
         for stage in ("pack",) if "pack" in arguments else ("extractor", "diffusion"):

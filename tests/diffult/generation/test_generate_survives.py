@@ -179,7 +179,7 @@ def test_interrupted_it_says_so_and_loses_nothing(run, unbroken, nursery, tmp_pa
     assert nursery.wait() == 130
     text = told.read_text()
     assert (
-        text.strip().splitlines()[-1] == "interrupted; the same command goes on from here" and "Traceback" not in text
+        text.strip().splitlines()[-1] == "interrupted; the same command resumes from here" and "Traceback" not in text
     )
     there = {file: file.read_bytes() for file in out.glob("shard-*")}
     assert 3 <= len(there) < batches(unbroken[1]) and not list(out.glob(".*.tmp"))
@@ -262,7 +262,7 @@ def test_a_run_without_a_model_is_told_which_command_makes_it(run, nursery, tmp_
         assert sorted((tmp_path / "new").rglob("*")) == before
         shutil.copytree(run.path / stage, tmp_path / "new" / stage)
     code, last = nursery.run(["--run", tmp_path / "none"], tmp_path / "told")
-    assert code == 2 and "config.toml: not found; give --preset NAME" in last and not (tmp_path / "none").exists()
+    assert code == 2 and "config.toml: not found; start a run with" in last and not (tmp_path / "none").exists()
 
 
 def test_a_class_that_never_passes_ends_with_a_warning_and_all_else(run, nursery, tmp_path):

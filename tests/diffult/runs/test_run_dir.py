@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,14 @@ from conftest import TINY
 from PIL import Image
 
 from diffult.config import load_preset
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.run import run_pipeline
+from diffult.runs import run_dir
 from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, affected
+from diffult.train_diffusion import train_diffusion
 
 
 @pytest.fixture
@@ -105,10 +110,73 @@ def test_a_run_of_an_earlier_version_is_refused(copied):
     assert "\n" not in str(caught.value)
 
 
-def test_a_second_writer_is_refused(copied):
+@pytest.mark.parametrize("settings", [[], ["extractor.steps=5"], ["generate.batch_size=7"]])
+def test_a_second_writer_is_refused_and_changes_nothing(copied, settings):
     (copied.folder("classifier") / "done.json").unlink()
+
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in copied.path.rglob("*") if file.is_file() and file.name != ".lock"}
+
+    before = content()
     with lock_folder(copied.path), pytest.raises(UserError, match="another process writes to it"):
-        run_pipeline(RunDir.open(copied.path))
+        run_pipeline(RunDir.open(copied.path, overrides=settings))
+    assert content() == before
+
+
+@pytest.mark.parametrize("setting", ["unet.attention_resolutions=[3]", "extractor.network=resnet33"])
+def test_networks_that_do_not_fit_are_refused_before_a_finished_one_is_deleted(copied, setting):
+    before = written(copied)
+    with pytest.raises(UserError, match=r"resolution|resnet33"):
+        RunDir.open(copied.path, overrides=[setting])
+    assert written(copied) == before and RunDir.open(copied.path).config == copied.config
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_a_finished_model_is_deleted(copied):
+    run = RunDir.open(copied.path, overrides=["diffusion.batch_size=7"])
+    with pytest.raises(UserError, match=r"diffusion.batch_size = 7 cannot be shared by 2 processes"):
+        train_diffusion(run, World(0, 2))
+    assert copied.done("diffusion")
+
+
+def test_sharing_that_is_killed_leaves_no_half_stage(tiny_run, tmp_path, monkeypatch):
+    """done.json may be copied before the files that it lists."""
+    run, link, copied = RunDir.open(tmp_path / "new", "digits-lt", TINY), run_dir._link, []
+
+    def dying(source, target):
+        copied.append(Path(source).name)
+        if len(copied) > 1 and "done.json" in copied:
+            raise KeyboardInterrupt
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "_link", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run.share(tiny_run)
+    assert not run.folder("pack").exists()
+    again = RunDir.open(tmp_path / "new", "digits-lt", TINY)
+    again.share(tiny_run)
+    assert list(written(again)) == ["pack", "extractor", "diffusion", "generate"]
+    assert not list(again.path.glob(".*.tmp"))
+
+
+def test_what_a_process_killed_at_its_start_left_is_no_run(tmp_path):
+    for name in (".lock", ".config.toml.7.tmp"):
+        (tmp_path / name).touch()
+    assert RunDir.open(tmp_path, "digits-lt").config.name == "digits-lt"
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    """An encoding left to the locale is an error here."""
+    code = """
+import pathlib, sys
+from diffult.runs.files import read_json, write_text
+file = pathlib.Path(sys.argv[1])
+write_text(file, '"größer"')
+assert file.read_bytes() == '"größer"'.encode() and read_json(file) == "größer"
+"""
+    command = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning", "-c", code]
+    out = subprocess.run([*command, str(tmp_path / "file")], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
 
 
 # the source
