@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diffult.cli import PresetOption, RunOption, SetOption, duration, main
+from diffult.cli import RunOption, SetOption, duration, main
 from diffult.data.packing import Packed
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
@@ -131,7 +131,6 @@ def print_cost(run: RunDir, world: World) -> None:
 
 def command(
     run: RunOption,
-    preset: PresetOption = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print steps, time and memory, and stop.")] = False,
     tensorboard: Annotated[
@@ -143,7 +142,7 @@ def command(
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_diffusion --run RUN
     """
     world = init_distributed()
-    run_dir = RunDir.open(run, preset, set_)
+    run_dir = RunDir.open(run, overrides=set_)
     if dry_run:
         print_cost(run_dir, world)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffult.cli import PresetOption, RunOption, SetOption, main
+from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
@@ -58,13 +58,13 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     record["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 
-def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None) -> None:
+def command(run: RunOption, set_: SetOption = None) -> None:
     """Train the extractor phi0 on the long-tailed set and measure centre and radius of each class. Needs stage pack.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_extractor --run RUN
     """
     world = init_distributed()
-    train_extractor(RunDir.open(run, preset, set_), world)
+    train_extractor(RunDir.open(run, overrides=set_), world)
 
 
 if __name__ == "__main__":

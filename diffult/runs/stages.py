@@ -57,7 +57,7 @@ def reads(config: Config, stage: Stage) -> dict[str, Any]:
 
 
 def digest(*parts: Any) -> str:
-    """Twelve hex digits that tell two JSON-able values apart."""
+    """Twelve hex digits of a hash of JSON-able values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
