@@ -77,4 +77,15 @@ def _wds(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     return file
 
 
-FORMATS: dict[str, Format] = {"imagefolder": _imagefolder, "npz": _npz, "zip": _zip, "wds": _wds}
+def _beton(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
+    """The kept samples as they are: fields image, label, synthetic (1) and index."""
+    return samples.paths[0]
+
+
+FORMATS: dict[str, Format] = {
+    "imagefolder": _imagefolder,
+    "npz": _npz,
+    "zip": _zip,
+    "wds": _wds,
+    "beton": _beton,
+}
