@@ -129,13 +129,21 @@ def command(
     behind = sum(planned[stage] for stage in ("generate", "classifier", "evaluate", "report"))
     for stage in STAGES:
         begun = time.monotonic()
-        if stage == "diffusion" and opened.done("diffusion") is None:
+        if stage == "diffusion" and not (opened.folder("diffusion") / "started.json").exists():
             a_step = seconds_per_step(opened, ALONE)
             left = budget - (time.monotonic() - started) - behind
             steps = steps_within(left, a_step, opened.config.diffusion.steps)
             print(f"diffusion: {1e3 * a_step:.2f} ms a step, {steps} steps in the {left:.0f} s left", flush=True)
             results.content |= {"seconds_per_step": a_step, "diffusion_steps": steps}
             opened = RunDir.open(run, overrides=[f"diffusion.steps={steps}"])
+        if stage == "classifier" and "extractor" in results.content["seconds"]:
+            a_step = results.content["seconds"]["extractor"] / opened.config.extractor.steps
+            left = budget - (time.monotonic() - started) - planned["evaluate"] - planned["report"]
+            classifier = opened.config.classifier  # at worst its methods train one after another
+            steps = steps_within(left / len(classifier.methods), a_step, classifier.steps)
+            print(f"classifiers: {1e3 * a_step:.2f} ms a step, {steps} steps in the {left:.0f} s left", flush=True)
+            results.content |= {"classifier_steps": steps}
+            opened = RunDir.open(run, overrides=[f"classifier.steps={steps}"])
         run_pipeline(opened, stage)
         results.add(opened, stage, begun)
     print(json.dumps({method: row["top1"] for method, row in results.content["metrics"].items() if _is_row(row)}))

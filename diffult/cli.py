@@ -58,5 +58,5 @@ def main(verb: Callable[..., None]) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input: one line that says what is wrong, where, and what to do. Verbs print it and exit with 2."""
 
 
+class DamagedError(UserError):
+    """A file whose content does not parse."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'NAME'?`, or nothing if no name is near."""
     close = get_close_matches(name, list(names), n=1)

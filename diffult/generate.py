@@ -147,7 +147,11 @@ def read_counts(file: Path, classes: tuple[str, ...]) -> np.ndarray:
         UserError: a line of another form, an unknown class, or one named twice.
     """
     counts: dict[int, int] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--counts {file}: cannot be read ({error}); give a UTF-8 text file") from None
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         match = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s*", line)
@@ -294,7 +298,9 @@ def command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile on a CPU too: half a minute and g++, then 1.4 x the speed.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the noise; default: the run's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise; default: the run's.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the samples; default: see above.")
     ] = None,

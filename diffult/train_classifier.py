@@ -15,7 +15,7 @@ from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.generation.shards import open_kept
 from diffult.longtail.classification import Training, fit_all, training_loader
-from diffult.longtail.methods import METHODS, TrainingSet, class_counts
+from diffult.longtail.methods import METHODS, SPECIFIC, TrainingSet, class_counts
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.runs.files import metadata
 from diffult.runs.run_dir import RunDir
@@ -40,15 +40,13 @@ def train_classifier(run: RunDir, world: World = ALONE) -> None:
 
 
 def method_hash(run: RunDir, name: str) -> str:
-    """Of what a method reads: settings of synthetic images count only where it trains on them."""
-    method = METHODS[name]
-    settings = reads(run.config, "generate" if method.synthetic else "pack")
-    own = run.config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods"})
-    if not method.synthetic:
-        own = {key: value for key, value in own.items() if key not in ("omega", "synthetic_share")}
-        own["balance_to"] = run.config.generate.balance_to if method.filled else None
-    general = {"seed": run.config.seed, "precision": run.config.precision}
-    return run.digest(settings | general | {"classifier": own, "method": name})
+    """Of what a method reads."""
+    method, config = METHODS[name], run.config
+    own = config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods", *SPECIFIC})
+    specific = config.classifier.model_dump(mode="json") | {"balance_to": config.generate.balance_to}
+    own |= {setting: specific[setting] for setting in method.reads}
+    general = {"method": name, "seed": config.seed, "precision": config.precision, "classifier": own}
+    return run.digest(reads(config, "generate" if method.synthetic else "pack") | general)
 
 
 def _up_to_date(run: RunDir, file: Path) -> bool:

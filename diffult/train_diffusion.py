@@ -105,13 +105,14 @@ def seconds_per_step(run: RunDir, world: World = ALONE) -> float:
     """Median time of a training step on this machine, from a few seconds of steps whose result is discarded."""
     trainer = build_trainer(run.config, run.packed(), _extractor(run), world, LRBackoff())
     _log_flops(trainer, run.config.diffusion.batch_size)
-    times: list[float] = []
-    begun, batch = time.perf_counter(), next(trainer.batches(0))
-    while world.gather(len(times) < 5 or (time.perf_counter() - begun < 5 and len(times) < 100))[0]:
+    batch, times = next(trainer.batches(0)), list[float]()
+    for i in range(5):  # these compile and capture
+        trainer.step(i, batch)["loss"].item()
+    while world.gather(len(times) < 3 or (sum(times) < 5 and len(times) < 100))[0]:
         start = time.perf_counter()
         trainer.step(len(times), batch)["loss"].item()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[4:])  # the first few compile and record
+    return statistics.median(times)
 
 
 def print_cost(run: RunDir, world: World) -> None:

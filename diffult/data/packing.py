@@ -31,7 +31,7 @@ class Packed:
         classes: the classes' names, by label.
         counts: int64 (C,), training images of each class.
         train, val, test: the images; `val` is None if there are none.
-        fingerprint: of the files' content.
+        fingerprint: of the training file's content.
         survey: of the source, see `ffcv_writers.readers.Source`.
     """
 
@@ -86,7 +86,7 @@ def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, A
 
     Returns:
         What it writes to packed.json: "classes", "counts" of images per split and class, the source's "survey", and a
-        "fingerprint" of the files' content.
+        "fingerprint" of the training file's content, and those of the "held_out" splits.
 
     Raises:
         UserError: a file does not decode (it is named), or a class has too few images.
@@ -105,14 +105,14 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
         path.unlink(missing_ok=True)
     try:
         counts: dict[str, list[int]] = {}
-        digest = hashlib.sha256()
+        digests: dict[str, str] = {}
         for split, chosen in numbers.items():
             labels = _write_split(config, source, split, chosen, files[split])
             counts[split] = np.bincount(labels, minlength=len(source.classes)).tolist()
             with files[split].open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                digests[split] = hashlib.file_digest(file, "sha256").hexdigest()
         record: dict[str, Any] = {"classes": list(source.classes), "counts": counts, "survey": source.survey}
-        record["fingerprint"] = digest.hexdigest()
+        record |= {"fingerprint": digests.pop("train"), "held_out": digests}
         write_json(folder / _RECORD, record)
     except BaseException:
         for path in files.values():

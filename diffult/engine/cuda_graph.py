@@ -37,6 +37,8 @@ class CUDAGraphRunner:
         if self._graph is None:
             self._capture(tensors)
         for kept, given in zip(self._inputs, tensors, strict=True):
+            if kept.shape != given.shape:
+                raise ValueError(f"captured with shape {tuple(kept.shape)}, called with {tuple(given.shape)}")
             kept.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._outputs

@@ -67,10 +67,11 @@ class Preview:
         with torch.cuda.stream(self._side):
             self.sampler.unet.load_state_dict(self.optimizer.ema_state_dict())
             copied = None if self._side is None else self._side.record_event()
-            labels = torch.from_numpy(self.labels).to(device)
+            count, size = len(self.labels), min(self.batch_size, len(self.labels))
+            labels = torch.from_numpy(np.pad(self.labels, (0, -count % size))).to(device)  # a graph has one batch size
             indices = torch.arange(len(labels), device=device) % _PER_CLASS
-            parts = zip(labels.split(self.batch_size), indices.split(self.batch_size), strict=True)
-            images = torch.cat([self.sampler.draw(*part) for part in parts])
+            parts = zip(labels.split(size), indices.split(size), strict=True)
+            images = torch.cat([self.sampler.draw(*part) for part in parts])[:count]
         if copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)
         return images

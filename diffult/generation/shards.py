@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from diffult.config import GenerateConfig
-from diffult.errors import UserError
+from diffult.errors import DamagedError, UserError
 from diffult.generation.candidates import CandidateBatch
 from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
@@ -132,7 +132,7 @@ class ShardStore:
         for file in sorted(self.folder.glob("shard-*.safetensors")):
             try:
                 tensors, _ = load_tensors(file)
-            except UserError:
+            except DamagedError:
                 aside = file.with_suffix(".damaged")
                 file.rename(aside)
                 log.warning("%s: damaged, set aside as %s; its samples are drawn again", file, aside.name)

@@ -64,6 +64,9 @@ class ClassCounts(NamedTuple):
     effective: torch.Tensor
 
 
+SPECIFIC = ("omega", "synthetic_share", "resample_power", "balance_to")  # settings that only some methods read
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train the classifier.
@@ -73,14 +76,14 @@ class Method:
         synthetic: whether it trains on synthetic images too.
         draw: makes the order in which it draws images.
         loss: makes its loss from class counts and omega.
-        filled: whether it reads N_t itself.
+        reads: which of SPECIFIC it reads: its classifier is trained again when one of these changes.
     """
 
     title: str
     synthetic: bool
     draw: Callable[[TrainingSet], Drawing]
     loss: Callable[[ClassCounts, float], Loss]
-    filled: bool = False
+    reads: tuple[str, ...] = SPECIFIC
 
 
 def class_counts(train: TrainingSet, drawing: Drawing, device: torch.device | str = "cpu") -> ClassCounts:
@@ -142,11 +145,13 @@ def logit_adjusted(counts: ClassCounts, omega: float) -> Loss:
 
 
 METHODS = {
-    "ce": Method("Cross-entropy", False, natural, cross_entropy),
-    "resample": Method("Re-sampling", False, resampled, cross_entropy),
-    "logit_adjust": Method("Logit adjustment", False, natural, logit_adjusted),
-    "duplicates": Method("Duplicates of real images", False, duplicated, cross_entropy, filled=True),
-    "diffult": Method("DiffuLT", True, natural, cross_entropy),
-    "diffult+resample": Method("DiffuLT + re-sampling", True, resampled, cross_entropy),
-    "diffult+logit_adjust": Method("DiffuLT + logit adjustment", True, natural, logit_adjusted),
+    "ce": Method("Cross-entropy", False, natural, cross_entropy, ()),
+    "resample": Method("Re-sampling", False, resampled, cross_entropy, ("resample_power",)),
+    "logit_adjust": Method("Logit adjustment", False, natural, logit_adjusted, ()),
+    "duplicates": Method("Duplicates of real images", False, duplicated, cross_entropy, ("balance_to",)),
+    "diffult": Method("DiffuLT", True, natural, cross_entropy, ("omega", "synthetic_share")),
+    "diffult+resample": Method("DiffuLT + re-sampling", True, resampled, cross_entropy, ("omega", "resample_power")),
+    "diffult+logit_adjust": Method(
+        "DiffuLT + logit adjustment", True, natural, logit_adjusted, ("omega", "synthetic_share")
+    ),
 }

@@ -14,7 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffult.errors import UserError
+from diffult.errors import DamagedError, UserError
+
+_UMASK = os.umask(0)  # which can be read only by setting it, for all threads: so once, here
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -25,6 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb") as written:
+            os.fchmod(written.fileno(), 0o666 & ~_UMASK)  # safetensors writes 0600
             os.fsync(written.fileno())
         os.replace(temporary, path)
     finally:
@@ -56,12 +60,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError where the file is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: damaged; delete it to run its stage again") from None
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged; delete it to run its stage again")
+    return content
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -74,14 +81,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, truncated or no such file."""
+    """Tensors and metadata of a safetensors file. Raises UserError if it is missing, DamagedError if it is no such
+    file or truncated."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run the stage that writes it first") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to run its stage again") from None
+    except SafetensorError as error:
+        raise DamagedError(f"{path}: damaged ({error}); delete it to run its stage again") from None
 
 
 def metadata(path: Path) -> dict[str, str]:

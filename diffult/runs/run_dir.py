@@ -119,11 +119,16 @@ class RunDir:
 
     def hash(self, stage: Stage) -> str:
         """Of the settings that the stage and those upstream of it read, and of the packed images."""
-        return self.digest(reads(self.config, stage), packed=stage != "pack")
+        settings = reads(self.config, stage)
+        if stage == "pack":
+            return digest(settings)
+        if stage in ("evaluate", "report"):  # what trains does not read the held-out images
+            settings["held_out"] = (self.done("pack") or {}).get("held_out")
+        return self.digest(settings)
 
-    def digest(self, settings: Any, packed: bool = True) -> str:
-        """Of these settings and, with `packed`, of the packed images."""
-        return digest(settings, (self.done("pack") or {}).get("fingerprint") if packed else None)
+    def digest(self, settings: Any) -> str:
+        """Of these settings and the packed training images."""
+        return digest(settings, (self.done("pack") or {}).get("fingerprint"))
 
     def done(self, stage: Stage) -> dict[str, Any] | None:
         """What the finished stage recorded; None if it never ran, was interrupted, read other settings or images, or
@@ -170,6 +175,9 @@ class RunDir:
             return
         if world.is_main:
             with self.lock():
+                if world.size == 1 and self.done(stage) is not None:  # by another process, since the question above
+                    yield None
+                    return
                 self._clear_outdated(stage, keep)
                 world.barrier()  # the others look for checkpoints only now
                 yield from self._work(stage)
@@ -195,7 +203,7 @@ class RunDir:
             orphan.unlink()
         log.info("%s: started", stage)
         begun = time.perf_counter()
-        record: dict[str, Any] = {"hash": self.hash(stage)}
+        record: dict[str, Any] = {"hash": self.hash(stage), "packed": (self.done("pack") or {}).get("fingerprint")}
         yield record
         record["seconds"] = round(time.perf_counter() - begun, 2)
         files = {f.name for f in self.folder(stage).iterdir() if f.is_file() and f.suffix not in _NOT_NEEDED}
@@ -204,8 +212,8 @@ class RunDir:
         log.info("%s: finished in %.0f s, in %s", stage, record["seconds"], self.folder(stage))
 
     def share(self, other: RunDir) -> None:
-        """Takes over the finished stages of another run that read the same settings and images, as hard links where
-        the file system allows: a stage's files are never changed in place.
+        """Takes over the finished stages of another run that read the same settings and images, weights and
+        images as hard links where the file system allows.
 
         Raises:
             UserError: the other run has packed other images, or another process writes to this one.
@@ -233,7 +241,8 @@ def _check_networks(config: Config) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    with contextlib.suppress(OSError):  # another file system
-        os.link(source, target)
-        return
+    if source.endswith((".beton", ".safetensors")):  # never changed in place, unlike metrics.jsonl
+        with contextlib.suppress(OSError):  # another file system
+            os.link(source, target)
+            return
     shutil.copy2(source, target)

@@ -1,6 +1,7 @@
 """What a change of settings redoes, what runs can share, and how packed images outlive their source."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,10 @@ from diffult.train_diffusion import train_diffusion
 def copied(tiny_run, tmp_path) -> RunDir:
     shutil.copytree(tiny_run.path, tmp_path / "copy")
     return RunDir.open(tmp_path / "copy")
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def written(run: RunDir) -> dict[str, int]:
@@ -171,8 +176,9 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
 import pathlib, sys
 from diffult.runs.files import read_json, write_text
 file = pathlib.Path(sys.argv[1])
-write_text(file, '"größer"')
-assert file.read_bytes() == '"größer"'.encode() and read_json(file) == "größer"
+text = '{"name": "größer"}'
+write_text(file, text)
+assert file.read_bytes() == text.encode() and read_json(file) == {"name": "größer"}
 """
     command = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning", "-c", code]
     out = subprocess.run([*command, str(tmp_path / "file")], capture_output=True, text=True, check=False)
@@ -243,3 +249,40 @@ def test_a_moved_source_is_no_change(on_folder, tmp_path, caplog):
     moved = RunDir.open(run.path, overrides=[f"data.path={tmp_path / 'elsewhere'}"])
     run_pipeline(moved, "extractor")
     assert "has changed" not in caplog.text and "will be redone" not in caplog.text
+
+
+def test_a_repack_of_other_images_deletes_nothing(on_folder):
+    run, source = on_folder
+    run_pipeline(run, "extractor")
+    weights = run.folder("extractor") / "weights.safetensors"
+    before = weights.read_bytes()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(source / "train" / "cat" / "0.png")
+    (run.folder("pack") / "test.beton").unlink()
+    with pytest.raises(UserError, match=r"no longer gives the images that extractor were made from; restore it"):
+        run_pipeline(RunDir.open(run.path))
+    assert weights.read_bytes() == before
+
+
+def test_other_test_images_leave_what_was_trained(on_folder):
+    run, source = on_folder
+    run_pipeline(run)
+    before = written(run)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(source / "test" / "cat" / "0.png")
+    (run.folder("pack") / "test.beton").unlink()
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    run_pipeline(RunDir.open(run.path))
+    assert {stage for stage, time in written(run).items() if time != before[stage]} == {"pack"}
+    assert json.loads((run.path / "metrics.json").read_text())["hash"] != metrics["hash"]
+
+
+def test_another_place_with_other_images_is_refused(on_folder, tmp_path):
+    run, _ = on_folder
+    write_folder(tmp_path / "others", ("cat", "wolf"))
+    with pytest.raises(UserError, match=r"does not hold the images that were packed \(class 'dog' is gone\)"):
+        run_pipeline(RunDir.open(run.path, overrides=[f"data.path={tmp_path / 'others'}"]))
+
+
+def test_files_follow_the_umask(tiny_run):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tiny_run.path.rglob("*") if file.is_file()}
+    del modes[".lock"]
+    assert set(modes.values()) == {0o666 & ~UMASK}, modes
