@@ -36,8 +36,7 @@ from kernels.dispatch import on_device, tile, use_triton
 
 NAME = "group_norm_silu"
 _ELEMENTS = 16 * 1024  # of the largest tile that registers hold whole
-# An H100's size, on every card, so that the order of the sums does not depend on the card:
-_BUSY = 192  # programs that fill it
+_BUSY = 192  # programs that fill an H100; on every card, or the order of the sums would depend on it
 _CACHED = 256 * 1024  # bytes of a block such that one on each multiprocessor fits in the L2
 
 
@@ -254,9 +253,6 @@ def _backward_kernel(
             tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside)
 
 
-# ---- launches and operators
-
-
 def _tiling(x: Tensor, groups: int, key: str, tensors: int) -> dict[str, int]:
     """The constants of a launch that reads `tensors` tensors like x: from the table's tile or this default."""
     batch, channels, height, width = x.shape
@@ -269,7 +265,6 @@ def _tiling(x: Tensor, groups: int, key: str, tensors: int) -> dict[str, int]:
     narrow = max(whole, key=lambda n: (min(16, size[n] & -size[n]), -n))
     blocks = [n for n in size if n == narrow or (n % narrow == 0 and size[n] <= 64)]
     in_one = [n for n in blocks if power(n * cpg) * power(pixels) <= _ELEMENTS]
-
     chunks, rows = 1, power(pixels)
     per_thread = 64 // tensors  # elements, as many as the registers hold
     if in_one:
@@ -389,12 +384,8 @@ def group_norm_silu(
         scale, shift: [B, C], any floating type, both or neither.
         silu: without it the result is SiLU's argument.
 
-    Returns:
-        The shape and type of x, channels-last. Statistics and arithmetic are float32; gradients come in the type of
-        what they belong to.
-
-    Raises:
-        ValueError: shapes that do not fit each other, or scale without shift.
+    Returns the shape and type of x, channels-last. Statistics and arithmetic are float32; gradients have the type of
+    what they belong to. Raises ValueError on shapes that do not fit each other, or scale without shift.
     """
     if x.ndim != 4 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(

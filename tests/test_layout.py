@@ -99,7 +99,7 @@ def test_no_circular_imports():
 def test_files_are_short():
     for folder in OURS | {"tests"}:
         for file in files(folder):
-            assert len(file.read_text().splitlines()) <= 420, file
+            assert len(file.read_text().splitlines()) <= (420 if folder == "tests" else 400), file
 
 
 def test_nothing_names_what_lies_outside_the_repository():
