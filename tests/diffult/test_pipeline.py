@@ -150,7 +150,7 @@ def test_an_image_that_does_not_decode_is_named_before_any_work(tmp_path):
     bad = tmp_path / "images" / "train" / "dog" / "2.png"
     bad.write_bytes(bad.read_bytes()[:-900])
     settings = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.profile=natural", "unet.channels=8"]
-    with pytest.raises(UserError, match=r"train/dog/2.png\) could not be read: .*; mend") as caught:
+    with pytest.raises(UserError, match=r"train/dog/2.png\) could not be read: .*; repair or remove") as caught:
         run_pipeline(RunDir.open(tmp_path / "run", "cifar10-lt-100", settings))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").rglob("*.beton"))
