@@ -39,7 +39,7 @@ def command(
     before: Annotated[Path, typer.Argument(help="Results file.", exists=True)],
     after: Annotated[Path, typer.Argument(help="Results file of the same kind of machine.", exists=True)],
 ) -> None:
-    """Tell which races changed beyond the noise; exit code 1 where one became slower."""
+    """Show which races changed by more than the noise; exit code 1 where one became slower."""
     old, new = ({told["race"]: told for told in read_json(file)["rows"]} for file in (before, after))
     if not old.keys() & new.keys():
         raise UserError(f"{before} and {after} have no race in common")

@@ -5,6 +5,7 @@ Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def command(run: RunOption, set_: SetOption = None) -> None:
     train_classifier(RunDir.open(run, overrides=set_), world)
 
 
-command.__doc__ = f"{command.__doc__}\n\nMethods (classifier.methods): {', '.join(METHODS)}."
+command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods (classifier.methods): {', '.join(METHODS)}."
 
 if __name__ == "__main__":
     main(command)

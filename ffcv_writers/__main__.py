@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 Files = Annotated[list[Path], typer.Argument(help="Files of the set, in order.", show_default=False)]
 CORES = available_cores()
-Workers = Annotated[int, typer.Option(min=1, help="Threads; default: one a processor.", show_default=False)]
+Workers = Annotated[int, typer.Option(min=1, help="Threads; default: one per processor.", show_default=False)]
 
 
 @app.command("write")

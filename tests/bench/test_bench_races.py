@@ -1,6 +1,7 @@
 """Races where diffusers is missing, recording before the first round, and the training step's contestants."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -83,13 +84,14 @@ def test_where_triton_serves_ours_is_timed_without_each_kernel(no_diffusers, tri
     assert some["training step, ours without diffuse"]()["images_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_contestant_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     pytest.importorskip("diffusers", reason="the bench extra (diffusers) is not installed")
     monkeypatch.setattr(training_step, "step_of_ours", lambda config: 1 / 0)
     printed = invoke("--smoke", "--preset", "digits-lt", "--out", tmp_path)
     assert printed.exit_code == 1 and "failed: training step, ours: ZeroDivisionError" in printed.output
     assert "10-step draw, diffusers channels-last compiled: " in printed.output
-    assert "ours 1." in printed.output or "ours 0." in printed.output
+    assert re.search(r"ours \d+\.\d+ x as fast", printed.output)
 
 
 def test_without_a_kernel_its_module_is_asked_no_more(triton_kernels):
