@@ -217,7 +217,7 @@ def open_file(path: Path) -> _File:
     except Exception as error:  # a broken table makes numpy raise almost anything
         raise ValueError(
             f"{path} is damaged or not an image set of ours ({error or repr(error)}): "
-            "delete it and run the stage that writes it again"
+            "if a run wrote it, delete it and run the stage again"
         ) from error
 
 
