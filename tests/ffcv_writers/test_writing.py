@@ -300,7 +300,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytearray], b
     path = tmp_path / "set.beton"
     write(path, images, **columns)
     path.write_bytes(damage(bytearray(path.read_bytes())))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged.*: if a run wrote it, delete it and run the"):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))} is damaged.*: if a run wrote it, delete it and run the"
+    ):
         open_set([path])
 
 
