@@ -129,7 +129,7 @@ def command(
     behind = sum(planned[stage] for stage in ("generate", "classifier", "evaluate", "report"))
     for stage in STAGES:
         begun = time.monotonic()
-        if stage == "diffusion" and not (opened.folder("diffusion") / "started.json").exists():
+        if stage == "diffusion" and opened.started("diffusion") is None:
             a_step = seconds_per_step(opened, ALONE)
             left = budget - (time.monotonic() - started) - behind
             steps = steps_within(left, a_step, opened.config.diffusion.steps)

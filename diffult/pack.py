@@ -24,8 +24,7 @@ def pack(run: RunDir, world: World = ALONE) -> None:
     data, folder = run.config.data, run.folder("pack")
     place = data.model_dump(include={"path", "train_list", "val_list", "test_list"})
     source = open_data(data) if run.done("pack") is None and world.is_main else None
-    started = folder / "started.json"
-    again = not started.exists() or read_json(started) == {"hash": run.hash("pack")}
+    again = run.started("pack") in (None, run.hash("pack"))
     with run.stage("pack", world) as record:
         if record is not None and source is not None:
             packed = pack_images(data, source, folder)

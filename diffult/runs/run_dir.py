@@ -144,6 +144,11 @@ class RunDir:
             return None
         return record
 
+    def started(self, stage: Stage) -> str | None:
+        """The hash of what the stage read when it was last started; None if it never was."""
+        file = self.folder(stage) / "started.json"
+        return read_json(file).get("hash") if file.exists() else None
+
     def require(self, stage: Stage) -> dict[str, Any]:
         """What the finished stage recorded. Raises UserError if it is not finished."""
         record = self.done(stage)
@@ -188,15 +193,14 @@ class RunDir:
 
     def _clear_outdated(self, stage: Stage, keep: Callable[[Path], bool]) -> None:
         folder, started = self.folder(stage), self.folder(stage) / "started.json"
-        now = {"hash": self.hash(stage)}
-        before = read_json(started) if started.exists() else None
+        before, now = self.started(stage), self.hash(stage)
         if before == now:
             return
         if before is not None:
             for file in [path for path in folder.rglob("*") if path.is_file() and path != started]:
                 if not keep(file):
                     file.unlink()
-        write_json(started, now)
+        write_json(started, {"hash": now})
 
     def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
         for orphan in self.folder(stage).rglob(".*.tmp"):  # what a killed attempt was writing
