@@ -22,7 +22,7 @@ from diffult.diffusion.samplers import SAMPLERS, SPACINGS
 from diffult.diffusion.schedule import Prediction, ScheduleName
 from diffult.errors import UserError, nearest, one_of
 from diffult.longtail.filter import FILTERS
-from diffult.longtail.methods import METHODS
+from diffult.longtail.methods import find_method, method_name
 from diffult.models.config import UNetConfig
 from diffult.strict_model import StrictModel
 
@@ -91,7 +91,7 @@ class DiffusionConfig(StrictModel):
 SamplerName = Annotated[str, AfterValidator(partial(one_of, SAMPLERS))]
 SpacingName = Annotated[str, AfterValidator(partial(one_of, SPACINGS))]
 FilterName = Annotated[str, AfterValidator(partial(one_of, FILTERS))]
-MethodName = Annotated[str, AfterValidator(partial(one_of, METHODS))]
+MethodName = Annotated[str, AfterValidator(method_name)]
 
 
 class GenerateConfig(StrictModel):
@@ -117,19 +117,18 @@ class GenerateConfig(StrictModel):
 class ClassifierConfig(TrainingConfig):
     """The final classifier, and the ways to train it that are compared."""
 
+    # Epochs of each method's own images in place of `steps`, the budget of the published tables.
+    epochs: float | None = Field(None, gt=0)
     omega: float = Field(0.5, ge=0)  # weight of a synthetic sample in the loss
-    # Share of each batch that is synthetic, in methods that do not re-sample; None: all images once an epoch.
-    synthetic_share: float | None = Field(None, gt=0, lt=1)
-    # Re-sampling draws a class of n images in proportion to n^(1 - power): 1 all classes alike, 1/2 by the square root
-    # (Kang et al. 2020).
-    resample_power: float = Field(1.0, gt=0, le=1)
+    synthetic_share: float = Field(0.25, gt=0, lt=1)  # of each batch, in the methods that mix by share
     methods: tuple[MethodName, ...] = ("ce", "diffult")
 
     @model_validator(mode="after")
     def _comparison(self) -> Self:
         if missing := [name for name in ("ce", "diffult") if name not in self.methods]:
             raise ValueError(f"methods must hold {missing[0]!r}: the report compares it")
-        if self.synthetic_share and not 0 < self.synthetic_images < self.batch_size:
+        mixing = any("synthetic_share" in find_method(name).reads for name in self.methods)
+        if mixing and not 0 < self.synthetic_images < self.batch_size:
             raise ValueError(
                 f"synthetic_share = {self.synthetic_share} makes {self.synthetic_images} of {self.batch_size} images "
                 "synthetic: need at least one of either kind in a batch"
@@ -138,8 +137,8 @@ class ClassifierConfig(TrainingConfig):
 
     @property
     def synthetic_images(self) -> int:
-        """Synthetic images in a batch, where `synthetic_share` sets them."""
-        return round((self.synthetic_share or 0) * self.batch_size)
+        """Synthetic images in a batch of the methods that mix by share."""
+        return round(self.synthetic_share * self.batch_size)
 
 
 class GroupsConfig(StrictModel):

@@ -12,7 +12,7 @@ from diffult.cli import RunOption, SetOption, main
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import init_distributed
 from diffult.longtail.classification import predict
-from diffult.longtail.methods import METHODS
+from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
 from diffult.models.resnet import load_classifier
 from diffult.runs.files import read_json, write_json
@@ -62,12 +62,12 @@ def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) ->
 
 def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
-    lines = [f"{'':28}" + "".join(f"{column:>9}" for column in COLUMNS)]
-    for name, method in METHODS.items():
-        if name in metrics:
-            row = metrics[name]
-            cells = ("-" if row[column] is None else f"{row[column]:.1f}" for column in COLUMNS)
-            lines.append(f"{method.title:28}" + "".join(f"{cell:>9}" for cell in cells))
+    titles = {name: find_method(name).title for name, row in metrics.items() if isinstance(row, dict) and "top1" in row}
+    width = max(map(len, titles.values())) + 2
+    lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
+    for name, title in titles.items():
+        cells = ("-" if metrics[name][column] is None else f"{metrics[name][column]:.1f}" for column in COLUMNS)
+        lines.append(f"{title:{width}}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
 

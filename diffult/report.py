@@ -23,7 +23,7 @@ from diffult.engine.distributed import init_distributed
 from diffult.errors import UserError
 from diffult.generation.shards import open_kept
 from diffult.longtail.filter import FILTERS, Verdict
-from diffult.longtail.methods import METHODS
+from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.longtail.quota import quotas_to
 from diffult.plots import MAX_CLASSES, NO_SAMPLES, Samples, class_histogram, evenly, first_images, image_strip
@@ -36,7 +36,7 @@ _LONG_TABLE = 40  # more rows than this are folded
 
 
 def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row {"title", "cells"} for each trained method, in the order of METHODS.
+    """A row {"title", "cells"} for each trained method, in the order of `accuracies`.
 
     A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
     cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add up.
@@ -49,9 +49,9 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
         return None if value is None else round(value, 1)
 
     shown = {
-        method: {column: rounded(accuracies[method][column]) for column in COLUMNS}
-        for method in METHODS
-        if method in accuracies
+        method: {column: rounded(row[column]) for column in COLUMNS}
+        for method, row in accuracies.items()
+        if isinstance(row, dict) and "top1" in row
     }
 
     def cell(method: str, column: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
         delta = None if method == "ce" or value is None or base is None else value - base
         return {"value": value, "best": value == best, "delta": delta}
 
-    return [{"title": METHODS[m].title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
+    return [{"title": find_method(m).title, "cells": [cell(m, column) for column in COLUMNS]} for m in shown]
 
 
 def generation_rows(

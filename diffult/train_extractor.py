@@ -13,7 +13,7 @@ from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
-from diffult.longtail.classification import Training, extract_features, fit, training_loader
+from diffult.longtail.classification import Training, TrainingPhase, extract_features, fit, training_loader
 from diffult.longtail.losses import CrossEntropy
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier, save_classifier
@@ -45,8 +45,8 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, data.channels, config.image_size).to(device)
     loader = training_loader(images, data, config, seed, device, world)
-    order, checkpoint = Natural(len(images)), folder / "state.pt"
-    fit(Training("extractor", model, loader, order, CrossEntropy(), config, checkpoint, seed, digest, dtype, world))
+    phase, checkpoint = TrainingPhase(config.steps, Natural(len(images)), CrossEntropy()), folder / "state.pt"
+    fit(Training("extractor", model, loader, (phase,), config, checkpoint, seed, digest, dtype, world))
     if not world.is_main:  # the others wait where the stage ends
         return
     view = data.view(config.image_size, config.image_size / data.image_size)  # as of samples

@@ -143,27 +143,32 @@ class Weighted(Order):
 
 
 class Ratio(Order):
-    """An exact number of real and of synthetic samples in each batch, in random order, each kind from a natural stream
-    of its own. In an epoch every real sample comes once; its last batch may reach into the next pass over them.
+    """An exact number of real and of synthetic samples in each batch, in random order, each kind from a stream of its
+    own. In an epoch every real sample comes once, unless `of_real` says otherwise; its last batch may reach into the
+    next pass over them.
 
     Args:
         synthetic: (N,) booleans, which samples are synthetic.
         real, generated: of either kind a batch; the loader's batch size is a multiple of their sum.
+        of_real: the order of the real samples, numbered among themselves; None: each once an epoch.
 
     Raises:
-        ValueError: a kind that is asked for has no sample.
+        ValueError: a kind that is asked for has no sample; `of_real` is of another number of samples.
     """
 
-    def __init__(self, synthetic: np.ndarray, real: int, generated: int) -> None:
+    def __init__(self, synthetic: np.ndarray, real: int, generated: int, of_real: Order | None = None) -> None:
         synthetic = _row("synthetic", synthetic, "b")
         if real < 1 or generated < 0:
             raise ValueError(f"a batch needs real >= 1 and generated >= 0, got {real} and {generated}")
-        self._kinds = []
+        self._kinds: list[tuple[int, np.ndarray, Order]] = []
         for name, share, kind in (("real", real, ~synthetic), ("synthetic", generated, synthetic)):
             if share and not kind.any():
                 raise ValueError(f"a batch should hold {share} {name} samples, the set has none")
             if share:
-                self._kinds.append((share, np.flatnonzero(kind), Natural(int(kind.sum()))))
+                order = of_real if name == "real" and of_real is not None else Natural(int(kind.sum()))
+                if order.length != kind.sum():
+                    raise ValueError(f"of_real draws {order.length} an epoch, the set has {kind.sum()} real samples")
+                self._kinds.append((share, np.flatnonzero(kind), order))
         self._batches = -(-int((~synthetic).sum()) // real)
         super().__init__(self._batches * (real + generated), real + generated)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,27 @@ from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
 from diffult.engine.loop import LoopConfig, Losses, learning_rate_factor, train_steps
-from diffult.longtail.losses import Loss
+from diffult.longtail.losses import Loss, Targets
+from diffult.longtail.methods import Mix
 from diffult.models.batch_norm import share_batch_norms
 from diffult.models.cost import forward_flops
 from diffult.models.resnet import Classifier
 from ffcv_writers import Batch, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, mixup, normalise
 
+_OF_PARTNERS = 2**40  # beyond all places in a stream
 _SMALL_STEP = 1e12  # FLOP of a step below which a GPU has room for others beside it
+
+
+@dataclass(frozen=True)
+class TrainingPhase:
+    """A stretch of a training: its steps, the order of its images, its loss and the order of the partners that images
+    are mixed with; None: each image's partner is the one before it in the batch."""
+
+    steps: int
+    order: Order
+    loss: Loss
+    partners: Order | None = None
 
 
 @dataclass(frozen=True)
@@ -35,24 +49,33 @@ class Training:
         title: on the progress bar.
         model: trained in place, on the loader's device.
         loader: made by `training_loader` with the same config, seed and world.
+        phases: one after the other, under one schedule of the learning rate.
+        config: of its steps those of the phases count.
         checkpoint: NAMEstate.pt, from which it resumes; NAMEmetrics.jsonl beside it takes loss and speed.
         seed: the run's seed and the stage's number.
         config_hash: of the settings; a checkpoint of others is refused.
         dtype: of convolutions and products.
         world: the processes that share each batch; every one of them trains.
+        mix: of the images; None: as the settings say.
+        head_only: whether the trunk stays as it is.
     """
 
     title: str
     model: Classifier
     loader: Loader
-    order: Order
-    loss: Loss
+    phases: tuple[TrainingPhase, ...]
     config: TrainingConfig
     checkpoint: Path
     seed: tuple[int, int]
     config_hash: str
     dtype: torch.dtype
     world: World = ALONE
+    mix: Mix | None = None
+    head_only: bool = False
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
 
 
 def training_loader(
@@ -83,8 +106,29 @@ def training_batches(
         yield from loader.batches(*(column.reshape(-1, batch_size)[:, rows].ravel() for column in draws))
 
 
+def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, Batch]]:
+    """The number of the phase and the batch of each step from `start` on; partners follow the images in a batch."""
+    loader, size = training.loader, training.config.batch_size
+    rows = _local_rows(training.config, training.world)
+    first = 0
+    for number, phase in enumerate(training.phases):
+        begin, first = max(start, first), first + phase.steps
+        images = training_batches(loader, phase.order, seed, size, begin, first, rows)
+        if phase.partners is None:
+            yield from ((number, batch) for batch in images)
+        else:
+            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows)
+            yield from ((number, _joined(*pair)) for pair in zip(images, others, strict=True))
+
+
+def _joined(batch: Batch, partners: Batch) -> Batch:
+    names = [field.name for field in fields(Batch) if field.name != "position"]
+    joined = {name: torch.cat([getattr(batch, name), getattr(partners, name)]) for name in names}
+    return Batch(**joined, position=torch.cat([batch.position, partners.position + _OF_PARTNERS]))
+
+
 def fit(training: Training) -> None:
-    """Trains a model for `config.steps` steps of SGD, resuming from its checkpoint; raises as `train_steps` does."""
+    """Trains a model by SGD, resuming from its checkpoint; raises as `train_steps` does."""
     for _ in fit_all([training]):
         pass
 
@@ -139,38 +183,41 @@ def _stream_seed(seed: tuple[int, int]) -> int:
 
 
 def _local_rows(config: TrainingConfig, world: World) -> np.ndarray:
-    """The rows of each batch that this process loads: its share, and with mixup the partner of its first image."""
+    """The rows of each batch that this process loads: its share and, of several processes, the row before it, the
+    partner of its first image where images are mixed."""
     mine = world.local_slice(config.batch_size, "batch_size")
-    return np.arange(mine.start - _halo(config, world), mine.stop) % config.batch_size
+    return np.arange(mine.start - _halo(world), mine.stop) % config.batch_size
 
 
-def _halo(config: TrainingConfig, world: World) -> int:
-    return int(config.mixup > 0 and world.size > 1)
+def _halo(world: World) -> int:
+    return int(world.size > 1)
 
 
 def _steps(training: Training) -> Iterator[int]:
     """Trains; yields the number of steps done after each."""
     config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
+    steps = training.steps
     step = _Step(training, seed)
     factors = [
-        learning_rate_factor(i, config.steps, config.warmup * config.steps, config.milestones, config.decay)
-        for i in range(config.steps)
+        learning_rate_factor(i, steps, config.warmup * steps, config.milestones, config.decay) for i in range(steps)
     ]
     rates = torch.tensor([config.learning_rate * factor for factor in factors], device=loader.device)
     # With several processes their exchange stays outside graphs.
-    run = CUDAGraphRunner(step, loader.device if world.size == 1 else torch.device("cpu"))
+    device = loader.device if world.size == 1 else torch.device("cpu")
+    runs = [CUDAGraphRunner(partial(step, phase), device) for phase in training.phases]
+
+    def run(i: int, numbered: tuple[int, Batch]) -> Losses:
+        number, batch = numbered
+        return runs[number](batch.images, batch.labels, batch.synthetic, batch.sample, batch.position, rates[i])
+
     name = training.checkpoint.name.removesuffix("state.pt")
     yield from train_steps(
         LoopConfig(
-            training.title, config.steps, training.checkpoint, max(1, min(1000, config.steps // 2)),
+            training.title, steps, training.checkpoint, max(1, min(1000, steps // 2)),
             (*training.seed, world.rank), training.config_hash, config.batch_size,
             metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), writes=world.is_main,
         ),
-        lambda start: training_batches(
-            loader, training.order, seed, config.batch_size, start, config.steps, _local_rows(config, world)
-        ),
-        lambda i, batch: run(batch.images, batch.labels, batch.synthetic, batch.position, rates[i]),
-        {"model": training.model, "optimizer": step.optimizer},
+        partial(_batches, training, seed), run, {"model": training.model, "optimizer": step.optimizer},
     )  # fmt: skip
 
 
@@ -180,8 +227,11 @@ class _Step:
     def __init__(self, training: Training, seed: int) -> None:
         self.training, self.seed = training, seed
         config, model = training.config, training.model
-        share_batch_norms(model, training.world)
         model.train()
+        if training.head_only:
+            model.trunk.eval().requires_grad_(False)
+        else:
+            share_batch_norms(model, training.world)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Fused on CUDA: only then does the rate stay on the device.
         self.optimizer = torch.optim.SGD(
@@ -189,21 +239,19 @@ class _Step:
             fused=training.loader.device.type == "cuda",
         )  # fmt: skip
 
-    def __call__(self, images: Tensor, labels: Tensor, synthetic: Tensor, positions: Tensor, rate: Tensor) -> Losses:
+    def __call__(
+        self, phase: TrainingPhase, images: Tensor, labels: Tensor, synthetic: Tensor, sample: Tensor,
+        positions: Tensor, rate: Tensor,
+    ) -> Losses:  # fmt: skip
         """One step on the fields of a `Batch`, at the learning rate `rate`, float32 scalar."""
         config, world = self.training.config, self.training.world
         options = {"pad": config.augment.pad, "flip": config.augment.flip, "jitter": config.augment.jitter}
         size, dtype = config.image_size, self.training.dtype
         x = augment(images, self.seed, positions, size=size, dtype=dtype, **options)  # type: ignore[arg-type]
-        share = None
-        if config.mixup:
-            halo = _halo(config, world)
-            x, share = (y[halo:] for y in mixup(x, self.seed, positions, config.mixup))
-            share = torch.cat([share, 1 - share])
-            labels, synthetic = (torch.cat([y[halo:], y.roll(1)[halo:]]) for y in (labels, synthetic))
+        x, targets = self._mixed(x, Targets(labels, synthetic, sample), positions)
         with autocast(dtype, self.training.loader.device):
-            logits = self.training.model(x)
-        loss = self.training.loss(logits.float(), labels, synthetic, share)
+            outputs = self.training.model.outputs(x)
+        loss = phase.loss(outputs.float(), targets)
         world.sum_(loss.weight)
         value = loss.mean
         self.optimizer.zero_grad(set_to_none=True)
@@ -214,6 +262,17 @@ class _Step:
         value = value.detach()
         world.sum_(value)
         return {"loss": value}
+
+    def _mixed(self, x: Tensor, targets: Targets, positions: Tensor) -> tuple[Tensor, Targets]:
+        """Images and targets, each image mixed with its partner where the method or the settings say so."""
+        config, halo = self.training.config, _halo(self.training.world)
+        mix = self.training.mix or (Mix("mixup", config.mixup) if config.mixup else None)
+        if mix is None:
+            labels, synthetic, sample, _ = targets
+            return x[halo:], Targets(labels[halo:], synthetic[halo:], sample[halo:])
+        x, share = (y[halo:] for y in mixup(x, self.seed, positions, mix.alpha))
+        labels, synthetic, sample = (torch.cat([column[halo:], column.roll(1)[halo:]]) for column in targets[:3])
+        return x, Targets(labels, synthetic, sample, torch.cat([share, 1 - share]))
 
     def _exchange(self) -> None:
         """Sums the gradients over the processes, in one exchange."""

@@ -22,20 +22,27 @@ class WeightedSum(NamedTuple):
         return self.total / self.weight.clamp(min=1e-12)
 
 
-class Loss(Protocol):
-    """The loss of a batch."""
+class Targets(NamedTuple):
+    """What a batch of B images should be seen as; of mixed images every field is [2 B], those of each image and then
+    those of its partner.
 
-    def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, synthetic: torch.Tensor, share: torch.Tensor | None = None
-    ) -> WeightedSum:
-        """
-        Args:
-            logits: float [B, num_classes].
-            labels: int64 [B]; of mixed images [2 B], the labels of each image and then those of its partner.
-            synthetic: bool, of the same shape.
-            share: of each label in a mixed image, float [2 B]; None: nothing was mixed.
-        """
-        ...
+    Attributes:
+        labels: int64.
+        synthetic: bool.
+        sample: int64, numbers in the joined set.
+        share: of each label in a mixed image, float; None: nothing was mixed.
+    """
+
+    labels: torch.Tensor
+    synthetic: torch.Tensor
+    sample: torch.Tensor
+    share: torch.Tensor | None = None
+
+
+class Loss(Protocol):
+    """The loss of a batch, from what `Classifier.outputs` gives of it."""
+
+    def __call__(self, outputs: torch.Tensor, targets: Targets) -> WeightedSum: ...
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,13 @@ class CrossEntropy:
     omega: float = 1.0
     prior: torch.Tensor | None = None
 
-    def __call__(
-        self, logits: torch.Tensor, labels: torch.Tensor, synthetic: torch.Tensor, share: torch.Tensor | None = None
-    ) -> WeightedSum:
-        """See `Loss`."""
-        if self.prior is not None:
-            logits = logits + self.prior
-        weight = torch.where(synthetic, self.omega, 1.0)
-        if share is not None:
-            logits, weight = logits.repeat(2, 1), share * weight
-        return WeightedSum((weight * F.cross_entropy(logits, labels, reduction="none")).sum(), weight.sum())
+    def __call__(self, outputs: torch.Tensor, targets: Targets) -> WeightedSum:
+        """See `Loss`; outputs: logits, float [B, num_classes]."""
+        logits = outputs if self.prior is None else outputs + self.prior
+        weight = torch.where(targets.synthetic, self.omega, 1.0)
+        if targets.share is not None:
+            logits, weight = logits.repeat(2, 1), targets.share * weight
+        return WeightedSum((weight * F.cross_entropy(logits, targets.labels, reduction="none")).sum(), weight.sum())
 
 
 def log_prior(effective_counts: torch.Tensor) -> torch.Tensor:

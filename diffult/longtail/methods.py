@@ -1,70 +1,71 @@
 """The ways to train the final classifier that a run compares: one row of `METHODS` each.
 
-A method differs from the others in the images it uses, the order it draws them in and its loss; network, steps, rate
-and augmentation are the same for all.
+A method differs from the others in the images it uses, the order it draws them in, its loss, and what it does after:
+network, steps, rate and augmentation are the same for all. A method's name may be followed by modifiers, one row of
+`MODIFIERS` each: `diffult+logit_adjust` trains as `diffult` does, on adjusted logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
-import torch
-
+from diffult.errors import one_of
+from diffult.longtail.draws import (
+    ClassCounts,
+    Draw,
+    TrainingSet,
+    duplicated,
+    mixed,
+    mixed_balanced,
+    natural,
+    real_only,
+    resampled,
+    square_root,
+)
 from diffult.longtail.losses import CrossEntropy, Loss, log_prior
-from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted
 
-
-class Settings(Protocol):
-    """What methods read of a run's `classifier` section."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def omega(self) -> float: ...
-    @property
-    def synthetic_images(self) -> int: ...
-    @property
-    def resample_power(self) -> float: ...
+MakeLoss = Callable[[TrainingSet, ClassCounts], Loss]
+SPECIFIC = ("omega", "synthetic_share", "balance_to")  # settings that only some methods read
+_LAST = 0.2  # share of the steps after which a deferred change sets in
+_HEAD_STEPS = 0.15  # of the steps: training of a head alone, after all of them
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """The images that a method trains on, and the settings that it may read.
+class Mix:
+    """Images mixed with others, in place of what the settings say.
 
     Attributes:
-        labels: int64 [N].
-        synthetic: bool [N].
-        num_classes: of the data set.
-        settings: the `classifier` section.
-        balance_to: N_t, up to which classes are filled.
+        kind: mixup or cutmix.
+        alpha: of Beta(alpha, alpha), from which the shares come.
+        probability: that an image is mixed.
+        partners: in which order the others are drawn; None: each image's partner is the one before it in the batch.
     """
 
-    labels: np.ndarray
-    synthetic: np.ndarray
-    num_classes: int
-    settings: Settings
-    balance_to: int
+    kind: Literal["mixup", "cutmix"]
+    alpha: float
+    probability: float = 1.0
+    partners: Draw | None = None
 
 
-class Drawing(NamedTuple):
-    """An order, and how often it draws each image relative to the others, float64 [N]."""
-
-    order: Order
-    frequency: np.ndarray
+def cross_entropy(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return CrossEntropy(train.settings.omega)
 
 
-class ClassCounts(NamedTuple):
-    """Float64 [num_classes] each: the real images, and the weight of each class in training, that is its images by how
-    often they are drawn, each synthetic one weighing omega."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a method's training.
 
-    real: torch.Tensor
-    effective: torch.Tensor
+    Attributes:
+        draw: makes the order in which it draws images.
+        loss: makes its loss.
+        share: of the configured steps.
+    """
 
-
-SPECIFIC = ("omega", "synthetic_share", "resample_power", "balance_to")  # settings that only some methods read
+    draw: Draw
+    loss: MakeLoss = cross_entropy
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,85 +74,113 @@ class Method:
 
     Attributes:
         title: its name in tables.
+        phases: one after the other, under one schedule of the learning rate; none: nothing is trained.
         synthetic: whether it trains on synthetic images too.
-        draw: makes the order in which it draws images.
-        loss: makes its loss from class counts and omega.
+        start: the method whose weights it starts from; None: fresh ones.
+        trains: all of the network, or its head alone, drawn anew, on a trunk that stays as it is.
+        heads: see `build_classifier`.
+        mix: of the images, in place of the settings'.
         reads: which of SPECIFIC it reads: its classifier is trained again when one of these changes.
     """
 
     title: str
-    synthetic: bool
-    draw: Callable[[TrainingSet], Drawing]
-    loss: Callable[[ClassCounts, float], Loss]
-    reads: tuple[str, ...] = SPECIFIC
+    phases: tuple[Phase, ...] = (Phase(natural),)
+    synthetic: bool = False
+    start: str | None = None
+    trains: Literal["all", "head"] = "all"
+    mix: Mix | None = None
+    reads: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of the configured steps, without those of the method that it starts from."""
+        return sum(phase.share for phase in self.phases)
 
 
-def class_counts(train: TrainingSet, drawing: Drawing, device: torch.device | str = "cpu") -> ClassCounts:
-    weight = drawing.frequency * np.where(train.synthetic, train.settings.omega, 1.0)
-    columns = (~train.synthetic).astype(np.float64), weight
-    counts = (np.bincount(train.labels, column, train.num_classes) for column in columns)
-    return ClassCounts(*(torch.from_numpy(count).to(device) for count in counts))
-
-
-def natural(train: TrainingSet) -> Drawing:
-    """Every image once an epoch; with `synthetic_share`, that share of each batch is synthetic."""
-    synthetic, settings = train.synthetic, train.settings
-    generated = settings.synthetic_images if synthetic.any() else 0
-    if not generated:
-        return Drawing(Natural(len(synthetic)), np.ones(len(synthetic)))
-    real = settings.batch_size - generated
-    frequency = np.where(synthetic, generated / synthetic.sum(), real / (~synthetic).sum())
-    return Drawing(Ratio(synthetic, real, generated), frequency)
-
-
-def resampled(train: TrainingSet) -> Drawing:
-    """A class of n images in proportion to n^(1 - power): 1 for all classes alike, 1/2 for the square root."""
-    counts = np.bincount(train.labels)
-    if train.settings.resample_power == 1:
-        return Drawing(ClassBalanced(train.labels), 1.0 / counts[train.labels])
-    weights = counts[train.labels] ** -train.settings.resample_power
-    return Drawing(Weighted(weights), weights)
-
-
-def duplicated(train: TrainingSet) -> Drawing:
-    counts = np.bincount(train.labels)
-    frequency = np.maximum(counts, train.balance_to) / np.maximum(counts, 1)
-    return Drawing(Duplicates(train.labels, train.balance_to), frequency[train.labels])
-
-
-class Duplicates(Order):
-    """Fills each class up to `balance_to` draws an epoch with its own images, each drawn equally often, give or take
-    one: the control for what synthetic images add. `labels`: integers (N,)."""
-
-    def __init__(self, labels: np.ndarray, balance_to: int) -> None:
-        _, sizes = np.unique(labels, return_counts=True)
-        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
-        self._draws = np.maximum(sizes, balance_to)
-        super().__init__(int(self._draws.sum()))
-
-    def _draw(self, seed: int, epoch: int) -> np.ndarray:
-        generator = np.random.default_rng((seed, epoch))
-        draws = [np.resize(generator.permutation(m), d) for m, d in zip(self._members, self._draws, strict=True)]
-        return generator.permutation(np.concatenate(draws))
-
-
-def cross_entropy(counts: ClassCounts, omega: float) -> Loss:
-    return CrossEntropy(omega)
-
-
-def logit_adjusted(counts: ClassCounts, omega: float) -> Loss:
-    """Cross-entropy whose logits have the log of the class frequency in training added."""
-    return CrossEntropy(omega, log_prior(counts.effective))
+def logit_adjusted(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """Cross-entropy whose logits have the log of the class frequency in training added (Menon et al. 2021)."""
+    return CrossEntropy(train.settings.omega, log_prior(counts.effective))
 
 
 METHODS = {
-    "ce": Method("Cross-entropy", False, natural, cross_entropy, ()),
-    "resample": Method("Re-sampling", False, resampled, cross_entropy, ("resample_power",)),
-    "logit_adjust": Method("Logit adjustment", False, natural, logit_adjusted, ()),
-    "duplicates": Method("Duplicates of real images", False, duplicated, cross_entropy, ("balance_to",)),
-    "diffult": Method("DiffuLT", True, natural, cross_entropy, ("omega", "synthetic_share")),
-    "diffult+resample": Method("DiffuLT + re-sampling", True, resampled, cross_entropy, ("omega", "resample_power")),
-    "diffult+logit_adjust": Method(
-        "DiffuLT + logit adjustment", True, natural, logit_adjusted, ("omega", "synthetic_share")
+    "ce": Method("Cross-entropy"),
+    "resample": Method("Re-sampling", (Phase(resampled),)),
+    "resample_sqrt": Method("Re-sampling, square root", (Phase(square_root),)),
+    "logit_adjust": Method("Logit adjustment", (Phase(natural, logit_adjusted),)),
+    "crt": Method("cRT", (Phase(resampled, share=_HEAD_STEPS),), start="ce", trains="head"),
+    "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to",)),
+    # With synthetic images:
+    "diffult": Method("DiffuLT", synthetic=True, reads=("omega",)),
+    "mix": Method("Synthetic share", (Phase(mixed),), synthetic=True, reads=("omega", "synthetic_share")),
+    "mix_balanced": Method(
+        "Synthetic share, real balanced", (Phase(mixed_balanced),), synthetic=True, reads=("omega", "synthetic_share")
     ),
+    "synthetic_first": Method(
+        "Synthetic first, real last", (Phase(natural, share=1 - _LAST), Phase(real_only, share=_LAST)), synthetic=True,
+        reads=("omega",),
+    ),
+}  # fmt: skip
+
+
+def _draws(title: str, draw: Draw) -> Callable[[str, Method], Method]:
+    def modify(name: str, method: Method) -> Method:
+        phases = tuple(replace(phase, draw=draw) for phase in method.phases)
+        return replace(method, title=f"{method.title} + {title}", phases=phases)
+
+    return modify
+
+
+def _loss(title: str, loss: MakeLoss) -> Callable[[str, Method], Method]:
+    def modify(name: str, method: Method) -> Method:
+        phases = tuple(replace(phase, loss=loss) for phase in method.phases)
+        return replace(method, title=f"{method.title} + {title}", phases=phases)
+
+    return modify
+
+
+def _head_retrained(name: str, method: Method) -> Method:
+    """On class-balanced real images (Kang et al. 2020)."""
+    phase = Phase(real_only if method.synthetic else resampled, share=_HEAD_STEPS)
+    return replace(method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="head")
+
+
+MODIFIERS: dict[str, Callable[[str, Method], Method]] = {
+    "resample": _draws("re-sampling", resampled),
+    "resample_sqrt": _draws("square-root re-sampling", square_root),
+    "logit_adjust": _loss("logit adjustment", logit_adjusted),
+    "crt": _head_retrained,
 }
+
+
+def find_method(name: str) -> Method:
+    """The method of a name such as `diffult+logit_adjust`: a row of METHODS, then rows of MODIFIERS.
+
+    Raises:
+        ValueError: an unknown name, with the nearest one.
+    """
+    base, *modifiers = name.split("+")
+    method, done = METHODS[one_of(METHODS, base)], base
+    for modifier in modifiers:
+        method = MODIFIERS[one_of(MODIFIERS, modifier)](done, method)
+        done += f"+{modifier}"
+    return method
+
+
+def method_name(name: str) -> str:
+    """The name, if `find_method` knows it; ValueError otherwise."""
+    find_method(name)
+    return name
+
+
+def in_waves(names: Iterable[str]) -> list[list[str]]:
+    """The methods and those that they start from, in lists to be trained one after the other: what a method starts from
+    is in a list before its own."""
+    waves: list[list[str]] = []
+    for name in names:
+        chain = [name]
+        while start := find_method(chain[0]).start:
+            chain.insert(0, start)
+        for depth, member in enumerate(chain):
+            waves += [[]] * (depth == len(waves))
+            waves[depth] = list(dict.fromkeys([*waves[depth], member]))
+    return waves

@@ -32,6 +32,10 @@ class Classifier(nn.Module):
         """Penultimate features [B, feature_dim] of images [B, C, H, W]."""
         return self.trunk(x.contiguous(memory_format=torch.channels_last))
 
+    def outputs(self, x: Tensor) -> Tensor:
+        """What the loss sees of images [B, C, H, W]."""
+        return self(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, H, W]."""
         return self.head(self.features(x))

@@ -14,13 +14,16 @@ from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.errors import UserError
 from diffult.longtail.classification import (
     Training,
+    TrainingPhase,
+    _batches,
     fit,
     fit_all,
     training_batches,
     training_loader,
 )
-from diffult.longtail.losses import CrossEntropy, WeightedSum
-from diffult.longtail.methods import METHODS, ClassCounts, Drawing, Method, TrainingSet, class_counts, natural
+from diffult.longtail.draws import ClassCounts, Drawing, TrainingSet, class_counts, natural, real_only
+from diffult.longtail.losses import CrossEntropy, Targets, WeightedSum
+from diffult.longtail.methods import METHODS, Method, Phase, find_method, in_waves
 from diffult.models.resnet import build_classifier
 from ffcv_writers import (
     CenterCrop,
@@ -58,12 +61,12 @@ def classifier_config(*overrides: str) -> ClassifierConfig:
 
 def draw(method: str, config: ClassifierConfig, images: ImageSet, balance_to: int = 30) -> tuple[TrainingSet, Drawing]:
     train = TrainingSet(images.labels, images.synthetic, 3, config, balance_to)
-    return train, METHODS[method].draw(train)
+    return train, find_method(method).phases[0].draw(train)
 
 
 def test_synthetic_share_sets_every_batch_and_the_frequencies(both):
     config = classifier_config("batch_size=16", "synthetic_share=0.25")
-    _, (order, frequency) = draw("diffult+logit_adjust", config, both)
+    _, (order, frequency) = draw("mix+logit_adjust", config, both)
     assert isinstance(order, Ratio)
     batches = list(training_batches(Loader(both, 16), order, 3, 16, 0, 42 * 4))
     assert all(int(batch.synthetic.sum()) == 4 for batch in batches)
@@ -74,7 +77,7 @@ def test_synthetic_share_sets_every_batch_and_the_frequencies(both):
 
 def test_resampling_by_the_square_root_draws_classes_so(both):
     long_tail = open_set([both.paths[0]])
-    _, (order, frequency) = draw("resample", classifier_config("resample_power=0.5"), long_tail)
+    _, (order, frequency) = draw("resample_sqrt", classifier_config(), long_tail)
     assert isinstance(order, Weighted)
     of_class = np.bincount(long_tail.labels[order.stream(0, 0, 42 * 200)]) / (42 * 200)
     roots = np.sqrt(REAL)
@@ -110,12 +113,14 @@ def test_effective_counts_weigh_synthetic_images_by_omega(both):
 
 
 @pytest.mark.parametrize("method", ["logit_adjust", "diffult+logit_adjust"])
-def test_adjusted_logits_carry_the_class_frequencies(method):
-    loss = METHODS[method].loss(ClassCounts(torch.tensor([8.0, 2.0]), torch.tensor([3.0, 1.0])), 0.5)
+def test_adjusted_logits_carry_the_class_frequencies(both, method):
+    train, _ = draw(method, classifier_config(), both)
+    counts = ClassCounts(torch.tensor([8.0, 2.0]), torch.tensor([8.0, 2.0]), torch.tensor([3.0, 1.0]))
+    loss = find_method(method).phases[0].loss(train, counts)
     logits = torch.tensor([[0.3, -0.2]])
     adjusted = [0.3 + math.log(0.75), -0.2 + math.log(0.25)]
     expected = math.log(sum(map(math.exp, adjusted))) - adjusted[1]
-    assert float(loss(logits, torch.tensor([1]), torch.tensor([False])).mean) == pytest.approx(expected, rel=1e-6)
+    assert float(loss(logits, targets([1], [False])).mean) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
@@ -126,30 +131,30 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
 def test_a_method_is_a_row(monkeypatch, both, tmp_path):
     """Focal loss (Lin et al. 2017) in the table: the settings know it, and it trains."""
 
-    def focal(counts, omega):
-        def loss(logits, labels, synthetic, share=None):
-            value = F.cross_entropy(logits, labels, reduction="none")
-            return WeightedSum(((1 - torch.exp(-value)) ** 2 * value).sum(), torch.tensor(float(len(labels))))
+    def focal(train, counts):
+        def loss(logits, targets):
+            value = F.cross_entropy(logits, targets.labels, reduction="none")
+            return WeightedSum(((1 - torch.exp(-value)) ** 2 * value).sum(), torch.tensor(float(len(value))))
 
         return loss
 
-    monkeypatch.setitem(METHODS, "focal", Method("Focal loss", False, natural, focal))
-    assert "focal" in classifier_config("methods=['ce', 'diffult', 'focal']").methods
-    (tmp_path / "ce").mkdir(), (tmp_path / "focal").mkdir()
+    monkeypatch.setitem(METHODS, "own", Method("Focal loss", (Phase(natural, focal),)))
+    assert "own" in classifier_config("methods=['ce', 'diffult', 'own']").methods
+    (tmp_path / "ce").mkdir(), (tmp_path / "own").mkdir()
     long_tail = open_set([both.paths[0]])
-    weights = [trained(long_tail, tmp_path / name, method=name) for name in ("ce", "focal")]
+    weights = [trained(long_tail, tmp_path / name, method=name) for name in ("ce", "own")]
     assert torch.isfinite(weights[1]).all() and not torch.equal(*weights)
 
 
 def test_a_share_without_synthetic_images_is_the_natural_order(both):
     config = classifier_config("synthetic_share=0.25")
-    assert isinstance(draw("diffult", config, open_set([both.paths[0]]))[1].order, Natural)
+    assert isinstance(draw("mix", config, open_set([both.paths[0]]))[1].order, Natural)
 
 
 @pytest.mark.parametrize("share", ["0.001", "0.999", "0", "1", "true", "'0.5'"])
 def test_a_share_that_leaves_one_kind_out_is_refused(share):
     with pytest.raises(UserError, match=r"synthetic_share"):
-        classifier_config(f"synthetic_share={share}")
+        classifier_config(f"synthetic_share={share}", "methods=['ce', 'diffult', 'mix']")
 
 
 def test_the_loss_of_mixed_images_is_the_weighted_mean_of_both_labels_losses():
@@ -167,25 +172,34 @@ def test_the_loss_of_mixed_images_is_the_weighted_mean_of_both_labels_losses():
             weights += weight
     both_labels, both_fake = (torch.cat([x, x.roll(1)]) for x in (labels, fake))
     shares = torch.cat([share, 1 - share])
-    loss = CrossEntropy(0.3)(logits, both_labels, both_fake, shares)
+    loss = CrossEntropy(0.3)(logits, Targets(both_labels, both_fake, both_labels, shares))
     assert float(loss.mean) == pytest.approx(total / weights, rel=1e-6)
     one_hot = F.one_hot(labels, 3).double()
     soft = share[:, None] * one_hot + (1 - share[:, None]) * one_hot.roll(1, 0)
-    ours = CrossEntropy()(logits, both_labels, both_fake, shares)
+    ours = CrossEntropy()(logits, Targets(both_labels, both_fake, both_labels, shares))
     assert float(ours.mean) == pytest.approx(float(F.cross_entropy(logits, soft)), rel=1e-6)
 
 
-def training(images, folder, *overrides: str, method: str = "diffult", device: str = "cpu") -> Training:
-    """Eight steps on batches of 16, a quarter synthetic."""
+def targets(labels: list[int], synthetic: list[bool]) -> Targets:
+    return Targets(torch.tensor(labels), torch.tensor(synthetic), torch.arange(len(labels)))
+
+
+def training(images, folder, *overrides: str, method: str = "mix", device: str = "cpu") -> Training:
+    """Eight steps on batches of 16, in "mix" a quarter synthetic."""
     config = classifier_config("batch_size=16", "steps=8", "synthetic_share=0.25", *overrides)
-    train, drawing = draw(method, config, images)
+    chosen = find_method(method)
+    train = TrainingSet(images.labels, images.synthetic, 3, config, 30)
+    phases = []
+    for phase in chosen.phases:
+        drawing = phase.draw(train)
+        loss = phase.loss(train, class_counts(train, drawing, device))
+        phases.append(TrainingPhase(round(phase.share * 8), drawing.order, loss))
     torch.manual_seed(0)
     model = build_classifier(config.network, 3, 1, config.image_size).to(device)
-    loss = METHODS[method].loss(class_counts(train, drawing, device), 0.5)
     loader = training_loader(images, DIGITS, config, (0, 9), torch.device(device))
     return Training(
-        method, model, loader, drawing.order, loss, config, folder / f"{method}.state.pt", (0, 9), "hash",
-        torch.float32,
+        method, model, loader, tuple(phases), config, folder / f"{method}.state.pt", (0, 9), "hash",
+        torch.float32, mix=chosen.mix, head_only=chosen.trains == "head",
     )  # fmt: skip
 
 
@@ -193,7 +207,7 @@ def weights(training: Training) -> torch.Tensor:
     return torch.cat([value.detach().flatten().cpu() for value in training.model.state_dict().values()])
 
 
-def trained(images, folder, *overrides: str, stop_at: int | None = None, method: str = "diffult") -> torch.Tensor:
+def trained(images, folder, *overrides: str, stop_at: int | None = None, method: str = "mix") -> torch.Tensor:
     """The weights; optionally cut off by an error before one of the steps."""
     one = training(images, folder, *overrides, method=method)
     if stop_at is not None:
@@ -224,13 +238,53 @@ def test_several_trainings_end_as_each_alone(both, tmp_path, monkeypatch, side_b
     monkeypatch.setattr("diffult.longtail.classification._side_by_side", lambda trainings: side_by_side)
     monkeypatch.setattr("diffult.longtail.classification._stream", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    methods = ("diffult", "diffult+resample", "diffult+logit_adjust")
+    methods = ("mix", "diffult+resample", "mix+logit_adjust")
     for folder in ("alone", "together"):
         (tmp_path / folder).mkdir()
     together = {t.title: t for t in fit_all([training(both, tmp_path / "together", method=m) for m in methods])}
     assert tuple(together) == methods and not any(t.model.training for t in together.values())
     for method in methods:
         assert torch.equal(trained(both, tmp_path / "alone", method=method), weights(together[method]))
+
+
+def test_phases_change_the_images_and_resume_within_either(both, tmp_path):
+    """Synthetic images in the first six of eight steps, none in the last two, after a break in one or the other too."""
+    (tmp_path / "whole").mkdir()
+    one = training(both, tmp_path / "whole", method="synthetic_first")
+    assert [phase.steps for phase in one.phases] == [6, 2]
+    drawn = [int(batch.synthetic.sum()) for _, batch in _batches(one, 3, 0)]
+    assert len(drawn) == 8 and min(drawn[:6]) > 0 and drawn[6:] == [0, 0]
+    whole = trained(both, tmp_path / "whole", method="synthetic_first")
+    for stop in (3, 7):
+        (tmp_path / str(stop)).mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            trained(both, tmp_path / str(stop), method="synthetic_first", stop_at=stop)
+        assert torch.equal(trained(both, tmp_path / str(stop), method="synthetic_first"), whole)
+
+
+def test_a_head_trained_alone_leaves_the_trunk_as_it_was(both, tmp_path):
+    one = training(both, tmp_path, method="crt")
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    fit(one)
+    changed = {name for name, value in one.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_real_images_alone_are_drawn_class_by_class_alike(both):
+    train, _ = draw("diffult", classifier_config(), both)
+    order, _ = real_only(train)
+    drawn = np.concatenate([order.epoch(0, epoch) for epoch in range(100)])
+    assert not both.synthetic[drawn].any()
+    np.testing.assert_allclose(np.bincount(both.labels[drawn]) / len(drawn), 1 / 3, atol=0.01)
+
+
+def test_what_a_method_starts_from_is_trained_before_it():
+    assert in_waves(["diffult+logit_adjust+crt", "crt", "resample"]) == [
+        ["diffult+logit_adjust", "ce", "resample"],
+        ["diffult+logit_adjust+crt", "crt"],
+    ]
+    title = find_method("diffult+logit_adjust+crt").title
+    assert title == "DiffuLT + logit adjustment + cRT"
 
 
 def test_crops_are_drawn_by_the_loader_in_training_and_fixed_in_evaluation(both):
@@ -252,7 +306,7 @@ def test_a_network_trains_on_crops_smaller_than_the_images(both, tmp_path):
 def test_replayed_steps_side_by_side_train_as_plain_ones_in_turn(both, tmp_path, monkeypatch):
     """Eight steps: three of warm-up, one captured, the rest replayed. Float32 without TF32; convolutions may choose
     other algorithms, which round otherwise."""
-    methods = ("diffult", "diffult+resample", "diffult+logit_adjust")
+    methods = ("mix", "diffult+resample", "mix+logit_adjust")
     for folder in ("plain", "replayed"):
         (tmp_path / folder).mkdir()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import FILTERS, Verdict, judge
-from diffult.longtail.losses import CrossEntropy, log_prior
+from diffult.longtail.losses import CrossEntropy, Targets, log_prior
 from diffult.longtail.metrics import accuracies, class_groups
 from diffult.longtail.quota import Quota
 from diffult.longtail.statistics import ClassStatistics, class_statistics
@@ -158,13 +158,15 @@ def test_weighted_cross_entropy_is_the_weighted_mean():
         w = 0.3 if fake else 1.0
         total += w * (math.log(sum(math.exp(v) for v in row)) - row[label])
         weights += w
-    loss = CrossEntropy(omega=0.3)(logits, labels, synthetic)
+    loss = CrossEntropy(omega=0.3)(logits, Targets(labels, synthetic, labels))
     assert float(loss.mean) == pytest.approx(total / weights, rel=1e-6)
     assert float(loss.weight) == pytest.approx(weights, rel=1e-6)
 
 
 def test_omega_zero_on_a_batch_without_real_samples_is_no_loss():
-    loss = CrossEntropy(omega=0.0)(torch.randn(2, 3), torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool))
+    loss = CrossEntropy(omega=0.0)(
+        torch.randn(2, 3), Targets(torch.arange(2), torch.ones(2, dtype=torch.bool), torch.arange(2))
+    )
     assert float(loss.mean) == 0
 
 

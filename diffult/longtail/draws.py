@@ -1,0 +1,143 @@
+"""In which order a method draws images, and how often it draws each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted
+
+
+class Settings(Protocol):
+    """What methods read of a run's `classifier` section."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def epochs(self) -> float | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def omega(self) -> float: ...
+    @property
+    def synthetic_images(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The images that a method trains on, and the settings that it may read.
+
+    Attributes:
+        labels: int64 [N].
+        synthetic: bool [N].
+        num_classes: of the data set.
+        settings: the `classifier` section.
+        balance_to: N_t, up to which classes are filled.
+        soft_labels: computes a distribution over the classes for each image, float [N, num_classes].
+    """
+
+    labels: np.ndarray
+    synthetic: np.ndarray
+    num_classes: int
+    settings: Settings
+    balance_to: int
+    soft_labels: Callable[[], torch.Tensor] | None = None
+
+
+class Drawing(NamedTuple):
+    """An order, and how often it draws each image relative to the others, float64 [N]."""
+
+    order: Order
+    frequency: np.ndarray
+
+
+class ClassCounts(NamedTuple):
+    """Float64 [num_classes] each: the real images, the weight of the real images of each class in training, that is
+    how often they are drawn, and the weight of all its images, each synthetic one weighing omega."""
+
+    real: torch.Tensor
+    real_weight: torch.Tensor
+    effective: torch.Tensor
+
+
+Draw = Callable[[TrainingSet], Drawing]
+
+
+def class_counts(train: TrainingSet, drawing: Drawing, device: torch.device | str = "cpu") -> ClassCounts:
+    real, omega = (~train.synthetic).astype(np.float64), train.settings.omega
+    columns = real, drawing.frequency * real, drawing.frequency * np.where(train.synthetic, omega, 1.0)
+    counts = (np.bincount(train.labels, column, train.num_classes) for column in columns)
+    return ClassCounts(*(torch.from_numpy(count).to(device) for count in counts))
+
+
+def natural(train: TrainingSet) -> Drawing:
+    """Every image once an epoch."""
+    return Drawing(Natural(len(train.labels)), np.ones(len(train.labels)))
+
+
+def resampled(train: TrainingSet, power: float = 1.0) -> Drawing:
+    """A class of n images in proportion to n^(1 - power): 1 for all classes alike, 1/2 for the square root (Kang et al.
+    2020)."""
+    counts = np.bincount(train.labels)
+    if power == 1:
+        return Drawing(ClassBalanced(train.labels), 1.0 / counts[train.labels])
+    weights = counts[train.labels] ** -power
+    return Drawing(Weighted(weights), weights)
+
+
+square_root = partial(resampled, power=0.5)
+
+
+def duplicated(train: TrainingSet) -> Drawing:
+    counts = np.bincount(train.labels)
+    frequency = np.maximum(counts, train.balance_to) / np.maximum(counts, 1)
+    return Drawing(Duplicates(train.labels, train.balance_to), frequency[train.labels])
+
+
+class Duplicates(Order):
+    """Fills each class up to `balance_to` draws an epoch with its own images, each drawn equally often, give or take
+    one: the control for what synthetic images add. `labels`: integers (N,)."""
+
+    def __init__(self, labels: np.ndarray, balance_to: int) -> None:
+        _, sizes = np.unique(labels, return_counts=True)
+        self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+        self._draws = np.maximum(sizes, balance_to)
+        super().__init__(int(self._draws.sum()))
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng((seed, epoch))
+        draws = [np.resize(generator.permutation(m), d) for m, d in zip(self._members, self._draws, strict=True)]
+        return generator.permutation(np.concatenate(draws))
+
+
+def mixed(train: TrainingSet, balanced: bool = False) -> Drawing:
+    """`synthetic_share` of each batch synthetic, the rest real: each once an epoch, or with `balanced` every class
+    equally often."""
+    synthetic, settings = train.synthetic, train.settings
+    real_labels = train.labels[~synthetic]
+    of_real = ClassBalanced(real_labels) if balanced else Natural(len(real_labels))
+    frequency = np.zeros(len(synthetic))
+    counts = np.bincount(real_labels, minlength=train.num_classes)
+    frequency[~synthetic] = 1 / counts[real_labels] / np.count_nonzero(counts) if balanced else 1 / len(real_labels)
+    if not synthetic.any():
+        return Drawing(of_real, frequency)
+    generated = settings.synthetic_images
+    real = settings.batch_size - generated
+    frequency[~synthetic] *= real
+    frequency[synthetic] = generated / synthetic.sum()
+    return Drawing(Ratio(synthetic, real, generated, of_real), frequency)
+
+
+mixed_balanced = partial(mixed, balanced=True)
+
+
+def real_only(train: TrainingSet) -> Drawing:
+    """The real images alone, every class equally often."""
+    counts = np.bincount(train.labels[~train.synthetic], minlength=train.num_classes)
+    weights = np.where(train.synthetic, 0.0, 1.0 / np.maximum(counts, 1)[train.labels])
+    return Drawing(Weighted(weights), weights)
