@@ -88,7 +88,7 @@ def test_counting_leaves_the_model_alone() -> None:
     model = build_classifier("convnet", 10, 1, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     line = summary("convnet", model, (torch.empty(2, 1, 8, 8),))
-    assert line == "convnet: 0.16 M parameters, 0.001350 GFLOP per image"
+    assert line == "convnet: 0.16 M parameters, 0.00135 GFLOP per image"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
