@@ -81,9 +81,9 @@ def build_extractor(config: Config, classes: int, device: torch.device) -> Extra
     """A fresh network that accepts everything."""
     part = config.extractor
     phi0 = build_classifier(part.network, classes, config.data.channels, part.image_size)
-    accepting, counts = torch.full((classes,), 1e9), torch.ones(classes, dtype=torch.int64)
-    statistics = ClassStatistics(torch.zeros(classes, phi0.feature_dim), accepting, counts)
-    return Extractor(phi0.to(device).eval().requires_grad_(False), part.image_size, statistics.to(device))
+    statistics = ClassStatistics(torch.zeros(classes, phi0.feature_dim), torch.full((classes,), 1e9)).to(device)
+    prior = torch.zeros(classes, device=device)
+    return Extractor(phi0.to(device).eval().requires_grad_(False), part.image_size, statistics, prior)
 
 
 def build_step(config: Config, classes: int, device: torch.device) -> Callable[[], torch.Tensor]:

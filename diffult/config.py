@@ -114,6 +114,13 @@ class GenerateConfig(StrictModel):
         return self.steps * (1 + (self.guidance > 0))
 
 
+class ExtractorConfig(TrainingConfig):
+    """The extractor phi0, whose features and labels the filter judges by."""
+
+    # The paper's; or with the logits adjusted by the class counts, so that the features know the tail.
+    loss: Literal["cross_entropy", "logit_adjust"] = "cross_entropy"
+
+
 class ClassifierConfig(TrainingConfig):
     """The final classifier, and the ways to train it that are compared."""
 
@@ -163,7 +170,7 @@ class Config(StrictModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: DataConfig
     groups: GroupsConfig = GroupsConfig()
-    extractor: TrainingConfig
+    extractor: ExtractorConfig
     unet: UNetConfig
     diffusion: DiffusionConfig
     generate: GenerateConfig

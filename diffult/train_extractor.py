@@ -1,6 +1,6 @@
 """Stage extractor: phi0, an ordinary classifier of the long-tailed set, and where each class lies in its features.
 
-Writes extractor/weights.safetensors, extractor/statistics.safetensors (centres, radii) and extractor/metrics.jsonl.
+Writes extractor/weights.safetensors, extractor/statistics.safetensors (centres, radii, prior) and metrics.jsonl there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.longtail.classification import Training, TrainingPhase, extract_features, fit, training_loader
-from diffult.longtail.losses import CrossEntropy
+from diffult.longtail.losses import CrossEntropy, log_prior
 from diffult.longtail.statistics import class_statistics
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.runs.files import save_tensors
@@ -25,8 +25,7 @@ _STAGE = 1  # its number among the seeds
 
 
 def train_extractor(run: RunDir, world: World = ALONE) -> None:
-    """Trains phi0 on the packed training images with plain cross-entropy and measures the classes. Every process of
-    `world` calls this.
+    """Trains phi0 on the packed training images and measures the classes. Every process of `world` calls this.
 
     Raises:
         UserError: the images are not packed, the processes do not divide the batch, or see `fit`.
@@ -45,8 +44,9 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, data.channels, config.image_size).to(device)
     loader = training_loader(images, data, config, seed, device, world)
-    phase, checkpoint = TrainingPhase(config.steps, Natural(len(images)), CrossEntropy()), folder / "state.pt"
-    fit(Training("extractor", model, loader, (phase,), config, checkpoint, seed, digest, dtype, world))
+    prior, adjusted = log_prior(torch.from_numpy(packed.counts)).to(device), config.loss == "logit_adjust"
+    phase = TrainingPhase(config.steps, Natural(len(images)), CrossEntropy(prior=prior if adjusted else None))
+    fit(Training("extractor", model, loader, (phase,), config, folder / "state.pt", seed, digest, dtype, world))
     if not world.is_main:  # the others wait where the stage ends
         return
     view = data.view(config.image_size, config.image_size / data.image_size)  # as of samples
@@ -54,7 +54,8 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     features, labels = extract_features(model, loader, dtype)
     statistics = class_statistics(features, labels, num_classes)
     save_classifier(folder / "weights.safetensors", model, config.network, data.channels, config.image_size, digest)
-    save_tensors(folder / "statistics.safetensors", vars(statistics), {"hash": digest})
+    left = torch.zeros_like(prior) if adjusted else prior  # in the logits of the trained network
+    save_tensors(folder / "statistics.safetensors", vars(statistics) | {"prior": left}, {"hash": digest})
     record["radii"] = [round(float(r), 3) for r in statistics.radii]
 
 

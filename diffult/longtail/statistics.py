@@ -13,15 +13,13 @@ _ROWS = 1024  # rows of the distance matrix held at a time
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Centres f_o, float32 [num_classes, F]; radii d_f, float32 [num_classes]; counts of real images, int64
-    [num_classes]."""
+    """Centres f_o, float32 [num_classes, F]; radii d_f, float32 [num_classes]."""
 
     centres: torch.Tensor
     radii: torch.Tensor
-    counts: torch.Tensor
 
     def to(self, device: torch.device) -> ClassStatistics:
-        return ClassStatistics(self.centres.to(device), self.radii.to(device), self.counts.to(device))
+        return ClassStatistics(self.centres.to(device), self.radii.to(device))
 
 
 def _largest_distance(features: torch.Tensor) -> torch.Tensor:
@@ -49,5 +47,4 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
     radii = torch.stack([_largest_distance(rows) for rows in by_class])
     has_radius = torch.tensor(measured, device=radii.device)
     radii = torch.where(has_radius, radii, radii[has_radius].median())
-    counts = torch.tensor([len(rows) for rows in by_class], device=radii.device)
-    return ClassStatistics(torch.stack([rows.mean(0) for rows in by_class]), radii, counts)
+    return ClassStatistics(torch.stack([rows.mean(0) for rows in by_class]), radii)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from diffult.runs.files import load_tensors, save_tensors
 
 
 class Classifier(nn.Module):
-    """A trunk that ends in global pooling, and a linear head.
+    """A trunk, and a linear head on its features.
 
-    `trunk` maps float images [B, C, H, W] to [B, feature_dim]; `image_size` is the H and W that it is made for.
+    `trunk` maps float images [B, C, H, W] to [B, feature_dim]; `image_size` is the H and W that it is made for, and
+    with a trunk that flattens, as ConvNet, the only one that it takes.
     """
 
     def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int, image_size: int) -> None:
@@ -49,9 +51,9 @@ def build_classifier(name: str, num_classes: int, channels: int, image_size: int
     if image_size < entry.smallest_image:
         raise UserError(
             f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, not {image_size}: "
-            "take smallcnn or resnet32"
+            "take convnet or resnet32"
         )
-    model = Classifier(entry.trunk(channels), entry.feature_dim, num_classes, image_size)
+    model = Classifier(entry.trunk(channels, image_size), entry.feature_dim, num_classes, image_size)
     if name == "resnet32":
         nn.init.kaiming_normal_(model.head.weight)
     return model
@@ -113,10 +115,11 @@ class CifarBlock(nn.Module):
         return F.relu(h + x)
 
 
-class SmallCNN(nn.Module):
-    """Trunk for small grey images: 3x3 convolutions with batch norm, 32, 64 and 128 wide, strides 1, 2, 2."""
+class ConvNet(nn.Module):
+    """Trunk for small images: 3x3 convolutions with batch norm, 32, 64 and 128 wide, strides 1, 2, 2, flattened into
+    one hidden layer of 128. A convolution sees 9x9 pixels, so averaging its output would lose where they are."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, image_size: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, width, stride in ((channels, 32, 1), (32, 64, 2), (64, 128, 2)):
@@ -125,21 +128,23 @@ class SmallCNN(nn.Module):
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
+        side = math.ceil(image_size / 4)
+        layers += [nn.Flatten(), nn.Linear(128 * side**2, 128), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).mean(dim=(2, 3))
+        return self.layers(x)
 
 
-def _torchvision(build: Callable[[Any], Any]) -> Callable[[int], nn.Module]:
+def _torchvision(build: Callable[[Any], Any]) -> Callable[[int, int], nn.Module]:
     """A trunk from torchvision.models.resnet, its first convolution fitted to the number of colours."""
 
-    def trunk(channels: int) -> nn.Module:
+    def trunk(channels: int, image_size: int) -> nn.Module:
         try:
             from torchvision.models import resnet
         except ImportError as error:
             raise UserError(
-                f"this classifier needs torchvision, which does not import ({error}): install it, or take smallcnn or "
+                f"this classifier needs torchvision, which does not import ({error}): install it, or take convnet or "
                 "resnet32"
             ) from None
         net = build(resnet)
@@ -153,14 +158,14 @@ def _torchvision(build: Callable[[Any], Any]) -> Callable[[int], nn.Module]:
 
 
 class _Entry(NamedTuple):
-    trunk: Callable[[int], nn.Module]
+    trunk: Callable[[int, int], nn.Module]  # of channels and image size
     feature_dim: int
     smallest_image: int
 
 
 CLASSIFIERS = {
-    "smallcnn": _Entry(SmallCNN, 128, 4),
-    "resnet32": _Entry(lambda channels: CifarResNet(channels, blocks=5), 64, 4),
+    "convnet": _Entry(ConvNet, 128, 4),
+    "resnet32": _Entry(lambda channels, image_size: CifarResNet(channels, blocks=5), 64, 4),
     "resnet10": _Entry(_torchvision(lambda resnet: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])), 512, 32),
     "resnet50": _Entry(_torchvision(lambda resnet: resnet.resnet50()), 2048, 32),
     "resnext50": _Entry(_torchvision(lambda resnet: resnet.resnext50_32x4d()), 2048, 32),

@@ -131,12 +131,13 @@ class Recorder(nn.Module):
 
 def diffusion_loss(**settings):
     config = load_preset("digits-lt").diffusion.model_copy(update={"cbdm": False, "aid": False} | settings)
-    network = build_classifier("smallcnn", 10, 1, 8).eval().requires_grad_(False)
-    statistics = ClassStatistics(torch.zeros(10, 128), torch.ones(10), torch.ones(10, dtype=torch.int64))
+    network = build_classifier("convnet", 10, 1, 8).eval().requires_grad_(False)
+    statistics = ClassStatistics(torch.zeros(10, 128), torch.ones(10))
     share = torch.tensor([0.5, 0.5] + [0.0] * 8)
     schedule = Schedule(config.schedule, config.timesteps)
     model = Recorder()
-    return model, DiffusionLoss(model, config, schedule, share, Extractor(network, 8, statistics), seed=3)
+    extractor = Extractor(network, 8, statistics, torch.zeros(10))
+    return model, DiffusionLoss(model, config, schedule, share, extractor, seed=3)
 
 
 def batch(n, start=0):

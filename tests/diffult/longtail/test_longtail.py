@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import FILTERS, Verdict, judge
 from diffult.longtail.losses import CrossEntropy, Targets, log_prior
 from diffult.longtail.metrics import accuracies, class_groups
@@ -43,9 +42,7 @@ def test_statistics_refuse_an_empty_class_and_a_set_without_radius():
 
 
 def test_judge_at_the_borders():
-    statistics = ClassStatistics(
-        torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([2.0, 1.0]), torch.tensor([5, 5])
-    )
+    statistics = ClassStatistics(torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([2.0, 1.0]))
     features = torch.tensor([[0.0, 2.0], [0.0, 2.1], [0.0, 4.0], [0.0, 4.1], [11.5, 0.0], [0.0, 0.0]])
     labels = torch.tensor([0, 0, 0, 0, 1, 1])
     distance, verdict = judge(features, labels, statistics)
@@ -54,20 +51,9 @@ def test_judge_at_the_borders():
 
 
 def test_a_sample_taken_for_another_class_is_out_at_any_distance():
-    statistics = ClassStatistics(torch.zeros(2, 1), torch.ones(2), torch.tensor([90, 10]))
+    statistics = ClassStatistics(torch.zeros(2, 1), torch.ones(2))
     _, verdict = judge(torch.zeros(2, 1), torch.tensor([0, 1]), statistics, predicted=torch.tensor([1, 1]))
     assert verdict.tolist() == [Verdict.OOD, Verdict.ID]
-
-
-def test_the_extractor_sees_classes_without_their_frequency():
-    """Equal evidence but for the prior: softmax(logits) / pi must decide."""
-    network = torch.nn.Module()
-    network.head = torch.nn.Identity()
-    statistics = ClassStatistics(torch.zeros(2, 2), torch.ones(2), torch.tensor([90, 10]))
-    posterior = torch.tensor([[0.95, 0.05], [0.85, 0.15]])
-    expected = (posterior / torch.tensor([0.9, 0.1])).argmax(1).tolist()
-    assert expected == [0, 1]
-    assert Extractor(network, 8, statistics).classify(posterior.log()).tolist() == expected
 
 
 def verdict_of(c: int, i: int) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diffult.errors import UserError
 from diffult.models.cost import forward_flops, parameters
@@ -21,12 +22,12 @@ from diffult.models.resnet import CifarBlock, build_classifier
         ("resnet50", 1000, 224, 25_557_032),  # torchvision's documentation
         ("resnext50", 1000, 224, 25_028_904),  # torchvision's documentation
         ("resnet10", 1000, 224, 5_418_792),
-        ("smallcnn", 10, 28, 94_186),
+        ("convnet", 10, 28, 897_130),
     ],
 )
 def test_classifier_counts(name: str, classes: int, size: int, count: int) -> None:
     with torch.device("meta"):
-        model = build_classifier(name, classes, 1 if name == "smallcnn" else 3, size)
+        model = build_classifier(name, classes, 1 if name == "convnet" else 3, size)
     assert parameters(model) == count
 
 
@@ -40,7 +41,7 @@ def test_classifier_work_against_published() -> None:
 
 @pytest.mark.parametrize(
     ("name", "channels", "size"),
-    [("smallcnn", 1, 8), ("smallcnn", 1, 9), ("smallcnn", 3, 32), ("resnet32", 3, 32), ("resnet32", 1, 28)]
+    [("convnet", 1, 8), ("convnet", 1, 9), ("convnet", 3, 32), ("resnet32", 3, 32), ("resnet32", 1, 28)]
     + [(name, channels, 32) for name, channels in [("resnet10", 1), ("resnet50", 3), ("resnext50", 1)]],
 )
 def test_classifier_shapes(name: str, channels: int, size: int) -> None:
@@ -68,11 +69,34 @@ def test_torchvision_trunk_is_torchvisions() -> None:
 def test_torchvision_is_asked_for_only_by_the_networks_that_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.models", None)  # an import that fails
     with torch.device("meta"):
-        for name in ("smallcnn", "resnet32"):
+        for name in ("convnet", "resnet32"):
             assert build_classifier(name, 7, 3, 32)(torch.empty(2, 3, 32, 32)).shape == (2, 7)
         for name in ("resnet10", "resnet50", "resnext50"):
-            with pytest.raises(UserError, match=r"torchvision, which does not import .*: install it, or take smallcnn"):
+            with pytest.raises(UserError, match=r"torchvision, which does not import .*: install it, or take convnet"):
                 build_classifier(name, 7, 3, 32)
+
+
+@pytest.mark.parametrize(("name", "size"), [("convnet", 28), ("convnet", 9), ("resnet32", 32)])
+def test_features_see_the_whole_image(name: str, size: int) -> None:
+    model = build_classifier(name, 10, 1, size).eval()
+    assert _interaction(model.features, size) > 1e-3
+
+
+def test_pooled_convolutions_do_not_see_the_whole_image() -> None:
+    convolutions = build_classifier("convnet", 10, 1, 28).eval().trunk.layers[:9]  # type: ignore[index]
+    assert _interaction(lambda x: convolutions(x).mean(dim=(2, 3)), 28) < 1e-4
+
+
+def _interaction(features: Callable[[Tensor], Tensor], size: int) -> float:
+    """How far opposite corners are from acting apart, which is all that they do where no feature sees both: the second
+    difference of the features, relative to the first."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, size, size).repeat(4, 1, 1, 1)
+    x[1::2, :, :2, :2] += 5
+    x[2:, :, -2:, -2:] -= 5
+    f = features(x)
+    assert (f[1] - f[0]).norm() > 0 and (f[2] - f[0]).norm() > 0
+    return ((f[3] - f[2] - f[1] + f[0]).norm() / (f[1] - f[0]).norm()).item()
 
 
 def test_option_a_shortcut() -> None:
@@ -85,7 +109,7 @@ def test_option_a_shortcut() -> None:
     assert not out[:, :2].any() and not out[:, 6:].any()
 
 
-def test_smallcnn_learns_digits() -> None:
+def test_convnet_learns_digits() -> None:
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
@@ -94,7 +118,7 @@ def test_smallcnn_learns_digits() -> None:
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(labels))
     train, test = order[:1000], order[1000:]
-    model = build_classifier("smallcnn", 10, 1, 8)
+    model = build_classifier("convnet", 10, 1, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     for _ in range(120):
         batch = train[torch.randint(len(train), (64,))]
