@@ -36,7 +36,7 @@ def test_logits_are_adjusted_once(fresh, monkeypatch, loss):
     counts = torch.tensor([60, 43, 30, 22, 15, 11, 8, 5, 4, 3], dtype=torch.float64)
     prior = (counts / counts.sum()).log().float()
     in_training, afterwards = (prior, 0 * prior) if loss == "logit_adjust" else (None, prior)
-    torch.testing.assert_close(trained[0].loss.prior, in_training, check_device=False)
+    torch.testing.assert_close(trained[0].phases[0].loss.prior, in_training, check_device=False)
     read = load_extractor(run.folder("extractor"), torch.device("cpu"))
     torch.testing.assert_close(read.prior, afterwards)
 
