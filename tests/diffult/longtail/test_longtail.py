@@ -1,4 +1,4 @@
-"""Class statistics, the filter, the quota ledger, losses and metrics."""
+"""Class statistics, the filter, the quota ledger and metrics."""
 
 import math
 
@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffult.longtail.filter import FILTERS, Verdict, judge
-from diffult.longtail.losses import CrossEntropy, Targets, log_prior
 from diffult.longtail.metrics import accuracies, class_groups
 from diffult.longtail.quota import Quota
 from diffult.longtail.statistics import ClassStatistics, class_statistics
@@ -134,31 +133,6 @@ def test_without_the_filter_everything_passes():
     labels, indices = quota.next_batch(8)
     quota.record(labels, indices, np.full(len(labels), Verdict.OOD, dtype=np.uint8))
     assert quota.kept(0) == [0, 1, 2, 3, 4]
-
-
-def test_weighted_cross_entropy_is_the_weighted_mean():
-    logits, labels = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    synthetic = torch.tensor([True, False, True, False, False, True, True])
-    total = weights = 0.0
-    for row, label, fake in zip(logits.tolist(), labels.tolist(), synthetic.tolist(), strict=True):
-        w = 0.3 if fake else 1.0
-        total += w * (math.log(sum(math.exp(v) for v in row)) - row[label])
-        weights += w
-    loss = CrossEntropy(omega=0.3)(logits, Targets(labels, synthetic, labels))
-    assert float(loss.mean) == pytest.approx(total / weights, rel=1e-6)
-    assert float(loss.weight) == pytest.approx(weights, rel=1e-6)
-
-
-def test_omega_zero_on_a_batch_without_real_samples_is_no_loss():
-    loss = CrossEntropy(omega=0.0)(
-        torch.randn(2, 3), Targets(torch.arange(2), torch.ones(2, dtype=torch.bool), torch.arange(2))
-    )
-    assert float(loss.mean) == 0
-
-
-def test_log_prior():
-    expected = [math.log(v / 10) for v in (5, 3, 2)]
-    assert log_prior(torch.tensor([50.0, 30.0, 20.0])).tolist() == pytest.approx(expected)
 
 
 def test_groups_and_accuracies():
