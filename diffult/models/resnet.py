@@ -12,22 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffult.errors import UserError, nearest
+from diffult.models.heads import HEADS, ExpertTrunk
 from diffult.runs.files import load_tensors, save_tensors
 
 
 class Classifier(nn.Module):
-    """A trunk, and a linear head on its features.
+    """A trunk, and one or more heads on its features.
 
     `trunk` maps float images [B, C, H, W] to [B, feature_dim]; `image_size` is the H and W that it is made for, and
-    with a trunk that flattens, as ConvNet, the only one that it takes.
+    with a trunk that flattens, as ConvNet, the only one that it takes; `heads` is a name in HEADS.
     """
 
-    def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int, image_size: int) -> None:
+    def __init__(
+        self, trunk: nn.Module, feature_dim: int, num_classes: int, image_size: int, heads: str = "linear"
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.feature_dim = feature_dim
+        self.num_classes = num_classes
         self.image_size = image_size
-        self.head = nn.Linear(feature_dim, num_classes)
+        self.heads = heads
+        self.head = HEADS[heads].build(feature_dim, num_classes)
         self.to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
@@ -35,16 +40,17 @@ class Classifier(nn.Module):
         return self.trunk(x.contiguous(memory_format=torch.channels_last))
 
     def outputs(self, x: Tensor) -> Tensor:
-        """What the loss sees of images [B, C, H, W]."""
-        return self(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, C, H, W]."""
+        """What the loss sees: logits [B, num_classes] of images [B, C, H, W], or [H, B, num_classes] of H heads."""
         return self.head(self.features(x))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, C, H, W], by which they are classified."""
+        return HEADS[self.heads].prediction(self.outputs(x))
 
-def build_classifier(name: str, num_classes: int, channels: int, image_size: int) -> Classifier:
-    """A freshly initialised classifier of CLASSIFIERS; UserError for an unknown name or too small images."""
+
+def build_classifier(name: str, num_classes: int, channels: int, image_size: int, heads: str = "linear") -> Classifier:
+    """A freshly initialised classifier of CLASSIFIERS, with heads of HEADS; UserError for an unknown name or too small
+    images."""
     if name not in CLASSIFIERS:
         raise UserError(f"unknown classifier {name!r}{nearest(name, CLASSIFIERS)} (known: {', '.join(CLASSIFIERS)})")
     entry = CLASSIFIERS[name]
@@ -53,24 +59,37 @@ def build_classifier(name: str, num_classes: int, channels: int, image_size: int
             f"classifier {name!r} needs images of {entry.smallest_image} pixels or more, not {image_size}: "
             "take convnet or resnet32"
         )
-    model = Classifier(entry.trunk(channels, image_size), entry.feature_dim, num_classes, image_size)
+    trunks = [entry.trunk(channels, image_size) for _ in range(HEADS[heads].trunks)]
+    trunk = trunks[0] if len(trunks) == 1 else ExpertTrunk([split(trunk) for trunk in trunks])
+    model = Classifier(trunk, len(trunks) * entry.feature_dim, num_classes, image_size, heads)
     if name == "resnet32":
-        nn.init.kaiming_normal_(model.head.weight)
+        for layer in model.head.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
     return model
+
+
+def split(trunk: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The stages of a trunk that RIDE's experts share, and those that each has for itself, with the pooling: of
+    torchvision's, the first two of four stages."""
+    if isinstance(trunk, CifarResNet | ConvNet):
+        return trunk.split()
+    *layers, _ = trunk.children()
+    return nn.Sequential(*layers[:-3]), nn.Sequential(*layers[-3:], nn.Flatten())
 
 
 def save_classifier(file: Path, model: Classifier, name: str, channels: int, image_size: int, digest: str) -> None:
     """Writes a classifier's weights with all that `load_classifier` needs; `digest` is of its settings."""
-    sizes = {"num_classes": model.head.out_features, "channels": channels, "image_size": image_size}
-    info = {"hash": digest, "network": name} | {key: str(value) for key, value in sizes.items()}
+    sizes = {"num_classes": model.num_classes, "channels": channels, "image_size": image_size}
+    info = {"hash": digest, "network": name, "heads": model.heads} | {key: str(value) for key, value in sizes.items()}
     save_tensors(file, model.state_dict(), info)
 
 
 def load_classifier(file: Path, device: torch.device) -> Classifier:
     """The classifier of `save_classifier`, in evaluation mode; UserError if the file is missing or damaged."""
     weights, info = load_tensors(file)
-    sizes = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
-    model = build_classifier(info["network"], *sizes)
+    num_classes, channels, image_size = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
+    model = build_classifier(info["network"], num_classes, channels, image_size, info["heads"])
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device)
 
@@ -94,6 +113,12 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(F.relu(self.norm(self.conv(x)))).mean(dim=(2, 3))
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The first stage, and the others; see `split` above."""
+        first = len(self.stages) // 3
+        shared = nn.Sequential(self.conv, self.norm, nn.ReLU(), self.stages[:first])
+        return shared, nn.Sequential(self.stages[first:], nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class CifarBlock(nn.Module):
@@ -134,6 +159,10 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+    def split(self) -> tuple[nn.Module, nn.Module]:
+        """The first two convolutions, and the rest; see `split` above."""
+        return self.layers[:6], self.layers[6:]
 
 
 def _torchvision(build: Callable[[Any], Any]) -> Callable[[int, int], nn.Module]:
