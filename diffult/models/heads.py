@@ -19,7 +19,8 @@ class CosineLinear(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.empty(num_classes, features).uniform_(-1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # autocast refuses meta, on which work is counted
+        with torch.autocast(device, enabled=False):
             return F.linear(F.normalize(x.to(self.weight.dtype)), F.normalize(self.weight))
 
 

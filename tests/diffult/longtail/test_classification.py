@@ -217,7 +217,7 @@ def trained(images, folder, *overrides: str, stop_at: int | None = None, method:
             if next(calls) == stop_at:
                 raise KeyboardInterrupt
 
-        one.model.register_forward_pre_hook(break_off)
+        one.model.trunk.register_forward_pre_hook(break_off)
     fit(one)
     return weights(one)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffult.longtail.adapt import adjust_bias, tau_normalise
 from diffult.longtail.losses import log_prior
-from diffult.models.cost import parameters
+from diffult.models.cost import forward_flops, parameters
 from diffult.models.heads import HEADS, CosineLinear
 from diffult.models.resnet import CLASSIFIERS, Classifier, build_classifier, load_classifier, save_classifier, split
 
@@ -43,6 +43,13 @@ def test_a_classifier_classifies_by_its_heads_and_is_saved_with_them(name: str, 
     loaded = load_classifier(tmp_path / "weights.safetensors", torch.device("cpu"))
     assert loaded.heads == heads
     assert torch.equal(loaded.outputs(images), outputs)
+
+
+def test_work_of_heads_is_counted() -> None:
+    """A product of 128 features and 5 classes, 2 FLOP each; three experts cost less than three networks."""
+    work = {heads: forward_flops(built("convnet", heads)[0], [torch.empty(1, 1, 8, 8)]) for heads in HEADS}
+    assert work["cosine"] == work["linear"] == work["two"] - 2 * 128 * 5
+    assert work["linear"] < work["experts"] < 3 * work["linear"]
 
 
 def test_cosine_outputs_are_cosines() -> None:
