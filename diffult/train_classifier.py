@@ -6,6 +6,7 @@ Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +16,24 @@ from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.generation.shards import open_kept
-from diffult.longtail.classification import Training, TrainingPhase, fit_all, training_loader
+from diffult.longtail.classification import (
+    Training,
+    TrainingPhase,
+    evaluation_loader,
+    extract_features,
+    fit_all,
+    predict,
+    training_loader,
+)
 from diffult.longtail.draws import TrainingSet, class_counts
+from diffult.longtail.extractor import load_extractor
+from diffult.longtail.losses import log_prior
 from diffult.longtail.methods import METHODS, MODIFIERS, SPECIFIC, Method, Phase, find_method, in_waves
 from diffult.models.resnet import Classifier, build_classifier, load_classifier, save_classifier
 from diffult.runs.files import metadata
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import reads
-from ffcv_writers import Loader, open_set
+from ffcv_writers import ImageSet, Loader, open_set
 
 _STAGE = 3  # its number among the seeds
 
@@ -50,6 +61,8 @@ def method_hash(run: RunDir, name: str) -> str:
     general = {"method": name, "seed": config.seed, "precision": config.precision, "classifier": own}
     if method.start:
         general["start"] = method_hash(run, method.start)
+    if method.adapt:
+        general["held_out"] = (run.done("pack") or {}).get("held_out")
     return run.digest(reads(config, "generate" if method.synthetic else "pack") | general)
 
 
@@ -71,10 +84,12 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
     for wave in in_waves(config.methods):
         missing = [name for name in wave if not _up_to_date(run, folder / f"{name}.safetensors")]
         missing = world.gather(missing)[0]  # of the first process: it may already write the first of them
-        loaders = (loader if find_method(name).synthetic else real_loader for name in missing)
-        for training in fit_all([_training(run, *pair, world) for pair in zip(missing, loaders, strict=True)]):
+        loaders = {name: loader if find_method(name).synthetic else real_loader for name in missing}
+        trainings = [_training(run, *pair, world) for pair in loaders.items()]
+        for training in fit_all(trainings):
             if world.is_main:
                 name = training.checkpoint.name.removesuffix(".state.pt")
+                _adapt(run, packed, find_method(name), training)
                 save_classifier(
                     folder / f"{name}.safetensors", training.model, config.network, data.channels, config.image_size,
                     training.config_hash,
@@ -82,34 +97,67 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
         world.barrier()  # the next wave starts from these weights
 
 
+def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> None:
+    if method.adapt is None:
+        return
+    validate = None
+    if packed.val is not None:
+        loader = evaluation_loader(packed.val, run.config.data, training.config.image_size, training.loader.device)
+
+        def validate(model: Classifier) -> float:
+            predicted, labels = predict(model, loader, training.dtype)
+            return float((predicted == labels).mean())
+
+    prior = log_prior(torch.from_numpy(packed.counts)).to(training.loader.device)
+    method.adapt(training.model, prior, validate)
+
+
 def _training(run: RunDir, name: str, loader: Loader, world: World) -> Training:
     config, method, images = run.config.classifier, find_method(name), loader.image_set
+    num_classes, device = len(run.packed().classes), loader.device
     train = TrainingSet(
-        images.labels, images.synthetic, len(run.packed().classes), config, run.config.generate.balance_to
-    )
-    dtype = compute_dtype(run.config.precision, loader.device)
+        images.labels, images.synthetic, num_classes, config, run.config.generate.balance_to,
+        partial(_soft_labels, run, images, num_classes, device),
+    )  # fmt: skip
+    dtype = compute_dtype(run.config.precision, device)
     return Training(
-        f"classifier {name}", _network(run, method, train.num_classes, loader.device), loader,
-        tuple(_phase(phase, train, loader.device) for phase in method.phases), config,
+        f"classifier {name}", _network(run, method, num_classes, device), loader,
+        tuple(_phase(method, phase, train, device) for phase in method.phases), config,
         run.folder("classifier") / f"{name}.state.pt", (run.config.seed, _STAGE), method_hash(run, name), dtype, world,
         method.mix, method.trains == "head",
     )  # fmt: skip
 
 
-def _phase(phase: Phase, train: TrainingSet, device: torch.device) -> TrainingPhase:
+def _soft_labels(run: RunDir, images: ImageSet, num_classes: int, device: torch.device) -> torch.Tensor:
+    """Of each image its label, and of a synthetic one the mean of its label and the extractor's probabilities, float32
+    [N, num_classes]."""
+    data, extractor = run.config.data, load_extractor(run.folder("extractor"), device)
+    view = data.view(extractor.image_size, extractor.image_size / data.image_size)
+    loader = Loader(images, 256, device=device, crop=view)
+    features, labels = extract_features(extractor.network, loader, compute_dtype(run.config.precision, device))
+    hard = torch.nn.functional.one_hot(labels, num_classes).float()
+    synthetic = torch.from_numpy(images.synthetic).to(device)[:, None]
+    return torch.where(synthetic, (hard + extractor.probabilities(features)) / 2, hard)
+
+
+def _phase(method: Method, phase: Phase, train: TrainingSet, device: torch.device) -> TrainingPhase:
     drawing, config = phase.draw(train), train.settings
-    loss = phase.loss(train, class_counts(train, drawing, device))
+    loss = method.make_loss(phase, train, class_counts(train, drawing, device))
     steps = config.steps if config.epochs is None else config.epochs * drawing.order.length / config.batch_size
-    return TrainingPhase(max(1, round(phase.share * steps)), drawing.order, loss)
+    partners = method.mix.partners(train).order if method.mix and method.mix.partners else None
+    return TrainingPhase(max(1, round(phase.share * steps)), drawing.order, loss, partners)
 
 
 def _network(run: RunDir, method: Method, num_classes: int, device: torch.device) -> Classifier:
+    """Fresh, or with the weights that the method starts from; a head that is trained alone starts anew."""
     config, channels = run.config.classifier, run.config.data.channels
     torch.manual_seed(run.config.seed)
-    model = build_classifier(config.network, num_classes, channels, config.image_size)
+    model = build_classifier(config.network, num_classes, channels, config.image_size, method.heads)
     if method.start:
-        trunk = load_classifier(run.folder("classifier") / f"{method.start}.safetensors", torch.device("cpu")).trunk
-        model.trunk.load_state_dict(trunk.state_dict())
+        file = run.folder("classifier") / f"{method.start}.safetensors"
+        weights = load_classifier(file, torch.device("cpu")).state_dict()
+        kept = {name: value for name, value in weights.items() if method.phases and name.startswith("trunk.")}
+        model.load_state_dict(kept or weights, strict=not kept)
     return model.to(device)
 
 

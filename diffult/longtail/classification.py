@@ -27,6 +27,8 @@ from ffcv_writers import Batch, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, mixup, normalise
 
 _OF_PARTNERS = 2**40  # beyond all places in a stream
+_EVALUATED = 256  # images at a time
+_SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on ImageNet
 _SMALL_STEP = 1e12  # FLOP of a step below which a GPU has room for others beside it
 
 
@@ -90,6 +92,11 @@ def training_loader(
     resized = RandomResizedCrop(config.image_size, _stream_seed(seed)) if config.augment.resized_crop else None
     crop = resized or data.view(config.image_size)
     return Loader(images, len(_local_rows(config, world)), device=device, crop=crop)
+
+
+def evaluation_loader(images: ImageSet, data: DataConfig, image_size: int, device: torch.device) -> Loader:
+    """Loads what a classifier sees of held-out images."""
+    return Loader(images, _EVALUATED, device=device, crop=data.view(image_size, _SHOWN))
 
 
 def training_batches(

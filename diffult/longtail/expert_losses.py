@@ -32,13 +32,15 @@ class SoftLabels(LabelLoss):
 
 @dataclass(frozen=True)
 class PerHead:
-    """One loss a head, of outputs [2, B, C]: head 0 learns from real samples alone, head 1 from synthetic ones."""
+    """One loss for real samples and one for synthetic ones: of outputs [2, B, C], head 0 learns from the real alone and
+    head 1 from the synthetic; of logits [B, C], the one head from both."""
 
     real: Loss
     synthetic: Loss
 
     def __call__(self, outputs: Tensor, targets: Targets) -> WeightedSum:
         """See `Loss`."""
+        outputs = outputs if outputs.ndim == 3 else outputs.expand(2, -1, -1)
         share = torch.ones_like(targets.synthetic, dtype=outputs.dtype) if targets.share is None else targets.share
         a = self.real(outputs[0], targets._replace(share=share * ~targets.synthetic))
         b = self.synthetic(outputs[1], targets._replace(share=share * targets.synthetic))

@@ -33,6 +33,10 @@ class Extractor:
         """Penultimate features [B, F] of images, float [B, C, H, W] in [-1, 1]."""
         return self.network.features(center_crop(images, self.image_size))
 
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Of each class, float32 [B, num_classes], from features [B, F], were all classes equally frequent."""
+        return (self.network.head(features).float() - self.prior).softmax(1)
+
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """phi0's class, int64 [B], from features [B, F], its logits without the class frequencies (Menon et al. 2021,
         eq. 9): with them, it would assign most samples of the tail to head classes."""

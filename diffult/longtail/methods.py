@@ -7,11 +7,16 @@ network, steps, rate and augmentation are the same for all. A method's name may 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+import torch
+
 from diffult.errors import one_of
+from diffult.longtail.adapt import adjust_bias, tau_normalise
 from diffult.longtail.draws import (
     ClassCounts,
     Draw,
@@ -24,10 +29,25 @@ from diffult.longtail.draws import (
     resampled,
     square_root,
 )
-from diffult.longtail.losses import CrossEntropy, Loss, log_prior
+from diffult.longtail.expert_losses import PerHead, SoftLabels, ride
+from diffult.longtail.losses import (
+    LDAM,
+    CrossEntropy,
+    Focal,
+    LabelAwareSmoothing,
+    Loss,
+    class_balanced_weights,
+    label_aware_smoothing,
+    ldam_margins,
+    log_prior,
+)
+from diffult.models.resnet import Classifier
 
 MakeLoss = Callable[[TrainingSet, ClassCounts], Loss]
+Validate = Callable[[Classifier], float]  # accuracy on the validation images
+Adapt = Callable[[Classifier, torch.Tensor, Validate | None], None]  # takes `log_prior` of the real images
 SPECIFIC = ("omega", "synthetic_share", "balance_to")  # settings that only some methods read
+_SHARED = ("omega", "synthetic_share")
 _LAST = 0.2  # share of the steps after which a deferred change sets in
 _HEAD_STEPS = 0.15  # of the steps: training of a head alone, after all of them
 
@@ -51,6 +71,72 @@ class Mix:
 
 def cross_entropy(train: TrainingSet, counts: ClassCounts) -> Loss:
     return CrossEntropy(train.settings.omega)
+
+
+def logit_adjusted(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """Cross-entropy whose logits have the log of the class frequency in training added (Menon et al. 2021)."""
+    return CrossEntropy(train.settings.omega, prior=log_prior(counts.effective))
+
+
+def logit_adjusted_real(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """Logits of real images adjusted by the frequencies of real ones, those of synthetic images as they are."""
+    omega = train.settings.omega
+    return PerHead(CrossEntropy(omega, prior=log_prior(counts.real_weight)), CrossEntropy(omega))
+
+
+def focal(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return Focal(train.settings.omega)
+
+
+def class_balanced(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """Classes weighted by the inverse of their effective number of samples (Cui et al. 2019)."""
+    return CrossEntropy(train.settings.omega, class_weights=class_balanced_weights(counts.effective))
+
+
+def ldam(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return LDAM(train.settings.omega, margins=ldam_margins(counts.effective))
+
+
+def ldam_reweighted(train: TrainingSet, counts: ClassCounts) -> Loss:
+    weights = class_balanced_weights(counts.effective)
+    return LDAM(train.settings.omega, margins=ldam_margins(counts.effective), class_weights=weights)
+
+
+def smoothed_by_class(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return LabelAwareSmoothing(train.settings.omega, smoothing=label_aware_smoothing(counts.real))
+
+
+def experts(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return ride(counts.effective, train.settings.omega, reweighted=False)
+
+
+def experts_reweighted(train: TrainingSet, counts: ClassCounts) -> Loss:
+    return ride(counts.effective, train.settings.omega, reweighted=True)
+
+
+def soft_labels(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """Synthetic images with the mean of their label and what the extractor takes them for."""
+    assert train.soft_labels is not None
+    return SoftLabels(train.settings.omega, table=train.soft_labels())
+
+
+def without_prior(model: Classifier, prior: torch.Tensor, validate: Validate | None) -> None:
+    """Post-hoc logit adjustment (Menon et al. 2021, eq. 9)."""
+    adjust_bias(model, prior)
+
+
+def tau_normalised(model: Classifier, prior: torch.Tensor, validate: Validate | None) -> None:
+    """tau-normalisation (Kang et al. 2020, eq. 5) with the tau of 0, 0.1, ..., 1 that is best on the validation images;
+    1 where there are none."""
+    if validate is None:
+        return tau_normalise(model, 1.0)
+    trained, scores = copy.deepcopy(model.head.state_dict()), {}
+    for tau in np.linspace(0, 1, 11).tolist():
+        model.head.load_state_dict(trained)
+        tau_normalise(model, tau)
+        scores[tau] = validate(model)
+    model.head.load_state_dict(trained)
+    tau_normalise(model, max(scores, key=lambda tau: scores[tau]))
 
 
 @dataclass(frozen=True)
@@ -78,8 +164,9 @@ class Method:
         synthetic: whether it trains on synthetic images too.
         start: the method whose weights it starts from; None: fresh ones.
         trains: all of the network, or its head alone, drawn anew, on a trunk that stays as it is.
-        heads: see `build_classifier`.
+        heads: a name in HEADS; of two, the second learns from the synthetic images.
         mix: of the images, in place of the settings'.
+        adapt: changes the trained classifier.
         reads: which of SPECIFIC it reads: its classifier is trained again when one of these changes.
     """
 
@@ -88,7 +175,9 @@ class Method:
     synthetic: bool = False
     start: str | None = None
     trains: Literal["all", "head"] = "all"
+    heads: str = "linear"
     mix: Mix | None = None
+    adapt: Adapt | None = None
     reads: tuple[str, ...] = ()
 
     @property
@@ -96,25 +185,44 @@ class Method:
         """Of the configured steps, without those of the method that it starts from."""
         return sum(phase.share for phase in self.phases)
 
-
-def logit_adjusted(train: TrainingSet, counts: ClassCounts) -> Loss:
-    """Cross-entropy whose logits have the log of the class frequency in training added (Menon et al. 2021)."""
-    return CrossEntropy(train.settings.omega, log_prior(counts.effective))
+    def make_loss(self, phase: Phase, train: TrainingSet, counts: ClassCounts) -> Loss:
+        """The loss of one of its phases; of two heads, the phase's for the real images."""
+        if self.heads != "two":
+            return phase.loss(train, counts)
+        of_real = phase.loss(train, counts._replace(effective=counts.real_weight))
+        return PerHead(of_real, CrossEntropy(train.settings.omega))
 
 
 METHODS = {
     "ce": Method("Cross-entropy"),
+    "focal": Method("Focal loss", (Phase(natural, focal),)),
+    "class_balanced": Method("Class-balanced weights", (Phase(natural, class_balanced),)),
     "resample": Method("Re-sampling", (Phase(resampled),)),
     "resample_sqrt": Method("Re-sampling, square root", (Phase(square_root),)),
     "logit_adjust": Method("Logit adjustment", (Phase(natural, logit_adjusted),)),
+    "logit_adjust_after": Method("Logit adjustment afterwards", (), start="ce", adapt=without_prior),
+    "tau_norm": Method("τ-normalisation", (), start="ce", adapt=tau_normalised),
     "crt": Method("cRT", (Phase(resampled, share=_HEAD_STEPS),), start="ce", trains="head"),
+    "ldam_drw": Method(
+        "LDAM-DRW", (Phase(natural, ldam, 1 - _LAST), Phase(natural, ldam_reweighted, _LAST)), heads="cosine"
+    ),
+    "mixup": Method("mixup", mix=Mix("mixup", 1.0)),
+    "mislas": Method(
+        "MiSLAS", (Phase(resampled, smoothed_by_class, _HEAD_STEPS),), start="mixup", trains="head"
+    ),
+    "cmo": Method("CMO", mix=Mix("cutmix", 1.0, 0.5, partners=resampled)),
+    "ride": Method(
+        "RIDE, three experts", (Phase(natural, experts, 1 - _LAST), Phase(natural, experts_reweighted, _LAST)),
+        heads="experts",
+    ),
     "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to",)),
     # With synthetic images:
     "diffult": Method("DiffuLT", synthetic=True, reads=("omega",)),
-    "mix": Method("Synthetic share", (Phase(mixed),), synthetic=True, reads=("omega", "synthetic_share")),
+    "mix": Method("Synthetic share", (Phase(mixed),), synthetic=True, reads=_SHARED),
     "mix_balanced": Method(
-        "Synthetic share, real balanced", (Phase(mixed_balanced),), synthetic=True, reads=("omega", "synthetic_share")
+        "Synthetic share, real balanced", (Phase(mixed_balanced),), synthetic=True, reads=_SHARED
     ),
+    "two_heads": Method("Synthetic share, own head", (Phase(mixed),), synthetic=True, heads="two", reads=_SHARED),
     "synthetic_first": Method(
         "Synthetic first, real last", (Phase(natural, share=1 - _LAST), Phase(real_only, share=_LAST)), synthetic=True,
         reads=("omega",),
@@ -148,6 +256,10 @@ MODIFIERS: dict[str, Callable[[str, Method], Method]] = {
     "resample": _draws("re-sampling", resampled),
     "resample_sqrt": _draws("square-root re-sampling", square_root),
     "logit_adjust": _loss("logit adjustment", logit_adjusted),
+    "logit_adjust_real": _loss("logit adjustment of real images", logit_adjusted_real),
+    "focal": _loss("focal loss", focal),
+    "class_balanced": _loss("class-balanced weights", class_balanced),
+    "soft": _loss("soft labels", soft_labels),
     "crt": _head_retrained,
 }
 
