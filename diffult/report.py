@@ -39,7 +39,8 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row {"title", "cells"} for each trained method, in the order of `accuracies`.
 
     A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
-    cross-entropy in points, where that was trained. All follow from the rounded accuracies that are shown, so that they add up.
+    cross-entropy in points, where that was trained. All follow from the rounded accuracies that are shown, so that they
+    add up.
 
     Args:
         accuracies: method -> {"top1", "many", "medium", "few"} in percent, None without test images.
