@@ -97,12 +97,13 @@ def table(comparison: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
     pairs = [key for key in ("paired", "paired_duplicates") if any(row[key] for row in shown)]
     titles = {row["name"]: row["title"] for row in comparison["rows"]}
     against = [next(titles[row[key]["against"]] for row in shown if row[key]) for key in pairs]
-    header = ["", "top-1", "many", "medium", "few", *(f"top-1, gain over {title}" for title in against)]
+    interval = " (95 % interval)" if any(row[key] and row[key]["interval"] for row in shown for key in pairs) else ""
+    header = ["", "top-1", "many", "medium", "few", *(f"top-1, gain over {title}{interval}" for title in against)]
     lines = [header, ["---"] * len(header)]
     for row in shown:
         figures = [_figure(row["mean"][column], row["std"][column]) for column in COLUMNS]
         lines.append([row["title"], *figures, *(_difference(row[key]) for key in pairs)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
 def best_rows(comparison: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
