@@ -7,6 +7,7 @@ settings, by hard links. The same command resumes; with one more method it train
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shlex
@@ -100,7 +101,7 @@ def gather(plan: Plan) -> dict[str, Any]:
         trained = [_training(variant, row.method) for variant in variants]
         held_out = [run.get("validation", {}).get(row.method) for run in found]
         rows.append({
-            "name": row.name, "title": row.title, "synthetic": METHODS[row.method].synthetic, "steps": trained[0][0],
+            "name": row.name, "title": row.title, "synthetic": row.synthetic, "steps": trained[0][0],
             "seconds": sum(seconds for _, seconds in trained) / len(trained),
             "seeds": [_accuracies(run[row.method], len(packed.classes)) for run in found],
             "validation": [values["top1"] for values in held_out if values] or None,
@@ -120,7 +121,7 @@ def _accuracies(metrics: dict[str, Any], num_classes: int) -> dict[str, Any]:
 
 
 def _training(variant: Variant, method: str) -> tuple[int, float]:
-    """Steps of a method's training and the seconds they took, read from its log."""
+    """Steps of a method's training and the seconds that they took, read from its log."""
     file, steps, seconds = variant.path / "classifier" / f"{method}.metrics.jsonl", 0, 0.0
     for line in map(json.loads, file.read_text().splitlines()):
         seconds += (line["step"] - steps) * variant.config.classifier.batch_size / line["images_per_s"]
@@ -234,6 +235,8 @@ def command(
         rest = f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{rest}; the same command resumes")
 
+
+command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods: {', '.join(METHODS)}."
 
 if __name__ == "__main__":
     main(command)

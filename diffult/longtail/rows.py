@@ -19,19 +19,21 @@ class Row:
     Attributes:
         name: as it is typed, METHOD or METHOD@section.key=value@...
         title: its name in tables.
+        synthetic: whether the method trains on synthetic images too.
     """
 
     name: str
     method: str
     settings: tuple[str, ...]
     title: str
+    synthetic: bool
 
 
 def parse_row(text: str, title: str | None = None) -> Row:
     """Raises UserError for an unknown method, or a setting that is not a row's own."""
-    method, *settings = (part.strip() for part in text.split("@"))
+    name, *settings = (part.strip() for part in text.split("@"))
     try:
-        one_of(METHODS, method)
+        method = METHODS[one_of(METHODS, name)]
     except ValueError as error:
         raise UserError(f"--methods {text}: {error}") from None
     for setting in settings:
@@ -41,9 +43,8 @@ def parse_row(text: str, title: str | None = None) -> Row:
                 f"--methods {text}: a row's own settings are of {', '.join(_OWN)}, not {section + '.' + key!r}; "
                 "give --set for all rows"
             )
-    return Row(
-        "@".join((method, *settings)), method, tuple(settings), title or ", ".join((METHODS[method].title, *settings))
-    )
+    title = title or ", ".join((method.title, *settings))
+    return Row("@".join((name, *settings)), name, tuple(settings), title, method.synthetic)
 
 
 def parse_rows(text: str) -> list[Row]:
