@@ -25,7 +25,7 @@ from diffult.config import Config, load_preset
 from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.longtail.comparison import baseline, compare, table, to_csv
-from diffult.longtail.methods import METHODS
+from diffult.longtail.methods import METHODS, MODIFIERS, find_method
 from diffult.longtail.metrics import COLUMNS
 from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
 from diffult.runs.children import Children
@@ -121,12 +121,15 @@ def _accuracies(metrics: dict[str, Any], num_classes: int) -> dict[str, Any]:
 
 
 def _training(variant: Variant, method: str) -> tuple[int, float]:
-    """Steps of a method's training and the seconds that they took, read from its log."""
-    file, steps, seconds = variant.path / "classifier" / f"{method}.metrics.jsonl", 0, 0.0
-    for line in map(json.loads, file.read_text().splitlines()):
+    """Steps of a method's training and the seconds that they took, with those of the method that it starts from, read
+    from their logs."""
+    start = find_method(method).start
+    before, seconds = _training(variant, start) if start else (0, 0.0)
+    file, steps = variant.path / "classifier" / f"{method}.metrics.jsonl", 0
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         seconds += (line["step"] - steps) * variant.config.classifier.batch_size / line["images_per_s"]
         steps = line["step"]
-    return steps, seconds
+    return before + steps, seconds
 
 
 def _cost(variant: Variant, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +151,8 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
     config, seeds = plan.runs[0].config, len(plan.seeds)
     untrained = sum(len(variant.untrained()) for variant in todo)
     print(f"{config.name}: {len(plan.rows)} rows, {seeds} seed{'s' * (seeds > 1)} (0 to {seeds - 1})")
-    print(
-        f"budget of each classifier: {budget['steps']} steps of {budget['batch_size']} images, unless a row sets others"
-    )
+    length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of a method's own images"
+    print(f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another")
     print(
         "shared: the methods of a run read one extractor, one diffusion model and one set of samples; runs of a seed "
         "take over from each other what reads the same settings"
@@ -217,7 +219,9 @@ def command(
         "command": _typed(options, " --ablation" * ablation_),
         "machine": machine(),
     }
-    about["budget"] = {"steps": config.classifier.steps, "batch_size": config.classifier.batch_size}
+    epochs, size = config.classifier.epochs, config.classifier.batch_size
+    length = {"steps": config.classifier.steps} if epochs is None else {"epochs": epochs}
+    about["budget"] = length | {"batch_size": size}
     with lock_folder(folder), lock_folder(out) if out != folder else nullcontext():
         todo = [variant for variant in planned.runs if variant.metrics() is None]
         default = 1 if pick_device().type == "cuda" else min(seeds, available_cores())
@@ -236,7 +240,10 @@ def command(
         raise UserError(f"{failures[0]}{rest}; the same command resumes")
 
 
-command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods: {', '.join(METHODS)}."
+command.__doc__ = (
+    f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods: {', '.join(METHODS)}; after one, any of "
+    f"+{', +'.join(MODIFIERS)}."
+)
 
 if __name__ == "__main__":
     main(command)

@@ -45,7 +45,8 @@ def method_hash(run: RunDir, name: str) -> str:
     """Of what a method reads, and the method that it starts from."""
     method, config = find_method(name), run.config
     own = config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods", *SPECIFIC})
-    specific = config.classifier.model_dump(mode="json") | {"balance_to": config.generate.balance_to}
+    filling = {"balance_to": config.generate.balance_to, "dose": config.generate.dose}
+    specific = config.classifier.model_dump(mode="json") | filling
     own |= {setting: specific[setting] for setting in method.reads}
     general = {"method": name, "seed": config.seed, "precision": config.precision, "classifier": own}
     if method.start:
@@ -84,8 +85,9 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
 
 def _training(run: RunDir, name: str, loader: Loader, world: World) -> Training:
     config, method, images = run.config.classifier, find_method(name), loader.image_set
+    filling = run.config.generate
     train = TrainingSet(
-        images.labels, images.synthetic, len(run.packed().classes), config, run.config.generate.balance_to
+        images.labels, images.synthetic, len(run.packed().classes), config, filling.balance_to, dose=filling.dose
     )
     dtype = compute_dtype(run.config.precision, loader.device)
     return Training(

@@ -27,7 +27,7 @@ from diffult.longtail.draws import (
 from diffult.longtail.losses import CrossEntropy, Loss, log_prior
 
 MakeLoss = Callable[[TrainingSet, ClassCounts], Loss]
-SPECIFIC = ("omega", "synthetic_share", "balance_to")  # settings that only some methods read
+SPECIFIC = ("omega", "synthetic_share", "balance_to", "dose")  # settings that only some methods read
 _LAST = 0.2  # share of the steps after which a deferred change sets in
 _HEAD_STEPS = 0.15  # of the steps: training of a head alone, after all of them
 
@@ -108,7 +108,7 @@ METHODS = {
     "resample_sqrt": Method("Re-sampling, square root", (Phase(square_root),)),
     "logit_adjust": Method("Logit adjustment", (Phase(natural, logit_adjusted),)),
     "crt": Method("cRT", (Phase(resampled, share=_HEAD_STEPS),), start="ce", trains="head"),
-    "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to",)),
+    "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to", "dose")),
     # With synthetic images:
     "diffult": Method("DiffuLT", synthetic=True, reads=("omega",)),
     "mix": Method("Synthetic share", (Phase(mixed),), synthetic=True, reads=("omega", "synthetic_share")),

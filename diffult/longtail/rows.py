@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from diffult.config import Config
-from diffult.errors import UserError, one_of
-from diffult.longtail.methods import METHODS
+from diffult.errors import UserError
+from diffult.longtail.methods import find_method
 
 _OWN = ("extractor", "unet", "diffusion", "generate", "classifier")  # sections of which a row may have its own settings
 
@@ -33,7 +33,7 @@ def parse_row(text: str, title: str | None = None) -> Row:
     """Raises UserError for an unknown method, or a setting that is not a row's own."""
     name, *settings = (part.strip() for part in text.split("@"))
     try:
-        method = METHODS[one_of(METHODS, name)]
+        method = find_method(name)
     except ValueError as error:
         raise UserError(f"--methods {text}: {error}") from None
     for setting in settings:

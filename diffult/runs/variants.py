@@ -11,6 +11,7 @@ from typing import Any
 
 from diffult.config import Config, differences, load_preset
 from diffult.errors import UserError
+from diffult.longtail.methods import in_waves
 from diffult.longtail.rows import Row
 from diffult.runs.files import read_json
 from diffult.runs.run_dir import RunDir
@@ -61,9 +62,9 @@ class Variant:
         return max(others, key=lambda other: sum(reads(other.config, s) == reads(self.config, s) for s in _SHARED))
 
     def untrained(self) -> list[str]:
-        """Methods without weights."""
-        folder = self.path / "classifier"
-        return [name for name in self.config.classifier.methods if not (folder / f"{name}.safetensors").exists()]
+        """Methods without weights, and those that they start from."""
+        names = [name for wave in in_waves(self.config.classifier.methods) for name in wave]
+        return [name for name in names if not (self.path / "classifier" / f"{name}.safetensors").exists()]
 
 
 @dataclass(frozen=True)

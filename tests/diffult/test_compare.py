@@ -62,7 +62,7 @@ def weights(folder: Path) -> dict[str, int]:
 def test_two_seeds_then_one_more_method(tmp_path, inside):
     result = compare(tmp_path, "--methods", "ce,diffult,diffult@generate.filter=none", "--seeds", "2")
     assert result.exit_code == 0, result.output
-    assert "8 steps of 64 images" in result.output and "4 of 4 runs, with 6 classifiers" in result.output
+    assert "8 steps in batches of 64" in result.output and "4 of 4 runs, with 6 classifiers" in result.output
     assert len(inside) == 4 and all(words[-2:] == ["--until", "evaluate"] for words in inside)
 
     comparison = read_json(tmp_path / "comparison.json")
