@@ -151,7 +151,7 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
     config, seeds = plan.runs[0].config, len(plan.seeds)
     untrained = sum(len(variant.untrained()) for variant in todo)
     print(f"{config.name}: {len(plan.rows)} rows, {seeds} seed{'s' * (seeds > 1)} (0 to {seeds - 1})")
-    length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of a method's own images"
+    length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of its own images"
     print(f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another")
     print(
         "shared: the methods of a run read one extractor, one diffusion model and one set of samples; runs of a seed "

@@ -87,14 +87,17 @@ def test_two_seeds_then_one_more_method(tmp_path, inside):
 
     before = weights(tmp_path)
     inside.clear()
-    words = ("--methods", "ce,duplicates,diffult,diffult@generate.filter=none", "--seeds", "2")
+    words = ("--methods", "ce,crt,duplicates,diffult,diffult@generate.filter=none", "--seeds", "2")
     result = compare(tmp_path, *words)
     assert result.exit_code == 0, result.output
-    assert "2 of 4 runs, with 2 classifiers" in result.output and len(inside) == 2
+    assert "2 of 4 runs, with 4 classifiers" in result.output and len(inside) == 2
     after = weights(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {f"seed-{seed}/classifier/duplicates.safetensors" for seed in (0, 1)}
-    assert read_json(tmp_path / "comparison.json")["rows"][2]["paired_duplicates"]["against"] == "duplicates"
+    added = {f"seed-{seed}/classifier/{method}.safetensors" for seed in (0, 1) for method in ("crt", "duplicates")}
+    assert set(after) - set(before) == added
+    ce, crt, _, ours, _ = read_json(tmp_path / "comparison.json")["rows"]
+    assert ours["paired_duplicates"]["against"] == "duplicates"
+    assert ce["steps"] == 8 and crt["steps"] > 8  # those of cross-entropy, which it starts from, and its own
 
     inside.clear()
     out = tmp_path / "elsewhere"
