@@ -30,10 +30,9 @@ import typer
 from bench import cases, cases_data  # noqa: F401  (enter their races)
 from bench.ceilings import Ceilings, measure
 from bench.race import RACES, row, run_race
-from bench.seeds import machine
 from bench.tables import suite_table
 from diffult.cli import main
-from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.device import compute_dtype, machine, pick_device
 from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 

@@ -20,10 +20,9 @@ from typing import Annotated, Any
 import typer
 
 from bench.cost import stage_flops, synthetic_images
-from bench.seeds import machine
 from diffult.cli import main
 from diffult.config import Config
-from diffult.engine.device import peak_flops, pick_device
+from diffult.engine.device import machine, peak_flops, pick_device
 from diffult.engine.distributed import ALONE
 from diffult.errors import UserError
 from diffult.run import run_pipeline

@@ -7,13 +7,14 @@ Time is operations / rate. Training on n cards adds the exchange of gradients, n
 than leave each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders
 keep off the path, and starting up.
 
-The model is checked against the runs of bench/results/seeds-*.json: each preset's stages are predicted with rates taken
-from the runs of the other presets alone, and stand beside what was measured.
+The model is checked against the runs of bench/results/*/comparison.json: each preset's stages are predicted with rates
+taken from the runs of the other presets alone, and stand beside what was measured.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -141,20 +142,22 @@ def measured_rates(file: Path) -> Rates:
 
 def pass_rates(results: Path) -> list[float]:
     """Share of the candidates that each measured run kept."""
-    runs = [run for file in sorted(results.glob("seeds-*.json")) for run in read_json(file)["runs"]]
+    runs = [run for file in sorted(results.glob("*/comparison.json")) for run in read_json(file)["runs"]]
     return [run["generation"]["accepted"] / run["generation"]["drawn"] for run in runs]
 
 
 def check_runs(results: Path) -> list[dict[str, Any]]:
     """Each measured run's stages: seconds measured, and predicted with the median rates of the other presets' runs."""
     measured: list[tuple[str, int, str, float, float]] = []
-    for file in sorted(results.glob("seeds-*.json")):
-        preset = file.stem.removeprefix("seeds-")
-        words = read_json(file)["command"].split()
+    for content in map(read_json, sorted(results.glob("*/comparison.json"))):
+        preset = content["preset"]
+        words = shlex.split(content["command"])
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        config = load_preset(preset, settings)
-        for run in read_json(file)["runs"]:
-            flops = stage_flops(config, 10, run["generation"]["drawn"])
+        for run in content["runs"]:
+            if "@" in run["folder"]:  # of other settings than the preset's
+                continue
+            config = load_preset(preset, [*settings, f"classifier.methods={run['methods']}"])
+            flops = stage_flops(config, len(content["classes"]), run["generation"]["drawn"])
             measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in flops]
     rows = []
     for preset, seed, stage, flops, seconds in measured:

@@ -23,11 +23,11 @@ import numpy as np
 import typer
 from PIL import Image
 
-from bench.seeds import machine
 from diffult.cli import main
 from diffult.config import load_preset
 from diffult.data.packing import open_data, pack_images, read_packed
 from diffult.diffusion.trainer import build_trainer
+from diffult.engine.device import machine
 from diffult.engine.distributed import ALONE
 from diffult.engine.loop import LRBackoff
 from diffult.runs.files import write_json

@@ -32,10 +32,9 @@ if "--smoke" in sys.argv and not torch.cuda.is_available():
 from bench.budget import Ledger, Piece
 from bench.kernel_cases import Call, Case, cases, outputs
 from bench.kernel_shapes import SMOKE, WORKLOADS
-from bench.seeds import machine
 from diffult.cli import main
 from diffult.engine.cuda_graph import CUDAGraphRunner
-from diffult.engine.device import pick_device
+from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.runs.files import write_text
 from kernels import dispatch

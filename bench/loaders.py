@@ -30,9 +30,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import hflip, pad, resized_crop, to_tensor
 
-from bench.seeds import machine
 from diffult.cli import main
-from diffult.engine.device import pick_device
+from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.models.resnet import build_classifier
 from diffult.runs.files import write_json

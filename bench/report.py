@@ -2,9 +2,10 @@
 
     python -m bench.report      # rewrites every table, and docs/roofline.png from the first machine of a page
 
-A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds: `seeds`
-(`bench.seeds`), `recipes`, `steps` and `protocols` (`bench.variants`), `loaders` (`bench.loaders`), `speed`, `suite`,
-`rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth` (`bench.growth`).
+A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds:
+`comparison` and its `best` five rows (`diffult.compare`), `recipes`, `steps` and `protocols` (`bench.variants`),
+`loaders` (`bench.loaders`), `speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and
+`check` (`bench.cost`), `growth` (`bench.growth`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import typer
 
-from bench import seeds, tables
+from bench import tables
 from diffult.cli import main
 from diffult.errors import UserError
+from diffult.longtail.comparison import best_rows, table
 from diffult.runs.files import atomic_write, read_json, write_text
 
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/experiments.md"))
@@ -83,7 +85,8 @@ def loaders(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "seeds": lambda results: seeds.markdown(results["summary"]),
+    "comparison": table,
+    "best": lambda results: table(results, best_rows(results, 5)),
     "recipes": recipes,
     "steps": steps,
     "protocols": protocols,
@@ -106,7 +109,7 @@ def rewritten(text: str, results: Path) -> str:
         UserError: an unknown kind, or a results file that is not there.
     """
 
-    def table(found: re.Match[str]) -> str:
+    def filled(found: re.Match[str]) -> str:
         begin, kind, name, _, end = found.groups()
         if kind not in TABLES:
             raise UserError(f"bench:{kind} {name}: no such kind of table; there are {', '.join(TABLES)}")
@@ -114,7 +117,7 @@ def rewritten(text: str, results: Path) -> str:
             raise UserError(f"bench:{kind} {name}: {results / name} is not there; run the benchmark that writes it")
         return f"{begin}{TABLES[kind](read_json(results / name))}\n{end}"
 
-    return _MARKED.sub(table, text)
+    return _MARKED.sub(filled, text)
 
 
 def roofline(results: dict[str, Any], file: Path) -> None:

@@ -36,10 +36,9 @@ from bench.contestants import (
 )
 from bench.cost import evaluation_flops, step_flops
 from bench.race import Call, turn, warm_up
-from bench.seeds import machine
 from diffult.cli import main
 from diffult.config import Config, load_preset
-from diffult.engine.device import peak_flops, pick_device
+from diffult.engine.device import machine, peak_flops, pick_device
 from kernels import dispatch
 
 _PEER = "diffusers channels-last"  # of peers.SETTINGS

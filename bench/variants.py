@@ -19,8 +19,8 @@ import numpy as np
 import typer
 
 from bench.quality import quality, train_judge
-from bench.seeds import machine
 from diffult.cli import main
+from diffult.engine.device import machine
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
 from diffult.longtail.metrics import class_groups

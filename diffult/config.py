@@ -98,6 +98,7 @@ class GenerateConfig(StrictModel):
     """How many samples, and how they are drawn and judged."""
 
     balance_to: int = Field(ge=0)  # N_t: a class with fewer real images is filled up to so many
+    dose: float = Field(1.0, gt=0)  # times the samples that a class lacks
     sampler: SamplerName = "ddpm"
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
@@ -128,12 +129,10 @@ class ClassifierConfig(TrainingConfig):
     epochs: float | None = Field(None, gt=0)
     omega: float = Field(0.5, ge=0)  # weight of a synthetic sample in the loss
     synthetic_share: float = Field(0.25, gt=0, lt=1)  # of each batch, in the methods that mix by share
-    methods: tuple[MethodName, ...] = ("ce", "diffult")
+    methods: tuple[MethodName, ...] = Field(("ce", "diffult"), min_length=1)
 
     @model_validator(mode="after")
-    def _comparison(self) -> Self:
-        if missing := [name for name in ("ce", "diffult") if name not in self.methods]:
-            raise ValueError(f"methods must hold {missing[0]!r}: the report compares it")
+    def _both_kinds_in_a_batch(self) -> Self:
         mixing = any("synthetic_share" in find_method(name).reads for name in self.methods)
         if mixing and not 0 < self.synthetic_images < self.batch_size:
             raise ValueError(

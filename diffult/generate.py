@@ -77,7 +77,7 @@ def generate_stage(
         if record is not None:
             own = run.config.generate
             settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
-            request = Request(settings, quotas_to(own.balance_to, packed.counts), run.config.seed, compiled)
+            request = Request(settings, quotas_to(own.balance_to, packed.counts, own.dose), run.config.seed, compiled)
             record["generation"] = _fill_folder(run.folder("generate"), run, request, world)
     return run.require("generate")["generation"]
 
@@ -175,8 +175,10 @@ def _quotas(
         quotas = read_counts(counts_file, packed.classes)
     elif per_class is not None:
         quotas = np.full_like(packed.counts, per_class)
+    elif balance_to is not None:
+        quotas = quotas_to(balance_to, packed.counts)
     else:
-        quotas = quotas_to(run.config.generate.balance_to if balance_to is None else balance_to, packed.counts)
+        quotas = quotas_to(run.config.generate.balance_to, packed.counts, run.config.generate.dose)
     if classes is None:
         return quotas
     numbers = np.arange(len(quotas))
@@ -205,7 +207,7 @@ def _check_name(option: str, names: Iterable[str], given: str) -> None:
 def _is_own(run: RunDir, request: Request) -> bool:
     """Whether the request is what the run's generate stage draws."""
     own = run.config.generate.model_copy(update={"batch_size": request.settings.batch_size})
-    quotas = quotas_to(own.balance_to, run.packed().counts)
+    quotas = quotas_to(own.balance_to, run.packed().counts, own.dose)
     return (request.settings, request.seed) == (own, run.config.seed) and np.array_equal(request.quotas, quotas)
 
 

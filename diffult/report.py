@@ -39,7 +39,8 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row {"title", "cells"} for each trained method, in the order of `accuracies`.
 
     A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
-    cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add up.
+    cross-entropy in points, where that was trained. All follow from the rounded accuracies that are shown, so that they
+    add up.
 
     Args:
         accuracies: method -> {"top1", "many", "medium", "few"} in percent, None without test images.
@@ -55,7 +56,7 @@ def accuracy_rows(accuracies: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
 
     def cell(method: str, column: str) -> dict[str, Any]:
-        value, base = shown[method][column], shown["ce"][column]
+        value, base = shown[method][column], shown["ce"][column] if "ce" in shown else None
         best = max(row[column] or 0.0 for row in shown.values())
         delta = None if method == "ce" or value is None or base is None else value - base
         return {"value": value, "best": value == best, "delta": delta}
@@ -131,7 +132,7 @@ def render(config: Config, metrics: Mapping[str, Any], packed: Packed, samples: 
         machine: its description, one line.
     """
     counts = packed.counts
-    quotas = quotas_to(config.generate.balance_to, counts)
+    quotas = quotas_to(config.generate.balance_to, counts, config.generate.dose)
     groups = class_groups(counts, config.groups.many, config.groups.few)
     synthetic = np.bincount(samples.labels, minlength=len(counts))
     generation = metrics["generation"]

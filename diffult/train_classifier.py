@@ -56,7 +56,8 @@ def method_hash(run: RunDir, name: str) -> str:
     """Of what a method reads, and the method that it starts from."""
     method, config = find_method(name), run.config
     own = config.classifier.model_dump(mode="json", exclude_defaults=True, exclude={"methods", *SPECIFIC})
-    specific = config.classifier.model_dump(mode="json") | {"balance_to": config.generate.balance_to}
+    filling = {"balance_to": config.generate.balance_to, "dose": config.generate.dose}
+    specific = config.classifier.model_dump(mode="json") | filling
     own |= {setting: specific[setting] for setting in method.reads}
     general = {"method": name, "seed": config.seed, "precision": config.precision, "classifier": own}
     if method.start:
@@ -114,10 +115,10 @@ def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> N
 
 def _training(run: RunDir, name: str, loader: Loader, world: World) -> Training:
     config, method, images = run.config.classifier, find_method(name), loader.image_set
-    num_classes, device = len(run.packed().classes), loader.device
+    filling, num_classes, device = run.config.generate, len(run.packed().classes), loader.device
     train = TrainingSet(
-        images.labels, images.synthetic, num_classes, config, run.config.generate.balance_to,
-        partial(_soft_labels, run, images, num_classes, device),
+        images.labels, images.synthetic, num_classes, config, filling.balance_to,
+        partial(_soft_labels, run, images, num_classes, device), filling.dose,
     )  # fmt: skip
     dtype = compute_dtype(run.config.precision, device)
     return Training(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +19,19 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())  # `distributed.join` gives each process its own
+
+
+def machine() -> dict[str, str]:
+    """What figures are measured on: "device", and the versions of "torch" and "python"."""
+    device = pick_device()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {len(models) or os.cpu_count()} cores"
+        name += ", bfloat16" * fast_bfloat16(device)
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def compute_dtype(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:

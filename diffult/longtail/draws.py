@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from diffult.longtail.quota import quotas_to
 from ffcv_writers import ClassBalanced, Natural, Order, Ratio, Weighted
 
 
@@ -39,6 +40,7 @@ class TrainingSet:
         settings: the `classifier` section.
         balance_to: N_t, up to which classes are filled.
         soft_labels: computes a distribution over the classes for each image, float [N, num_classes].
+        dose: times what a class lacks; see `quotas_to`.
     """
 
     labels: np.ndarray
@@ -47,6 +49,7 @@ class TrainingSet:
     settings: Settings
     balance_to: int
     soft_labels: Callable[[], torch.Tensor] | None = None
+    dose: float = 1.0
 
 
 class Drawing(NamedTuple):
@@ -95,18 +98,18 @@ square_root = partial(resampled, power=0.5)
 
 def duplicated(train: TrainingSet) -> Drawing:
     counts = np.bincount(train.labels)
-    frequency = np.maximum(counts, train.balance_to) / np.maximum(counts, 1)
-    return Drawing(Duplicates(train.labels, train.balance_to), frequency[train.labels])
+    frequency = 1 + quotas_to(train.balance_to, counts, train.dose) / np.maximum(counts, 1)
+    return Drawing(Duplicates(train.labels, train.balance_to, train.dose), frequency[train.labels])
 
 
 class Duplicates(Order):
     """Fills each class up to `balance_to` draws an epoch with its own images, each drawn equally often, give or take
-    one: the control for what synthetic images add. `labels`: integers (N,)."""
+    one: the control for what synthetic images add. `labels`: integers (N,); `dose`: times what a class lacks."""
 
-    def __init__(self, labels: np.ndarray, balance_to: int) -> None:
+    def __init__(self, labels: np.ndarray, balance_to: int, dose: float = 1.0) -> None:
         _, sizes = np.unique(labels, return_counts=True)
         self._members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
-        self._draws = np.maximum(sizes, balance_to)
+        self._draws = sizes + quotas_to(balance_to, sizes, dose)
         super().__init__(int(self._draws.sum()))
 
     def _draw(self, seed: int, epoch: int) -> np.ndarray:

@@ -55,6 +55,10 @@ FILTERS = {
     "none": Filter(keeps=(Verdict.ID, Verdict.AID, Verdict.OOD)),
     "distance": Filter(keeps=(Verdict.ID, Verdict.AID)),  # DiffuLT's
     "distance+label": Filter(keeps=(Verdict.ID, Verdict.AID), checks_label=True),
+    # One verdict alone, for ablations.
+    "id": Filter(keeps=(Verdict.ID,)),
+    "aid": Filter(keeps=(Verdict.AID,)),
+    "ood": Filter(keeps=(Verdict.OOD,)),
 }
 
 

@@ -46,7 +46,7 @@ from diffult.models.resnet import Classifier
 MakeLoss = Callable[[TrainingSet, ClassCounts], Loss]
 Validate = Callable[[Classifier], float]  # accuracy on the validation images
 Adapt = Callable[[Classifier, torch.Tensor, Validate | None], None]  # takes `log_prior` of the real images
-SPECIFIC = ("omega", "synthetic_share", "balance_to")  # settings that only some methods read
+SPECIFIC = ("omega", "synthetic_share", "balance_to", "dose")  # settings that only some methods read
 _SHARED = ("omega", "synthetic_share")
 _LAST = 0.2  # share of the steps after which a deferred change sets in
 _HEAD_STEPS = 0.15  # of the steps: training of a head alone, after all of them
@@ -215,7 +215,7 @@ METHODS = {
         "RIDE, three experts", (Phase(natural, experts, 1 - _LAST), Phase(natural, experts_reweighted, _LAST)),
         heads="experts",
     ),
-    "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to",)),
+    "duplicates": Method("Duplicates of real images", (Phase(duplicated),), reads=("balance_to", "dose")),
     # With synthetic images:
     "diffult": Method("DiffuLT", synthetic=True, reads=("omega",)),
     "mix": Method("Synthetic share", (Phase(mixed),), synthetic=True, reads=_SHARED),

@@ -11,9 +11,10 @@ import numpy as np
 from diffult.longtail.filter import FILTERS, Filter, Verdict
 
 
-def quotas_to(target: int, counts: np.ndarray) -> np.ndarray:
-    """How many samples each class lacks to have `target` images, int64 [num_classes]."""
-    return np.maximum(target - counts, 0)
+def quotas_to(target: int, counts: np.ndarray, dose: float = 1.0) -> np.ndarray:
+    """How many samples each class lacks to have `target` images, times `dose`, int64 [num_classes]. The kept set of a
+    smaller dose is the beginning of that of a larger one."""
+    return np.rint(dose * np.maximum(target - counts, 0)).astype(np.int64)
 
 
 class Quota:

@@ -142,6 +142,6 @@ def test_the_speed_table_compares_with_a_rivals_defaults_and_with_its_fastest_se
 
 
 def test_a_table_without_its_file_is_refused():
-    text = "<!-- bench:seeds gone.json -->\n<!-- bench:end -->"
+    text = "<!-- bench:comparison gone.json -->\n<!-- bench:end -->"
     with pytest.raises(UserError, match=r"gone.json is not there"):
         report.rewritten(text, ROOT / "bench" / "results")

@@ -98,7 +98,7 @@ def test_override_and_differences():
         ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
         ("digits-lt", ["groups.few=50"], r"groups: few = 50 and many = 25 overlap"),
         ("digits-lt", ["classifier.image_size=16"], r"classifier.image_size = 16 exceeds the stored 8"),
-        ("digits-lt", ["classifier.methods=['ce']"], r"classifier.*must hold 'diffult'"),
+        ("digits-lt", ["classifier.methods=[]"], r"classifier.methods: .*at least 1 item"),
     ],
 )
 def test_bad_settings_are_one_line(preset, overrides, expected):

@@ -106,6 +106,17 @@ def test_duplicates_fill_each_class_with_its_own_images(both):
     assert counts.real.tolist() == REAL and counts.effective.tolist() == pytest.approx([30, 12, 12])
 
 
+def test_duplicates_follow_the_dose_of_what_they_are_compared_with(both):
+    """As many as synthetic images: half of what each class lacks, or twice."""
+    long_tail = open_set([both.paths[0]])
+    for dose, expected in ((0.5, [30, 19, 17]), (2.0, [30, 51, 57])):
+        train = TrainingSet(long_tail.labels, long_tail.synthetic, 3, classifier_config(), 30, dose=dose)
+        order, frequency = find_method("duplicates").phases[0].draw(train)
+        epoch = long_tail.labels[order.epoch(0, 0)]
+        assert np.bincount(epoch).tolist() == expected
+        assert np.bincount(long_tail.labels, frequency).tolist() == pytest.approx(expected)
+
+
 def test_effective_counts_weigh_synthetic_images_by_omega(both):
     counts = class_counts(*draw("diffult", classifier_config("omega=0.25"), both))
     assert counts.real.tolist() == REAL

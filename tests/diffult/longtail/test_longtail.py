@@ -1,5 +1,6 @@
 """Class statistics, the filter, the quota ledger and metrics."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffult.longtail.filter import FILTERS, Verdict, judge
 from diffult.longtail.metrics import accuracies, class_groups
-from diffult.longtail.quota import Quota
+from diffult.longtail.quota import Quota, quotas_to
 from diffult.longtail.statistics import ClassStatistics, class_statistics
 
 
@@ -133,6 +134,27 @@ def test_without_the_filter_everything_passes():
     labels, indices = quota.next_batch(8)
     quota.record(labels, indices, np.full(len(labels), Verdict.OOD, dtype=np.uint8))
     assert quota.kept(0) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_one_verdict_alone(verdict):
+    quota = Quota(np.array([0, 4, 3]), max_draws=20.0, filter=FILTERS[verdict.name.lower()])
+    run_ledger(quota, 8)
+    for c, wanted in enumerate(quota.quotas):
+        assert quota.kept(c) == [i for i in range(20 * wanted) if verdict_of(c, i) == verdict][:wanted]
+
+
+def test_the_kept_set_of_a_smaller_dose_is_the_beginning_of_that_of_a_larger_one():
+    counts, kept = np.array([60, 43, 7, 3]), {}
+    for dose in (0.5, 1.0, 1.5, 2.0):
+        quotas = quotas_to(60, counts, dose)
+        assert quotas.tolist() == [round(dose * lacking) for lacking in (0, 17, 53, 57)]
+        quota = Quota(quotas, max_draws=1.6)  # too few draws for class 2, whatever the dose
+        run_ledger(quota, 16)
+        kept[dose] = [quota.kept(c) for c in range(4)]
+    for smaller, larger in itertools.pairwise(kept.values()):
+        assert all(b[: len(a)] == a and len(b) >= len(a) for a, b in zip(smaller, larger, strict=True))
+    assert [len(k) for k in kept[2.0]][:2] == [0, 34] and len(kept[2.0][2]) < 106
 
 
 def test_groups_and_accuracies():

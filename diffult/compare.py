@@ -1,0 +1,249 @@
+"""Methods side by side over several seeds, each with the same budget: mean, deviation, and differences seed by seed.
+
+Writes comparison.json, comparison.csv and report.html, and beside them a run directory for each seed and each set of
+settings. A run trains all the methods that share its settings; runs of a seed share the stages that read the same
+settings, by hard links. The same command resumes; with one more method it trains that one alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from diffult.cli import SetOption, main
+from diffult.config import Config, load_preset
+from diffult.engine.device import machine, pick_device
+from diffult.errors import UserError
+from diffult.longtail.comparison import baseline, compare, table, to_csv
+from diffult.longtail.methods import METHODS, MODIFIERS, find_method
+from diffult.longtail.metrics import COLUMNS
+from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
+from diffult.runs.children import Children
+from diffult.runs.files import lock_folder, write_json, write_text
+from diffult.runs.run_dir import RunDir
+from diffult.runs.variants import Plan, Variant, plan
+from ffcv_writers import available_cores
+
+log = logging.getLogger(__name__)
+
+
+def run_all(plan: Plan, todo: Sequence[Variant], jobs: int) -> list[str]:
+    """Runs what is to do, so many at a time, each with its share of the cores. Returns a line for each that failed.
+
+    A run starts when the one before it that shares most stages with it has ended, and takes over these stages.
+    """
+    threads, failures = max(1, available_cores() // jobs), []
+    futures: dict[Path, Future[str | None]] = {}
+
+    def work(variant: Variant) -> str | None:
+        before = plan.before(variant)
+        if before and (nearest := futures.get(variant.nearest(before).path)):
+            wait([nearest])
+        try:
+            run = variant.open()
+            for other in before:
+                if other.path not in futures or futures[other.path].done():  # else it may yet delete a stage
+                    _take_over(run, other)
+        except (UserError, OSError) as error:
+            return f"{variant.path}: {error}"
+        return _failure(variant, children.run(variant.command, variant.log, threads))
+
+    with ThreadPoolExecutor(jobs) as pool, Children() as children:
+        for variant in todo:
+            futures[variant.path] = pool.submit(work, variant)
+        with tqdm(total=len(todo), desc="compare", unit="run", dynamic_ncols=True) as bar:
+            try:
+                for future in as_completed(futures.values()):
+                    bar.update()
+                    failures += [failure] if (failure := future.result()) else []
+            except BaseException:  # interrupted: what has not started does not
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return failures
+
+
+def _take_over(run: RunDir, other: Variant) -> None:
+    if (other.path / "config.toml").exists():
+        run.share(RunDir.open(other.path))
+
+
+def _failure(variant: Variant, code: int) -> str | None:
+    if code == 0:
+        return None
+    lines = variant.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    reasons = [line for line in lines if line.startswith("error: ")] or lines[-1:] or [f"exit code {code}"]
+    return f"see {variant.log} ({reasons[-1].removeprefix('error: ')})"
+
+
+def gather(plan: Plan) -> dict[str, Any]:
+    """The part of comparison.json that is measured, over the seeds of which every run is evaluated; empty if there is
+    no such seed."""
+    metrics = {variant.path: variant.metrics() for variant in plan.runs}
+    complete = [seed for seed in plan.seeds if all(metrics[v.path] for v in plan.runs if v.seed == seed)]
+    if not complete:
+        return {}
+    first = plan.runs[0]
+    packed = RunDir(first.path, first.config).packed()
+    rows = []
+    for row in plan.rows:
+        variants = [plan.variants[plan.settings[row.name]][seed] for seed in complete]
+        found = [metrics[variant.path] or {} for variant in variants]
+        trained = [_training(variant, row.method) for variant in variants]
+        held_out = [run.get("validation", {}).get(row.method) for run in found]
+        rows.append({
+            "name": row.name, "title": row.title, "synthetic": row.synthetic, "steps": trained[0][0],
+            "seconds": sum(seconds for _, seconds in trained) / len(trained),
+            "seeds": [_accuracies(run[row.method], len(packed.classes)) for run in found],
+            "validation": [values["top1"] for values in held_out if values] or None,
+        })  # fmt: skip
+    best, groups = baseline(rows), first.config.groups
+    chosen = {"name": best["name"], "chosen_on": "validation" if best["validation"] else "test"} if best else None
+    return {
+        "seeds": complete, "classes": list(packed.classes), "counts": packed.counts.tolist(),
+        "groups": {"many": groups.many, "few": groups.few}, "split": "test", "baseline": chosen, "rows": compare(rows),
+        "runs": [_cost(v, metrics[v.path] or {}) for v in plan.runs if v.seed in complete],
+    }  # fmt: skip
+
+
+def _accuracies(metrics: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    by_class = metrics.get("by_class", [None] * num_classes)
+    return {column: metrics[column] for column in COLUMNS} | {"by_class": by_class}
+
+
+def _training(variant: Variant, method: str) -> tuple[int, float]:
+    """Steps of a method's training and the seconds that they took, with those of the method that it starts from, read
+    from their logs."""
+    start = find_method(method).start
+    before, seconds = _training(variant, start) if start else (0, 0.0)
+    file, steps = variant.path / "classifier" / f"{method}.metrics.jsonl", 0
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+        seconds += (line["step"] - steps) * variant.config.classifier.batch_size / line["images_per_s"]
+        steps = line["step"]
+    return before + steps, seconds
+
+
+def _cost(variant: Variant, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of a run: what was trained and drawn, and the seconds of its stages; of those it took over, the seconds that they
+    took where they ran."""
+    drawn = {key: metrics["generation"][key] for key in ("drawn", "accepted")}
+    names = {"folder": variant.path.name, "seed": variant.seed, "methods": list(variant.config.classifier.methods)}
+    return names | {"seconds": metrics["seconds"], "generation": drawn}
+
+
+def write(comparison: dict[str, Any], out: Path) -> None:
+    """comparison.json, comparison.csv and report.html."""
+    write_json(out / "comparison.json", comparison)
+    write_text(out / "comparison.csv", to_csv(comparison))
+
+
+def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, Any]) -> None:
+    """Prints the budget, what is shared and what there is to do."""
+    config, seeds = plan.runs[0].config, len(plan.seeds)
+    untrained = sum(len(variant.untrained()) for variant in todo)
+    print(f"{config.name}: {len(plan.rows)} rows, {seeds} seed{'s' * (seeds > 1)} (0 to {seeds - 1})")
+    length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of its own images"
+    print(f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another")
+    print(
+        "shared: the methods of a run read one extractor, one diffusion model and one set of samples; runs of a seed "
+        "take over from each other what reads the same settings"
+    )
+    print(
+        f"to do: {len(todo)} of {len(plan.runs)} runs, with {untrained} classifiers to train, {jobs} at a time "
+        f"with {max(1, available_cores() // jobs)} of {available_cores()} cores each"
+    )
+
+
+def _rows(config: Config, methods: str | None, with_ablation: bool) -> list[Row]:
+    if methods is None and not with_ablation:
+        return [parse_row(name) for name in config.classifier.methods]
+    return [*parse_rows(methods or ""), *(ablation(config) if with_ablation else [])]
+
+
+def _typed(options: Iterable[tuple[str, Any]], flag: str) -> str:
+    words = [word for name, value in options if value is not None for word in (name, str(value))]
+    return shlex.join(["python", "-m", "diffult.compare", *words]) + flag
+
+
+def command(
+    preset: Annotated[str, typer.Option(help="Preset to compare on.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Rows, by commas: METHOD or METHOD@section.key=value@...; default: the preset's methods."),
+    ] = None,
+    ablation_: Annotated[
+        bool, typer.Option("--ablation", help="The paper's ablation, with --methods beside these rows.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1, each with its own draw of the subset.")] = 3,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs side by side; default: the seeds, at most a core each; on a GPU 1."),
+    ] = None,
+    set_: SetOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the runs.", show_default="runs/compare/PRESET")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of comparison.json, comparison.csv and report.html.", show_default="that of the runs"
+        ),
+    ] = None,
+) -> None:
+    """Compare methods over several seeds with the same budget: which one wins, by how much, and whether that is more
+    than chance.
+
+    Resumable: the same command goes on, and with one more method trains that one alone. Differences are of each method
+    with synthetic images to the best one without (chosen on the validation images) and to duplicates of real images.
+    """
+    folder, overrides = run or Path("runs/compare") / preset, set_ or []
+    out = out or folder
+    if (folder / "config.toml").exists():
+        raise UserError(f"{folder}: holds a run, not a comparison; give another --run")
+    config = load_preset(preset, overrides)
+    planned = plan(folder, preset, _rows(config, methods, ablation_), overrides, seeds)
+    for variant in planned.runs:  # what can be refused is refused before any work
+        variant.open()
+    options = [("--preset", preset), ("--methods", methods), ("--seeds", seeds), *(("--set", s) for s in overrides)]
+    about: dict[str, Any] = {
+        "preset": preset,
+        "command": _typed(options, " --ablation" * ablation_),
+        "machine": machine(),
+    }
+    epochs, size = config.classifier.epochs, config.classifier.batch_size
+    length = {"steps": config.classifier.steps} if epochs is None else {"epochs": epochs}
+    about["budget"] = length | {"batch_size": size}
+    with lock_folder(folder), lock_folder(out) if out != folder else nullcontext():
+        todo = [variant for variant in planned.runs if variant.metrics() is None]
+        default = 1 if pick_device().type == "cuda" else min(seeds, available_cores())
+        jobs = min(jobs or default, max(1, len(todo)))
+        _announce(planned, todo, jobs, about["budget"])
+        failures = run_all(planned, todo, jobs) if todo else []
+        if measured := gather(planned):
+            comparison = about | measured
+            write(comparison, out)
+            print(table(comparison))
+            if len(measured["seeds"]) == 1:
+                print("one seed: no deviation and no interval; differences may be chance (--seeds)")
+            print(json.dumps({"results": str(out / "comparison.json")}))
+    if failures:
+        rest = f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{rest}; the same command resumes")
+
+
+command.__doc__ = (
+    f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods: {', '.join(METHODS)}; after one, any of "
+    f"+{', +'.join(MODIFIERS)}."
+)
+
+if __name__ == "__main__":
+    main(command)
