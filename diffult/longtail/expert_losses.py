@@ -53,9 +53,9 @@ class Experts(LabelLoss):
     alone, and of its distance from the experts' mean, which counts negatively and so keeps them apart.
 
     As in their code: the sum over experts, not its mean; KL(mean || expert) times the squared mean temperature; no
-    gradient through the experts' mean. The divergence takes no class weights. Their code averages it over each batch;
-    here it is weighed by `mean_weight`, the same in a batch that has the classes' frequencies, so that processes that
-    share a batch need only its summed weights.
+    gradient through the experts' mean, where it is 0 anyway. The divergence takes no class weights. Their code averages
+    it over each batch; here it is weighed by `mean_weight`, the same in a batch that has the classes' frequencies, so
+    that processes that share a batch need only its summed weights.
 
     Attributes:
         base: the loss of one expert, with its own omega and class weights.
