@@ -1,7 +1,13 @@
-"""Stage evaluate: every classifier on the whole test set, read here for the first time. Writes metrics.json."""
+"""Stage evaluate: every classifier on the whole test set, read here for the first time, and how many of the synthetic
+images are copies of training images.
+
+Writes evaluate/predictions.safetensors ("labels" and each method's predictions on the test set, int64 [N]),
+evaluate/copies.safetensors (see `diffult.longtail.copies.measure_copies`) and, last, metrics.json.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,55 +15,95 @@ import torch
 from tqdm import tqdm
 
 from diffult.cli import RunOption, SetOption, main
+from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import init_distributed
-from diffult.longtail.classification import predict
+from diffult.generation.shards import open_kept
+from diffult.longtail.classification import evaluation_loader, predict
+from diffult.longtail.copies import copy_shares, measure_copies, rows_at_a_time
+from diffult.longtail.extractor import load_extractor
 from diffult.longtail.methods import find_method
-from diffult.longtail.metrics import COLUMNS, accuracies, class_groups
+from diffult.longtail.metrics import COLUMNS, accuracies, class_accuracies, class_groups
 from diffult.models.resnet import load_classifier
-from diffult.runs.files import read_json, write_json
+from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import ImageSet, Loader
 
-_BATCH = 256
-_SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on ImageNet
-
 
 def evaluate(run: RunDir) -> dict[str, Any]:
-    """Top-1 and many / medium / few in percent on the test set, and on the validation set under "validation".
+    """Top-1, many / medium / few and each class in percent on the test set, the same on the validation set under
+    "validation", and the share of copies among the synthetic images under "copies".
 
-    Skipped if metrics.json holds them already. Raises UserError if a stage before is not finished.
+    Skipped if it is done already. Raises UserError if a stage before is not finished.
     """
-    file = run.path / "metrics.json"
-    if file.exists() and (metrics := read_json(file)).get("hash") == run.hash("evaluate"):
-        return metrics
+    file, folder, digest = run.path / "metrics.json", run.folder("evaluate"), run.hash("evaluate")
+    predictions, copies = folder / "predictions.safetensors", folder / "copies.safetensors"
+    if all(path.exists() for path in (file, predictions, copies)) and read_json(file).get("hash") == digest:
+        return read_json(file)
     run.require("classifier")
     records = {stage: run.require(stage) for stage in ("pack", "extractor", "diffusion", "generate", "classifier")}
     packed = run.packed()
-    groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
-    metrics = {"name": run.config.name, "hash": run.hash("evaluate"), "seed": run.config.seed}
+    metrics = {"name": run.config.name, "hash": digest, "seed": run.config.seed}
     metrics |= {"device": str(pick_device()), "torch": torch.__version__}
     with run.lock():
-        metrics |= _accuracies(run, packed.test, groups)
+        predicted = _predictions(run, packed.test)
+        columns = {"labels": packed.test.labels} | predicted
+        save_tensors(
+            predictions, {name: torch.from_numpy(column) for name, column in columns.items()}, {"hash": digest}
+        )
+        metrics |= _accuracies(run, packed, packed.test.labels, predicted)
         if packed.val is not None:
-            metrics["validation"] = _accuracies(run, packed.val, groups)
+            metrics["validation"] = _accuracies(run, packed, packed.val.labels, _predictions(run, packed.val))
+        metrics["copies"] = _copies(run, packed, copies)
         metrics["generation"] = records["generate"]["generation"]
         metrics["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
         write_json(file, metrics)
     return metrics
 
 
-def _accuracies(run: RunDir, images: ImageSet, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+def _predictions(run: RunDir, images: ImageSet) -> dict[str, np.ndarray]:
+    """Of each method, int64 [N]."""
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
-    view = run.config.data.view(run.config.classifier.image_size, _SHOWN)
-    loader = Loader(images, _BATCH, device=device, crop=view)
-    result: dict[str, dict[str, float | None]] = {}
+    loader = evaluation_loader(images, run.config.data, run.config.classifier.image_size, device)
+    result = {}
     for method in tqdm(run.config.classifier.methods, "evaluate", unit="classifier", dynamic_ncols=True):
         model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)
-        predictions, labels = predict(model, loader, dtype)
-        result[method] = accuracies(predictions, labels, groups)
+        result[method], _ = predict(model, loader, dtype)
     return result
+
+
+def _accuracies(
+    run: RunDir, packed: Packed, labels: np.ndarray, predictions: dict[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
+    return {
+        method: accuracies(predicted, labels, groups)
+        | {"by_class": class_accuracies(predicted, labels, len(packed.classes))}
+        for method, predicted in predictions.items()
+    }
+
+
+def _copies(run: RunDir, packed: Packed, file: Path) -> dict[str, Any]:
+    """The shares of what `measure_copies` gave, which is kept in `file`: other classifiers do not measure again."""
+    held_out = run.require("pack")["held_out"].get("val")
+    digest = run.digest({"generate": run.hash("generate"), "held_out": held_out})
+    if metadata(file).get("hash") != digest:
+        save_tensors(file, _measured_copies(run, packed), {"hash": digest})
+    return copy_shares(load_tensors(file)[0], packed.classes)
+
+
+def _measured_copies(run: RunDir, packed: Packed) -> dict[str, torch.Tensor]:
+    data, device = run.config.data, pick_device()
+    rows, view = rows_at_a_time(data.image_size, data.channels), data.view(data.image_size)  # as diffusion sees them
+    extractor, dtype = load_extractor(run.folder("extractor"), device), compute_dtype(run.config.precision, device)
+
+    def loader(images: ImageSet) -> Loader:
+        return Loader(images, rows, device=device, crop=view)
+
+    generated = open_kept(run.folder("generate"))
+    kept, held_out = (None if images is None else loader(images) for images in (generated, packed.val))
+    return measure_copies(loader(packed.train), kept, held_out, extractor, dtype, run.config.diffusion.flip)
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -71,11 +117,25 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def copies_line(copies: dict[str, Any]) -> str:
+    """One line about the copies of metrics.json."""
+    if copies["share"] is None:
+        return "copies of training images: not known, without samples or with too few validation images to compare with"
+    name, most = max(copies["by_class"].items(), key=lambda item: item[1] or 0)
+    return (
+        f"copies of training images: {copies['share']:.1f} % of the synthetic images (class {name}: {most:.1f} %); "
+        f"{copies['expected']:.0f} % of new real images would count as such"
+    )
+
+
 def command(run: RunOption, set_: SetOption = None) -> None:
-    """Measure every classifier on the balanced test set: top-1 and many / medium / few. Needs every stage before."""
+    """Measure every classifier on the balanced test set: top-1 and many / medium / few; and count the synthetic images
+    that are copies of training images. Needs every stage before."""
     world, run_dir = init_distributed(), RunDir.open(run, overrides=set_)
     if world.is_main:
-        print(table(evaluate(run_dir)))
+        metrics = evaluate(run_dir)
+        print(table(metrics))
+        print(copies_line(metrics["copies"]))
     world.barrier()
 
 

@@ -36,3 +36,10 @@ def accuracies(predictions: np.ndarray, labels: np.ndarray, groups: dict[str, np
 
     everything = np.ones(len(right), dtype=bool)
     return {"top1": percent(everything)} | {name: percent(np.isin(labels, classes)) for name, classes in groups.items()}
+
+
+def class_accuracies(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> list[float | None]:
+    """Accuracy on each class in percent, None for a class without a test image. predictions, labels: int64 [N]."""
+    images = np.bincount(labels, minlength=num_classes).tolist()
+    hits = np.bincount(labels[predictions == labels], minlength=num_classes).tolist()
+    return [100.0 * hit / count if count else None for hit, count in zip(hits, images, strict=True)]

@@ -1,6 +1,6 @@
 """A run directory: its configuration, a folder a stage, and which stages are finished.
 
-    config.toml   pack/   extractor/   diffusion/   generate/   classifier/   metrics.json   report.html
+    config.toml   pack/   extractor/   diffusion/   generate/   classifier/   evaluate/   metrics.json   report.html
 
 A stage is finished when its folder holds done.json, written last, with the hash of what the stage read. A finished
 stage is skipped, an interrupted one resumes from its own files, one whose settings have changed is redone.

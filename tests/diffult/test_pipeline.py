@@ -13,12 +13,15 @@ import torch
 from conftest import TINY
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffult.errors import UserError
+from diffult.evaluate import evaluate
 from diffult.models.resnet import load_classifier
 from diffult.models.unet import load_unet
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir
+from ffcv_writers import open_set
 
 # Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files
 # are whole, the next is there under its temporary name only. (Always the 2nd would never end: a stage writes up to four
@@ -66,8 +69,8 @@ def comparable(path: Path) -> dict:
 def test_metrics_hold_what_the_contract_says(tiny_run):
     metrics = json.loads((tiny_run.path / "metrics.json").read_text())
     for method in ("ce", "diffult"):
-        assert set(metrics[method]) == {"top1", "many", "medium", "few"}
-        assert all(0 <= value <= 100 for value in metrics[method].values())
+        assert set(metrics[method]) == {"top1", "many", "medium", "few", "by_class"}
+        assert all(0 <= metrics[method][name] <= 100 for name in ("top1", "many", "medium", "few"))
     generation = metrics["generation"]
     assert generation["drawn"] == generation["id"] + generation["aid"] + generation["ood"]
     assert generation["accepted"] == generation["id"] + generation["aid"]
@@ -242,3 +245,29 @@ def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, 
     metrics = json.loads((path / "metrics.json").read_text())
     assert len([m for m in metrics if isinstance(metrics[m], dict) and "top1" in metrics[m]]) == methods
     assert metrics["generation"]["nfe"] == evaluations
+
+
+def test_evaluate_keeps_its_predictions_and_measures_copies_once(copied_run):
+    run, folder = RunDir.open(copied_run), copied_run / "evaluate"
+    metrics = json.loads((copied_run / "metrics.json").read_text())
+    predictions = load_file(folder / "predictions.safetensors")
+    labels = predictions.pop("labels").numpy()
+    assert set(predictions) == {"ce", "diffult"}
+    for method, predicted in predictions.items():
+        right = predicted.numpy() == labels
+        assert metrics[method]["top1"] == pytest.approx(100 * right.mean())
+        assert metrics[method]["by_class"] == pytest.approx([100 * right[labels == c].mean() for c in range(10)])
+    copies = load_file(folder / "copies.safetensors")
+    packed, kept = run.packed(), open_set([copied_run / "generate" / "synthetic.beton"])
+    train = packed.train.take(copies["nearest"].numpy()) / 255
+    rms = np.sqrt(np.mean((kept.take(np.arange(len(kept))) / 255 - train) ** 2, axis=(1, 2, 3)))
+    assert copies["pixels"].numpy() == pytest.approx(rms, abs=1e-6)
+    assert (packed.train.labels[copies["nearest"].numpy()] == kept.labels).all()
+    assert copies["held_out_labels"].tolist() == packed.val.labels.tolist()
+    assert metrics["copies"]["share"] == pytest.approx(100 * copies["copy"].numpy().mean())
+
+    measured = (folder / "copies.safetensors").stat().st_mtime_ns
+    (folder / "predictions.safetensors").unlink()
+    assert evaluate(run) == metrics
+    assert (folder / "predictions.safetensors").exists()
+    assert (folder / "copies.safetensors").stat().st_mtime_ns == measured

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffult.longtail.filter import FILTERS, Verdict, judge
-from diffult.longtail.metrics import accuracies, class_groups
+from diffult.longtail.metrics import accuracies, class_accuracies, class_groups
 from diffult.longtail.quota import Quota, quotas_to
 from diffult.longtail.statistics import ClassStatistics, class_statistics
 
@@ -174,3 +174,4 @@ def test_groups_and_accuracies():
         "few": 100.0,
     }
     assert accuracies(predictions, labels, {"many": np.array([], dtype=int)})["many"] is None
+    assert class_accuracies(predictions, labels, 5) == [50.0, 100.0, 50.0, 100.0, None]
