@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from diffult.plots import ArraySamples, class_histogram, evenly, image_strip, sample_grid
 from PIL import Image
 
 from diffult.cli import duration
@@ -22,7 +23,6 @@ from diffult.errors import UserError
 from diffult.longtail.metrics import class_groups
 from diffult.longtail.quota import quotas_to
 from diffult.pack import pack
-from diffult.plots import ArraySamples, class_histogram, evenly, image_strip, sample_grid
 from diffult.report import accuracy_rows, command, generation_rows, render, timing_rows, write_report
 from diffult.runs.files import write_json
 from diffult.runs.run_dir import RunDir
