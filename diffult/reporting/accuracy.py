@@ -90,55 +90,49 @@ def leaders(content: RunContent) -> tuple[str | None, str | None]:
     return next(iter(ranked(content, plain)), None), next(iter(ranked(content, synthetic)), None)
 
 
-def _answer(gap: Difference, better: str, worse: str) -> str:
-    """The verdict that the interval allows."""
-    if np.isnan(gap.low):
-        return "No interval: the predictions of the test images are not on disk"
-    if gap.low > 0:
-        return better
-    return worse if gap.high < 0 else "Not shown: the interval holds 0"
+def verdict(low: float, high: float) -> str | None:
+    """What the interval of a gain allows to say; None without one."""
+    if np.isnan(low):
+        return None
+    if low > 0:
+        return "Yes: the interval lies above 0"
+    return "No: the interval lies below 0" if high < 0 else "Not shown: the interval includes 0"
 
 
 def summary(content: RunContent) -> list[dict[str, str]]:
-    """{"question", "answer"}: what a user asks first. Needs at least one method with test images."""
-
-    def score(name: str) -> str:
-        return f"{method_of(name).title}, {number(content.metrics[name]['top1'])} %"
-
+    """{"question", "answer"}: what a user asks first."""
     order = ranked(content, content.methods)
+    top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
     where = "validation" if "validation" in content.metrics else "test"
-    first = f"On the {where} images {score(order[0])} of the test images right."
-    if where == "validation":
-        top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
-        first = f"Highest on the validation images: {score(order[0])} on the test images."
-        first += "" if top == order[0] else f" Highest on the test images: {score(top)}."
-    else:
-        first = f"Highest on the test images: {score(order[0])}."
+    answer = f"Highest on the {where} images: {_named(content, order[0])} on the test images."
+    if top != order[0]:
+        answer += f" Highest on the test images: {_named(content, top)}."
     if len(order) > 1:
         gap = difference(content, order[0], order[1])
-        first += f" Next, {score(order[1])}: {gap}."
-        first += "" if np.isnan(gap.low) or gap.low > 0 or gap.high < 0 else " The interval holds 0."
-    return [{"question": "Which method wins?", "answer": first}, *_synthetic_answers(content, score)]
-
-
-def _synthetic_answers(content: RunContent, score: Any) -> list[dict[str, str]]:
+        answer += f" Next, {_named(content, order[1])}: {gap}."
+        answer += " The interval includes 0." if gap.low <= 0 <= gap.high else ""
+    questions = [{"question": "Which method wins?", "answer": answer}]
     plain, synthetic = leaders(content)
-    if plain is None or synthetic is None:
-        return []
-    gap = difference(content, synthetic, plain)
-    words = _answer(gap, "Yes, on these test images", "No: it is lower")
-    rows = [
-        {
-            "question": "Do synthetic images add anything to the best method without them?",
-            "answer": f"{words}. {score(synthetic)}, against {score(plain)}: {gap}.",
-        }
-    ]
-    answer = f"Not measured: no control. Add {CONTROL!r} to classifier.methods."
-    if CONTROL in content.methods:
-        gap = difference(content, synthetic, CONTROL)
-        words = _answer(gap, "Yes, on these test images", "No: it is lower")
-        answer = f"{words}. {score(synthetic)}, against {score(CONTROL)}: {gap}."
-    return [*rows, {"question": "And to as many duplicates of real images?", "answer": answer}]
+    if synthetic is None:
+        return questions
+    for question, other in (
+        ("Do synthetic images add anything to the best method without them?", plain),
+        ("And to as many duplicates of real images?", CONTROL if CONTROL in content.methods else None),
+    ):
+        questions.append({"question": question, "answer": _gain(content, synthetic, other)})
+    return questions
+
+
+def _named(content: RunContent, name: str) -> str:
+    return f"{method_of(name).title}, {number(content.metrics[name]['top1'])}\N{NO-BREAK SPACE}%"
+
+
+def _gain(content: RunContent, name: str, other: str | None) -> str:
+    if other is None:
+        return f"Not measured: add {CONTROL!r}, or a method without synthetic images, to classifier.methods."
+    gap = difference(content, name, other)
+    words = verdict(gap.low, gap.high) or "No interval: evaluate/predictions.safetensors is not there"
+    return f"{words}. {_named(content, name)}, against {_named(content, other)}: {gap}."
 
 
 def confusion_share(content: RunContent, method: str, classes: np.ndarray) -> np.ndarray:

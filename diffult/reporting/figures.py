@@ -109,8 +109,8 @@ def distances(ratio: np.ndarray, labels: np.ndarray, counts: np.ndarray, classes
         axes, places = figure.subplots(), np.arange(len(shown))
         for height, text in ((1, "radius: ID up to here"), (2, "2 radii: AID up to here")):
             axes.axhline(height, color=COLOURS["quiet"], linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(text, (1, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          ha="right", color=COLOURS["quiet"], size=8)  # fmt: skip
+            axes.annotate(text, (0.005, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          color=COLOURS["quiet"], size=8)  # fmt: skip
         axes.vlines(places, spread[:, 0], spread[:, 4], color=COLOURS["synthetic"], linewidth=1.2)
         axes.vlines(places, spread[:, 1], spread[:, 3], color=COLOURS["synthetic"], linewidth=6, alpha=0.6)
         axes.plot(places, spread[:, 2], "o", color=COLOURS["ink"], markersize=4)
@@ -143,7 +143,9 @@ def accuracy_by_class(
         axes = figure.subplots()
         where = np.array([sizes[group].mean() for group in groups])
         for place, (title, row) in enumerate(values.items()):
-            heights = np.array([np.nanmean(row[group]) if np.isfinite(row[group]).any() else np.nan for group in groups])
+            heights = np.array(
+                [np.nanmean(row[group]) if np.isfinite(row[group]).any() else np.nan for group in groups]
+            )
             axes.plot(where, heights, _MARKERS[place % len(_MARKERS)] + "-", color=COLOURS[f"series{place % SERIES}"],
                       linewidth=1, markersize=4.5, label=title)  # fmt: skip
         axes.set(xscale="log", ylabel="accuracy, %", xlabel="real training images of the class")
@@ -154,13 +156,14 @@ def accuracy_by_class(
         _legend(axes, len(values))
 
     tail, head = groups[0], groups[-1]
-    ends = (f"{title} {_mean(row[tail])} to {_mean(row[head])}" for title, row in values.items())
+    ends = (f"{title} {number(_mean(row[tail]), 0)} to {number(_mean(row[head]), 0)}" for title, row in values.items())
     alt = f"Accuracy against class size, percent in the smallest and in the largest class: {'; '.join(ends)}."
     return draw(name, alt, plot, height=3.6)
 
 
-def _mean(values: np.ndarray) -> str:
-    return number(float(np.nanmean(values)) if np.isfinite(values).any() else None, 0)
+def _mean(values: np.ndarray) -> float | None:
+    """Of the numbers among them; None without one."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 def _legend(axes: Axes, entries: int) -> None:
@@ -224,8 +227,10 @@ def curves(name: str, trainings: Mapping[str, Sequence[Mapping[str, Any]]]) -> M
             axes.set(xlabel="step", title=words)
             axes.grid(axis="y")
         panels[1].set_ylim(bottom=0)
-        if all(line["loss"] > 0 for lines in trainings.values() for line in lines):
+        losses = [line["loss"] for lines in trainings.values() for line in lines]
+        if 0 < 20 * min(losses) < max(losses):
             panels[0].set_yscale("log")
+            panels[0].yaxis.set_major_formatter("{x:g}")
         if len(trainings) > 1:
             handles, labels = panels[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower left", ncols=3)
@@ -250,10 +255,11 @@ def comparison_dots(rows: Sequence[Mapping[str, Any]], against: str | None) -> M
             colour = COLOURS["synthetic" if row["synthetic"] else "real"]
             tops = [seed["top1"] for seed in row["seeds"]]
             panels[0].plot(tops, [place] * len(tops), "o", color=colour, alpha=0.45, markersize=4)
-            panels[0].errorbar(row["mean"]["top1"], place, xerr=row["std"]["top1"], fmt="D", color=colour,
-                               markersize=5, capsize=3)  # fmt: skip
+            panels[0].errorbar(row["mean"]["top1"], place, xerr=row["std"]["top1"] or 0, fmt="D",
+                               color=colour, markersize=5, capsize=3)  # fmt: skip
             if against and row["paired"]:
-                paired, (low, high) = row["paired"]["difference"], row["paired"]["interval"]
+                paired = row["paired"]["difference"]
+                low, high = row["paired"]["interval"] or (paired, paired)
                 panels[1].errorbar(paired, place, xerr=[[max(paired - low, 0)], [max(high - paired, 0)]], fmt="D",
                                    color=colour, markersize=5, capsize=3)  # fmt: skip
         panels[0].set_yticks(range(len(rows)), [shortened(row["title"], 34) for row in rows])
@@ -265,7 +271,9 @@ def comparison_dots(rows: Sequence[Mapping[str, Any]], against: str | None) -> M
             axes.grid(axis="x")
             axes.tick_params(axis="y", length=0)
 
-    means = "; ".join(f"{row['title']} {number(row['mean']['top1'])} ± {number(row['std']['top1'])}" for row in rows)
+    means = "; ".join(
+        f"{row['title']} {number(row['mean']['top1'])} deviation {number(row['std']['top1'])}" for row in rows
+    )
     alt = f"Top-1 by method, mean and deviation over seeds: {means}."
     if against and differences:
         gaps = (f"{row['title']} {signed(row['paired']['difference'])}" for row in differences)

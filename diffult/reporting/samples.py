@@ -10,10 +10,10 @@ import numpy as np
 from diffult.longtail.filter import Verdict
 from diffult.reporting.content import RunContent
 from diffult.reporting.pictures import MAX_CLASSES, data_uri, evenly, first_images, image_column, image_strip
-from diffult.reporting.text import listed, shortened
+from diffult.reporting.text import listed
 
 _PER_CLASS = 6  # real images of a class, and as many samples beside them
-MOSTLY = 50.0  # percent of copies from which on a class is warned of
+_MOSTLY, _FEW = 50.0, 5  # a class is warned of with more percent of copies, of at least so many samples
 
 
 def generation_rows(
@@ -68,7 +68,9 @@ def _judged(content: RunContent) -> dict[tuple[int, int], tuple[float, Verdict]]
     if not {"labels", "indices", "distance", "verdict"} <= table.keys():
         return {}
     columns = (table[name].tolist() for name in ("labels", "indices", "distance", "verdict"))
-    return {(int(c), int(i)): (distance, Verdict(int(verdict))) for c, i, distance, verdict in zip(*columns, strict=True)}
+    return {
+        (int(c), int(i)): (distance, Verdict(int(verdict))) for c, i, distance, verdict in zip(*columns, strict=True)
+    }
 
 
 def _sample(content: RunContent, place: int, judged: Mapping[tuple[int, int], tuple[float, Verdict]]) -> dict[str, Any]:
@@ -81,12 +83,12 @@ def _sample(content: RunContent, place: int, judged: Mapping[tuple[int, int], tu
         distance, verdict = found
         known = label < len(content.radii)
         caption = f"{verdict.name} {distance / content.radii[label] if known else distance:.2f}"
-    if "nearest" in content.copies:
-        nearest = int(content.copies["nearest"][place])
+    nearest = int(content.copies["nearest"][place]) if "nearest" in content.copies else -1
+    if nearest >= 0:
         images.append(content.packed.train.image(nearest))
-        other = int(content.packed.train.labels[nearest])
-        alt += f", beneath it the nearest real image, a {classes[other]}"
-        caption += f" ({shortened(classes[other], 12)})" if other != label else ""
+        alt += ", beneath it the nearest real training image"
+    if "copy" in content.copies and content.copies["copy"][place]:
+        caption += " copy"
     picture = image_column(images)
     return {
         "src": data_uri(picture),
@@ -101,23 +103,22 @@ def copy_rows(content: RunContent) -> list[dict[str, Any]]:
     """{"name", "real", "share", "mostly", "pixels", "features", "held_out_pixels", "held_out_features"} for each class
     with samples: percent of copies, and median distances to the nearest real training image; None where not known."""
     by_class, packed, copies = content.metrics["copies"]["by_class"], content.packed, content.copies
-    return [
-        {
-            "name": packed.classes[c],
-            "real": packed.counts[c],
-            "share": share,
-            "mostly": share >= MOSTLY,
-            "pixels": _median(copies, "pixels", content.samples.labels == c),
-            "features": _median(copies, "features", content.samples.labels == c),
-            "held_out_pixels": _median(copies, "held_out_pixels", copies.get("held_out_labels") == c),
-            "held_out_features": _median(copies, "held_out_features", copies.get("held_out_labels") == c),
-        }
-        for c in np.argsort(-packed.counts, kind="stable")
-        if (share := by_class.get(packed.classes[c])) is not None
-    ]
+    kept = np.bincount(content.samples.labels, minlength=len(packed.counts))
+    held_out = copies.get("held_out_labels", np.empty(0))
+    rows = []
+    for c in np.argsort(-packed.counts, kind="stable"):
+        share = by_class.get(packed.classes[c])
+        if kept[c]:
+            medians = {name: _median(copies, name, content.samples.labels == c) for name in ("pixels", "features")}
+            medians |= {name: _median(copies, name, held_out == c) for name in ("held_out_pixels", "held_out_features")}
+            mostly = share is not None and share > _MOSTLY and kept[c] >= _FEW
+            rows.append(
+                {"name": packed.classes[c], "real": packed.counts[c], "share": share, "mostly": mostly} | medians
+            )
+    return rows
 
 
-def _median(copies: Mapping[str, np.ndarray], name: str, mask: Any) -> float | None:
+def _median(copies: Mapping[str, np.ndarray], name: str, mask: np.ndarray) -> float | None:
     chosen = copies[name][mask] if name in copies else np.empty(0)
     return float(np.median(chosen)) if len(chosen) else None
 
@@ -127,5 +128,5 @@ def copy_warning(rows: list[dict[str, Any]]) -> str | None:
     names = [row["name"] for row in rows if row["mostly"]]
     if not names:
         return None
-    what = "class" if len(names) == 1 else f"{len(names)} classes"
-    return f"At least half of the samples are copies of real training images in {what}: {listed(names)}."
+    what = "one class" if len(names) == 1 else f"{len(names)} classes"
+    return f"More than half of the samples are copies of real training images in {what}: {listed(names)}."
