@@ -53,7 +53,7 @@ def _inline(svg: str, alt: str) -> str:
     """As an element of an HTML page: no prolog, name spaces, style or needless identifiers, colours by name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r' id="[a-z0-9]+(_[a-z0-9]+)*_[0-9]+"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' id="[^"]*_[0-9]+"', "", svg).replace("xlink:href", "href")
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg role="img" aria-label="{escape(alt)}" {box[0]}>', svg, count=1)

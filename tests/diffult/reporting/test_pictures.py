@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from report_pages import enlarged, image_set
 
-from diffult.reporting.pictures import evenly, image_strip, sample_grid
+from diffult.reporting.pictures import evenly, image_column, image_strip, sample_grid
 
 
 @pytest.mark.parametrize(("size", "channels", "factor"), [(8, 1, 8), (28, 1, 2), (32, 3, 2), (64, 3, 1)])
@@ -62,3 +62,10 @@ def test_long_names_do_not_push_the_samples_away(tmp_path: Path) -> None:
     samples = image_set(np.array([1]), ("a very\nlong name " * 20,))
     sample_grid(samples, samples.classes, tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width <= 160 + 16 + 64
+
+
+def test_a_column_sets_images_one_above_the_other() -> None:
+    images = image_set(np.array([2]), ("a",), 8, 3).images
+    column = np.asarray(image_column(images))
+    assert column.shape == (2 * 64 + 2, 64, 3)
+    np.testing.assert_array_equal(column[66:], enlarged(images[1], 8))
