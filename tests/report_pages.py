@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from diffult.config import Config
-from diffult.longtail.methods import METHODS
+from diffult.longtail.methods import find_method
 from diffult.reporting.content import RunContent
 from diffult.reporting.pictures import ArraySamples
 
@@ -199,8 +199,9 @@ def example_comparison(classes: tuple[str, ...] = CLASSES, seeds: int = 2) -> di
         each = [dict.fromkeys(("top1", "many", "medium", "few"), v) | {"by_class": [v] * len(classes)} for v in values]
         columns = {key: float(np.mean(values[:seeds])) for key in ("top1", "many", "medium", "few")}
         rows.append({
-            "name": name, "title": METHODS[name].title, "synthetic": name == "diffult", "steps": 600, "seconds": 65.0,
-            "seeds": each[:seeds], "mean": columns | {"by_class": [columns["top1"]] * len(classes)},
+            "name": name, "title": find_method(name).title, "synthetic": name == "diffult", "steps": 600,
+            "seconds": 65.0 if name == "diffult" else None, "seeds": each[:seeds],
+            "mean": columns | {"by_class": [columns["top1"]] * len(classes)},
             "std": dict.fromkeys(columns, 0.7 if seeds > 1 else None), "validation": None, "paired": None,
             "paired_duplicates": None,
         })  # fmt: skip
@@ -209,7 +210,8 @@ def example_comparison(classes: tuple[str, ...] = CLASSES, seeds: int = 2) -> di
     for key, (against, gain, interval) in pairs.items():
         rows[-1][key] = {"against": against, "difference": gain, "interval": interval if many else None}
     return {
-        "preset": "digits-lt", "command": "python -m diffult.compare --preset digits-lt --seeds 2", "machine": "a CPU",
+        "preset": "digits-lt", "command": "python -m diffult.compare --preset digits-lt --seeds 2",
+        "machine": {"device": "a CPU", "torch": "9", "python": "4"},
         "budget": {"steps": 600, "batch_size": 64}, "seeds": list(range(seeds)), "classes": list(classes),
         "counts": np.resize(COUNTS, len(classes)).tolist(), "groups": {"many": 30, "few": 10}, "split": "test",
         "rows": rows,

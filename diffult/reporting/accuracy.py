@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS
-from diffult.reporting.content import RunContent, method_of
+from diffult.reporting.content import RunContent
 from diffult.reporting.text import number, signed
 
 BASE = "ce"  # differences in the table are to it
@@ -39,8 +40,8 @@ def accuracy_rows(accuracies: Mapping[str, Any], methods: Sequence[str]) -> list
 
     return [
         {
-            "title": method_of(m).title,
-            "synthetic": method_of(m).synthetic,
+            "title": find_method(m).title,
+            "synthetic": find_method(m).synthetic,
             "cells": [cell(m, column) for column in COLUMNS],
         }
         for m in shown
@@ -85,8 +86,8 @@ def ranked(content: RunContent, methods: Sequence[str]) -> list[str]:
 
 def leaders(content: RunContent) -> tuple[str | None, str | None]:
     """The first of `ranked` without synthetic images, the duplicates aside, and the first with them."""
-    plain = [name for name in content.methods if not method_of(name).synthetic and name != CONTROL]
-    synthetic = [name for name in content.methods if method_of(name).synthetic]
+    plain = [name for name in content.methods if not find_method(name).synthetic and name != CONTROL]
+    synthetic = [name for name in content.methods if find_method(name).synthetic]
     return next(iter(ranked(content, plain)), None), next(iter(ranked(content, synthetic)), None)
 
 
@@ -124,7 +125,7 @@ def summary(content: RunContent) -> list[dict[str, str]]:
 
 
 def _named(content: RunContent, name: str) -> str:
-    return f"{method_of(name).title}, {number(content.metrics[name]['top1'])}\N{NO-BREAK SPACE}%"
+    return f"{find_method(name).title}, {number(content.metrics[name]['top1'])}\N{NO-BREAK SPACE}%"
 
 
 def _gain(content: RunContent, name: str, other: str | None) -> str:

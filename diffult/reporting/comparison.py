@@ -12,7 +12,7 @@ from diffult.longtail.metrics import COLUMNS
 from diffult.reporting import figures
 from diffult.reporting.accuracy import BASE, CONTROL, verdict
 from diffult.reporting.page import render_page
-from diffult.reporting.text import listed, number, signed
+from diffult.reporting.text import duration, listed, number, signed
 
 LONG_TABLE = 40  # more classes than this are folded
 Row = Mapping[str, Any]
@@ -22,17 +22,20 @@ def render(comparison: Mapping[str, Any]) -> str:
     """The report, one page that needs nothing beside it.
 
     Args:
-        comparison: "preset", "command", "machine", "budget" {"steps", "batch_size"}, "seeds", "classes", "counts",
-            "groups" {"many", "few"}, "split" and "rows", as `diffult.compare` writes them.
+        comparison: "preset", "command", "machine" {"device", "torch", ...}, "budget" {"steps", "batch_size"}, "seeds",
+            "classes", "counts", "groups" {"many", "few"}, "split" and "rows", as `diffult.compare` writes them.
     """
     rows = sorted(comparison["rows"], key=lambda row: -row["mean"]["top1"])
     against = next((row["paired"]["against"] for row in rows if row["paired"]), None)
     titles = {row["name"]: row["title"] for row in rows}
+    versions = dict(comparison["machine"])
+    device = versions.pop("device")
     return render_page(
         "comparison.html.j2",
         comparison=comparison,
         groups=comparison["groups"],
         sizes=np.array(comparison["counts"]),
+        machine=", ".join([device, *(f"{name} {version}" for name, version in versions.items())]),
         seeds=listed([str(seed) for seed in comparison["seeds"]]),
         summary=summary(rows),
         against=titles.get(against),
@@ -69,7 +72,7 @@ def table_row(row: Row) -> dict[str, Any]:
         "paired": pair_text(row["paired"]),
         "paired_duplicates": pair_text(row.get("paired_duplicates")),
         "steps": row["steps"],
-        "seconds": row["seconds"],
+        "time": "–" if row["seconds"] is None else duration(row["seconds"]),
     }
 
 
@@ -114,13 +117,15 @@ def _gain(row: Row, pair: Mapping[str, Any] | None, find: Callable[[str], Row | 
     return f"{words}. {_named(row)}, against {_named(other)}: {pair_text(pair)} points."
 
 
-def _by_size(rows: Sequence[Row], against: str | None, counts: Sequence[int]) -> Markup:
-    """Of cross-entropy, the best method without synthetic images, the first with them and the duplicates."""
+def _by_size(rows: Sequence[Row], against: str | None, counts: Sequence[int]) -> Markup | None:
+    """Of cross-entropy, the best method without synthetic images, the first with them and the duplicates; None where
+    no accuracy by class was measured."""
     synthetic = max((row for row in rows if row["synthetic"]), key=_score, default=rows[0])
     chosen = dict.fromkeys((BASE, against or rows[0]["name"], synthetic["name"], CONTROL))
     by_name = {row["name"]: row for row in rows}
     values = {by_name[name]["title"]: by_name[name]["mean"]["by_class"] for name in chosen if name in by_name}
-    return figures.accuracy_by_class(values, counts)
+    known = {title: row for title, row in values.items() if any(value is not None for value in row)}
+    return figures.accuracy_by_class(known, counts) if known else None
 
 
 def _class_rows(rows: Sequence[Row], classes: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:

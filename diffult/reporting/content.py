@@ -11,16 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffult.config import Config
-from diffult.longtail.methods import METHODS, Method
 from diffult.reporting.pictures import Samples
 from diffult.runs.files import load_tensors
 
 Tensors = Mapping[str, np.ndarray]
 Curve = Sequence[Mapping[str, Any]]
-
-
-def method_of(name: str) -> Method:
-    return METHODS[name]
 
 
 class Images(Protocol):

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from diffult.longtail.filter import FILTERS, Verdict
+from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import class_groups
 from diffult.longtail.quota import quotas_to
 from diffult.reporting import figures
@@ -21,7 +22,7 @@ from diffult.reporting.accuracy import (
     ranked,
     summary,
 )
-from diffult.reporting.content import RunContent, method_of
+from diffult.reporting.content import RunContent
 from diffult.reporting.page import render_page
 from diffult.reporting.pictures import MAX_CLASSES, evenly
 from diffult.reporting.samples import copy_rows, copy_warning, gallery, generation_rows, verdict_shares
@@ -80,7 +81,9 @@ def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
 def _by_size(content: RunContent) -> Markup | None:
     """Of cross-entropy, the leaders and the duplicates."""
     chosen = [name for name in dict.fromkeys((BASE, *leaders(content), CONTROL)) if name in content.methods]
-    rows = {method_of(name).title: row for name in chosen if (row := content.metrics[name].get("by_class")) is not None}
+    rows = {
+        find_method(name).title: row for name in chosen if (row := content.metrics[name].get("by_class")) is not None
+    }
     return figures.accuracy_by_class(rows, content.packed.counts) if rows else None
 
 
@@ -91,7 +94,7 @@ def _confusions(content: RunContent) -> list[dict[str, Any]]:
     classes, pictures = [content.packed.classes[c] for c in order], []
     for number, name in enumerate(names):
         if {name, "labels"} <= content.predictions.keys():
-            share, title = confusion_share(content, name, order), method_of(name).title
+            share, title = confusion_share(content, name, order), find_method(name).title
             picture = figures.confusion(f"confusion-{number}", title, share, classes)
             pictures.append({"title": title, "picture": picture, "errors": figures.confusions(share, classes, 10)})
     return pictures
@@ -109,5 +112,5 @@ def _curves(content: RunContent) -> list[dict[str, Any]]:
     """A figure for each network; the classifiers share one."""
     trainings = content.trainings
     groups = {stage: {stage: trainings[stage]} for stage in ("extractor", "diffusion") if stage in trainings}
-    groups["classifier"] = {method_of(name).title: trainings[name] for name in content.methods if name in trainings}
+    groups["classifier"] = {find_method(name).title: trainings[name] for name in content.methods if name in trainings}
     return [{"title": stage, "picture": figures.curves(f"curves-{stage}", g)} for stage, g in groups.items() if g]

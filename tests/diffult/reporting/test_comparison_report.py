@@ -40,7 +40,10 @@ def test_the_page_gives_budget_command_and_machine() -> None:
     text = " ".join(Page(render(example_comparison())).text.split())
     assert "4 methods, 2 seeds (0 and 1), 3 classes of 40 to 3 real training images" in text
     assert "600 steps of 64 images" in text
-    assert "python -m diffult.compare --preset digits-lt --seeds 2" in text and "Run on a CPU." in text
+    assert (
+        "python -m diffult.compare --preset digits-lt --seeds 2" in text
+    assert "Run on a CPU, torch 9, python 4." in text
+    )
 
 
 def test_one_seed_has_neither_deviation_nor_interval() -> None:
@@ -72,3 +75,11 @@ def test_every_class_and_method_has_its_accuracy() -> None:
         ["cat", "12", "81.5"],
         ["tail", "3", "81.5"],
     ]
+
+
+def test_a_comparison_without_accuracies_by_class_leaves_them_out() -> None:
+    comparison = example_comparison()
+    for row in comparison["rows"]:
+        row["mean"]["by_class"] = [None] * 3
+    page = Page(render(comparison))
+    assert len(page.tables) == 1 and "Accuracy by class" not in page.text
