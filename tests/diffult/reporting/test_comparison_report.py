@@ -40,10 +40,8 @@ def test_the_page_gives_budget_command_and_machine() -> None:
     text = " ".join(Page(render(example_comparison())).text.split())
     assert "4 methods, 2 seeds (0 and 1), 3 classes of 40 to 3 real training images" in text
     assert "600 steps of 64 images" in text
-    assert (
-        "python -m diffult.compare --preset digits-lt --seeds 2" in text
+    assert "python -m diffult.compare --preset digits-lt --seeds 2" in text
     assert "Run on a CPU, torch 9, python 4." in text
-    )
 
 
 def test_one_seed_has_neither_deviation_nor_interval() -> None:
