@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diffult.cli import duration
+from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
 
 Piece = tuple[str, Callable[[], Any]]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import typer
 
-from diffult.cli import duration, main
+from diffult.cli import main
 from diffult.config import Config, TrainingConfig, load_preset
 from diffult.data.profiles import class_counts
 from diffult.diffusion.objective import stride
@@ -32,6 +32,7 @@ from diffult.errors import UserError
 from diffult.models.cost import forward_flops, parameters
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
+from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
 
 SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}

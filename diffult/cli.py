@@ -27,17 +27,6 @@ SetOption = Annotated[
 ]
 
 
-def duration(seconds: float) -> str:
-    """8.4 s, 1 min 45 s or 2 h 05 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    if seconds < 3599.5:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
-
-
 def main(verb: Callable[..., None]) -> None:
     """Runs a verb as a command: exit code 0, or 2 after one line that says what is wrong, or 130 when interrupted."""
     keep_freed_memory()

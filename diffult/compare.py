@@ -28,6 +28,7 @@ from diffult.longtail.comparison import baseline, compare, table, to_csv
 from diffult.longtail.methods import METHODS, MODIFIERS, find_method
 from diffult.longtail.metrics import COLUMNS
 from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
+from diffult.reporting.comparison import render
 from diffult.runs.children import Children
 from diffult.runs.files import lock_folder, write_json, write_text
 from diffult.runs.run_dir import RunDir
@@ -144,6 +145,7 @@ def write(comparison: dict[str, Any], out: Path) -> None:
     """comparison.json, comparison.csv and report.html."""
     write_json(out / "comparison.json", comparison)
     write_text(out / "comparison.csv", to_csv(comparison))
+    write_text(out / "report.html", render(comparison))
 
 
 def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import typer
 
-from diffult.cli import SetOption, duration, main
+from diffult.cli import SetOption, main
 from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
@@ -38,7 +38,8 @@ from diffult.longtail.extractor import load_extractor
 from diffult.longtail.filter import FILTERS
 from diffult.longtail.quota import Quota, quotas_to
 from diffult.models.unet import load_unet
-from diffult.plots import NO_SAMPLES, sample_grid
+from diffult.reporting.pictures import NO_SAMPLES, sample_grid
+from diffult.reporting.text import duration
 from diffult.runs.files import atomic_write, lock_folder, write_json
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import Stage

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from diffult.cli import RunOption, SetOption, duration, main
+from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
@@ -26,6 +26,7 @@ from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.models.cost import parameters
 from diffult.models.unet import build_unet, save_unet
+from diffult.reporting.text import duration
 from diffult.runs.run_dir import RunDir
 
 _STAGE = 2  # its number among the seeds

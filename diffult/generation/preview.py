@@ -10,7 +10,7 @@ import torch
 
 from diffult.config import DiffusionConfig, GenerateConfig
 from diffult.generation.sampler import Sampler
-from diffult.plots import MAX_CLASSES, ArraySamples, evenly, sample_grid
+from diffult.reporting.pictures import MAX_CLASSES, ArraySamples, evenly, sample_grid
 from diffult.runs.files import atomic_write
 from kernels.adamw_ema import AdamWEma
 

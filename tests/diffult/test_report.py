@@ -1,219 +1,41 @@
-"""The pictures and the report: read back as PNG, SVG and HTML, not as text."""
+"""The report of a run, read back as HTML."""
 
 from __future__ import annotations
 
-import base64
-import io
 import re
-import warnings
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
+from report_pages import CLASSES, COUNTS, Images, Page, enlarged, example_content, example_metrics, image_set, picture
 
-from diffult.cli import duration
 from diffult.config import Config, load_preset
 from diffult.errors import UserError
-from diffult.longtail.metrics import class_groups
 from diffult.longtail.quota import quotas_to
 from diffult.pack import pack
-from diffult.plots import ArraySamples, class_histogram, evenly, image_strip, sample_grid
-from diffult.report import accuracy_rows, command, generation_rows, render, timing_rows, write_report
+from diffult.report import command, write_report
+from diffult.reporting.accuracy import accuracy_rows, confusion_share, summary, verdict
+from diffult.reporting.content import RunContent
+from diffult.reporting.run import render, timing_rows
+from diffult.reporting.samples import generation_rows
+from diffult.reporting.text import duration
 from diffult.runs.files import write_json
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import write
 
-CLASSES = ("cat", '<b>"R&D"</b>', "tail")
-COUNTS = np.array([12, 40, 3])
-
-
-@dataclass
-class Images(ArraySamples):
-    """Also what the report asks of a packed set."""
-
-    classes: tuple[str, ...]
-
-    @property
-    def counts(self) -> np.ndarray:
-        return np.bincount(self.labels, minlength=len(self.classes))
-
-    @property
-    def train(self) -> Images:
-        return self
-
-
-def image_set(counts: np.ndarray, classes: tuple[str, ...], size: int = 8, channels: int = 1, seed: int = 0) -> Images:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    images = np.random.default_rng(seed).integers(0, 256, (len(labels), size, size, channels), dtype=np.uint8)
-    return Images(images, labels, classes)
-
-
-def enlarged(image: np.ndarray, factor: int) -> np.ndarray:
-    """RGB, each pixel a square of factor x factor."""
-    return np.kron(np.broadcast_to(image, (*image.shape[:2], 3)), np.ones((factor, factor, 1), np.uint8))
-
-
-@pytest.mark.parametrize(("size", "channels", "factor"), [(8, 1, 8), (28, 1, 2), (32, 3, 2), (64, 3, 1)])
-def test_grid_shows_each_sample_pixel_by_pixel(tmp_path: Path, size: int, channels: int, factor: int) -> None:
-    samples = image_set(np.array([3, 0, 2]), ("a", "b", "c"), size, channels)
-    sample_grid(samples, samples.classes, tmp_path / "grid.tmp", per_class=2)
-    grid = np.asarray(Image.open(tmp_path / "grid.tmp"))
-    tile = size * factor
-    assert Image.open(tmp_path / "grid.tmp").format == "PNG"
-    assert grid.shape[0] == 2 * tile + 2  # two rows: the class without a sample has none
-    left = grid.shape[1] - (2 * tile + 2)
-    for row, first in enumerate((0, 3)):
-        for column in range(2):
-            top, x = row * (tile + 2), left + column * (tile + 2)
-            expected = enlarged(samples.image(first + column), factor)
-            np.testing.assert_array_equal(grid[top : top + tile, x : x + tile], expected)
-    assert (grid[:tile, :left] < 128).any()  # the name of the class is written there
-
-
-def test_large_images_are_reduced() -> None:
-    flat = np.full((256, 256, 3), (10, 200, 30), np.uint8)
-    strip = image_strip([flat, flat, flat])
-    assert strip.size == (3 * 64 + 2 * 2, 64)
-    assert strip.getpixel((100, 30)) == (10, 200, 30)
-
-
-def test_grid_of_many_classes_shows_an_even_choice(tmp_path: Path) -> None:
-    samples = image_set(np.full(100, 1), tuple(f"class {i}" for i in range(100)))
-    sample_grid(samples, samples.classes, tmp_path / "grid.png")
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape[0] == 40 * 66 - 2
-    for row, label in ((0, 0), (39, 99)):
-        tile = grid[row * 66 : row * 66 + 64, -64:]
-        np.testing.assert_array_equal(tile, enlarged(samples.image(label), 8))
-
-
-def test_even_choice() -> None:
-    assert evenly(np.arange(9), 3).tolist() == [0, 4, 8]
-    assert evenly(np.array([5, 7]), 40).tolist() == [5, 7]
-    assert evenly(np.array([], np.int64), 40).tolist() == []
-
-
-def test_grid_without_samples_says_so(tmp_path: Path) -> None:
-    sample_grid(image_set(np.array([0]), ("a",)), ("a",), tmp_path / "grid.png")
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert (grid < 128).any() and grid.shape[0] == 64
-
-
-def test_long_names_do_not_push_the_samples_away(tmp_path: Path) -> None:
-    samples = image_set(np.array([1]), ("a very\nlong name " * 20,))
-    sample_grid(samples, samples.classes, tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").width <= 160 + 16 + 64
-
-
-def corners(svg: bytes, colour: str) -> list[set[float]]:
-    """At the left edge of each bar of one colour the heights of its corners, the highest of all being 1."""
-    paths = ElementTree.fromstring(svg).findall(".//{*}path")
-    outline = next(p.get("d", "") for p in paths if f"fill: {colour}" in p.get("style", ""))
-    points = np.array([pair.split()[:2] for pair in re.split("[ML]", outline)[1:]], dtype=float)
-    heights = (points[:, 1].max() - points[:, 1]) / np.ptp(points[:, 1])
-    return [set(heights[points[:, 0] == x].round(3).tolist()) for x in np.unique(points[:, 0])[::2]]
-
-
-def test_histogram_has_a_bar_for_each_class_and_its_groups() -> None:
-    synthetic = np.array([28, 0, 37])
-    svg = class_histogram(COUNTS, synthetic, class_groups(COUNTS, 100, 10), CLASSES)
-    texts = [element.text for element in ElementTree.fromstring(svg).findall(".//{*}text")]
-    assert {"12+28", "40", "3+37", "medium", "few", "real", "synthetic", *CLASSES} <= set(texts)
-    assert "many" not in texts  # no class has more than 100
-    assert corners(svg, "#0072b2") == [{0, 1}, {0, 12 / 40}, {0, 3 / 40}]  # most real images first
-    assert corners(svg, "#e69f00") == [{1}, {0, 12 / 40, 1}, {0, 3 / 40, 1}]  # from the real ones upwards
-    assert svg == class_histogram(COUNTS, synthetic, class_groups(COUNTS, 100, 10), CLASSES)
-
-
-def test_histogram_of_a_thousand_classes_and_of_odd_names() -> None:
-    many = np.arange(1000, 0, -1)
-    svg = class_histogram(many, np.zeros_like(many), {}, tuple(map(str, range(1000))))
-    drawn = [max(heights) for heights in corners(svg, "#0072b2")]  # of every other bar: these share their edges
-    np.testing.assert_allclose(drawn, np.append(many[::2], 2) / 1000, atol=2e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        svg = class_histogram(np.array([2, 1]), np.array([0, 1]), {}, ("$x^$", "犬"))
-    assert {"$x^$", "犬"} <= {element.text for element in ElementTree.fromstring(svg).findall(".//{*}text")}
-
-
-class Page(HTMLParser):
-    """What a reader gets: text, the cells of each table, images; and what the page refers to."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.tables: list[list[list[str]]] = []
-        self.images: list[dict[str, str | None]] = []
-        self.tags: set[str] = set()
-        self.bold: list[str] = []
-        self.references: list[str] = []
-        self._class = ""
-        self._in_cell = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.tags.add(tag)
-        self._class = values.get("class") or ""
-        self.references += [values[key] or "" for key in ("src", "href", "data", "srcset", "action") if key in values]
-        if tag == "img":
-            self.images.append(values)
-        elif tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("th", "td"):
-            self.tables[-1][-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._class = ""
-        self._in_cell = self._in_cell and tag not in ("th", "td")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._class == "best":
-            self.bold.append(data)
-        if self._in_cell and data.strip():
-            row = self.tables[-1][-1]
-            row[-1] += ("|" if row[-1] else "") + data.strip()
-
-    def row(self, title: str) -> list[str]:
-        """The first row of any table that starts with this title."""
-        return next(row for table in self.tables for row in table if row and row[0].split("|")[0] == title)
-
-
-def picture(image: dict[str, str | None]) -> np.ndarray:
-    content = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
-    return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def example_metrics(config: Config) -> dict[str, Any]:
-    names = ("top1", "many", "medium", "few")
-    tallies = {"cat": (35, 28, 7, 21, 7), "tail": (80, 20, 8, 12, 60)}
-    keys = ("drawn", "accepted", "id", "aid", "ood")
-    by_class = {name: dict(zip(keys, row, strict=True)) for name, row in tallies.items()}
-    totals = {"drawn": 115, "accepted": 48, "id": 15, "aid": 33, "ood": 67}
-    return {
-        "name": config.name,
-        "hash": "0123456789ab",
-        "seed": 7,
-        "diffult": dict(zip(names, (75.26, 88.0, 70.0, 51.26), strict=True)),
-        "ce": dict(zip(names, (70.04, 91.0, 70.0, 48.14), strict=True)),
-        "validation": {"ce": dict.fromkeys(names, 61.5), "diffult": dict.fromkeys(names, 62.5)},
-        "generation": totals | {"images_per_s": 71.4, "nfe": 20, "by_class": by_class},
-        "seconds": {"extractor": 10.0, "diffusion": 75.0, "generate": 15.0},
-    }
+SETTINGS = ["generate.balance_to=40", "generate.guidance=1.5", "groups.many=30"]
 
 
 @pytest.fixture
 def config() -> Config:
-    return load_preset("digits-lt", ["generate.balance_to=40", "generate.guidance=1.5", "groups.many=30"])
+    return load_preset("digits-lt", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    """The report of a run that has everything."""
+    return render(example_content(load_preset("digits-lt", SETTINGS)))
 
 
 @pytest.fixture
@@ -222,52 +44,103 @@ def samples() -> Images:
 
 
 def test_report_shows_the_figures(config: Config, samples: Images) -> None:
-    page = Page(render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "CPU of mine, torch 9"))
+    real = image_set(COUNTS, CLASSES)
+    page = Page(render(RunContent(config, example_metrics(config), real, samples, "CPU of mine, torch 9")))
     assert page.row("Cross-entropy") == ["Cross-entropy", "70.0", "91.0", "70.0", "48.1"]
     assert page.row("DiffuLT") == ["DiffuLT", "75.3|+5.3", "88.0|−3.0", "70.0|+0.0", "51.3|+3.2"]
     assert page.bold[:5] == ["91.0", "70.0", "75.3", "70.0", "51.3"]  # the tie is bold twice
-    _, validation, _, generation, time = page.tables
+    _, validation, generation, time = page.tables
     assert validation[1] == ["Cross-entropy", "61.5", "61.5", "61.5", "61.5"]
     assert generation[1][:8] == ["cat", "12", "28", "35", "28", "20.0", "60.0", "20.0"]
     assert generation[2][:8] == ["tail", "3", "37", "80", "20 (short)", "10.0", "15.0", "75.0"]
     assert generation[3][:8] == ["all", "15", "65", "115", "48", "13.0", "28.7", "58.3"]
     assert page.row("diffusion")[:3] == ["diffusion", "1 min 15 s", "75 %"]
     assert time[-1][:2] == ["all", "1 min 40 s"]
-    machine, speed = (
-        "CPU of mine, torch 9",
-        "guidance 1.5: 20 network evaluations a sample, 71.4 samples a second",
-    )
+    machine, speed = "CPU of mine, torch 9", "guidance 1.5: 20 network evaluations a sample, 71.4 samples a second"
     for words in ("0123456789ab", machine, speed, "balance_to = 40"):
         assert words in page.text
 
 
-def test_report_needs_nothing_beside_it(config: Config, samples: Images) -> None:
-    html = render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m")
+def test_report_needs_nothing_beside_it(html: str) -> None:
     page = Page(html)
-    assert page.references and all(reference.startswith("data:image/") for reference in page.references)
-    assert not page.tags & {"script", "link", "iframe", "object", "base"}
-    assert "://" not in html and "url(" not in html and "@import" not in html
+    assert page.references and all(reference.startswith(("data:", "#")) for reference in page.references)
+    assert not page.tags & {"script", "iframe", "object", "base"}
+    assert "://" not in html and "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", html))
+    assert set(re.findall(r"var\((--\w+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html))  # every colour is defined
+    identifiers = re.findall(r' id="([^"]*)"', html)
+    assert len(identifiers) == len(set(identifiers))
 
 
-def test_class_names_are_escaped(config: Config, samples: Images) -> None:
-    page = Page(render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m"))
+def test_class_names_are_escaped(html: str) -> None:
+    page = Page(html)
     assert "b" not in page.tags
-    assert page.tables[2][1][0] == '<b>"R&D"</b>|40 real, 0 generated'
-    assert any(image["alt"] == 'real images of class <b>"R&D"</b>' for image in page.images)
+    assert page.headings.count(CLASSES[1] + "40 real, 0 generated") == 1
+    assert any(image["alt"] == f"6 real images of class {CLASSES[1]}" for image in page.images)
 
 
-def test_gallery_sets_samples_beside_real_images(config: Config, samples: Images) -> None:
-    real = image_set(COUNTS, CLASSES)
-    page = Page(render(config, example_metrics(config), real, samples, "m"))
-    assert [row[0].split("|")[0] for row in page.tables[2][1:]] == [CLASSES[1], "cat", "tail"]  # head first
-    assert page.tables[2][1][2] == "none needed"
-    shown = {image["alt"]: image for image in page.images}
-    tail = picture(shown["real images of class tail"])
+def test_gallery_sets_samples_beside_real_images(config: Config, html: str) -> None:
+    content = example_content(config)
+    real, samples = content.packed.train, content.samples
+    page = Page(html)
+    assert [title.split("40")[0] for title in page.headings if "40 real" in title] == [CLASSES[1]]
+    assert "none needed" in page.text
+    tail = picture(next(image for image in page.images if image["alt"] == "3 real images of class tail"))
     assert tail.shape == (64, 3 * 66 - 2, 3)
     np.testing.assert_array_equal(tail[:, :64], enlarged(real.image(52), 8))  # after 12 + 40 others
-    generated = picture(shown["generated images of class tail"])
-    assert generated.shape == (64, 6 * 66 - 2, 3)
-    np.testing.assert_array_equal(generated[:, 66:130], enlarged(samples.image(29), 8))
+    alt = "generated tail, beneath it the nearest real training image"
+    shown = [picture(image) for image in page.images if image["alt"] == alt]
+    assert len(shown) == 6 and shown[1].shape == (130, 64, 3)
+    np.testing.assert_array_equal(shown[1][:64], enlarged(samples.image(29), 8))
+    np.testing.assert_array_equal(shown[1][66:], enlarged(real.image(52), 8))
+    verdicts = [text for text in page.captions if "ID " in text]  # of distances 1.5 and 3 with the radius 2
+    assert verdicts[-6:-3] == ["ID 0.75 copy", "AID 1.50", "ID 0.75"]
+
+
+def test_the_summary_answers_with_numbers(html: str) -> None:
+    page = Page(html)
+    assert page.answers["Which method wins?"].startswith("Highest on the validation images: DiffuLT, 90.0\xa0%")
+    # 3 of 10 images, and 2 of 10, of 3 classes more: 196 sqrt(p (1 - p) / 30) points to either side
+    gain = page.answers["Do synthetic images add anything to the best method without them?"]
+    assert gain == (
+        "Yes: the interval lies above 0. DiffuLT, 90.0\xa0%, against Cross-entropy, 60.0\xa0%: "
+        "+30.0 points (95 % interval +13.6 to +46.4)."
+    )
+    gain = page.answers["And to as many duplicates of real images?"]
+    assert "against Duplicates of real images, 70.0\xa0%: +20.0 points (95 % interval +5.7 to +34.3)" in gain
+
+
+def test_a_gain_whose_interval_includes_0_is_not_shown(config: Config) -> None:
+    content = example_content(config)
+    content.predictions = {**content.predictions, "ce": content.predictions["diffult"]}
+    content.metrics["ce"]["top1"] = 90.0
+    assert summary(content)[1]["answer"].startswith("Not shown: the interval includes 0.")
+    content.predictions = {}
+    assert summary(content)[1]["answer"].startswith("No interval: evaluate/predictions.safetensors is not there.")
+    assert verdict(-2.0, -1.0) == "No: the interval lies below 0"
+
+
+def test_copies_are_warned_of(config: Config, html: str) -> None:
+    page = Page(html)
+    assert "More than half of the samples are copies of real training images in one class: tail." in page.text
+    assert next(row for table in page.tables for row in table if "55.0 (mostly copies)" in row)[0] == "tail"
+    content = example_content(config)
+    content.metrics["copies"] |= {"share": None, "by_class": dict.fromkeys(CLASSES)}  # too few held-out images
+    assert "Not known: there are too few held-out images" in Page(render(content)).text
+
+
+def test_the_confusion_matrix_counts_test_images(config: Config, html: str) -> None:
+    content = example_content(config)
+    share = confusion_share(content, "diffult", np.array([1, 2, 0]))
+    np.testing.assert_array_equal(share, [[90, 10, 0], [0, 90, 10], [10, 0, 90]])
+    page = Page(html)
+    assert "Confusion matrix: DiffuLT" in page.text and "Confusion matrix: Cross-entropy" in page.text
+
+
+def test_every_picture_says_what_is_seen(html: str) -> None:
+    page = Page(html)
+    assert len(page.figures) == 8  # by class, 2 confusions, histogram, distances, 3 trainings
+    assert all(len(label) > 40 for label in page.figures) and all(image["alt"] for image in page.images)
 
 
 def test_report_without_samples_and_validation(config: Config) -> None:
@@ -277,9 +150,10 @@ def test_report_without_samples_and_validation(config: Config) -> None:
     metrics["generation"] |= {"images_per_s": None, "nfe": 20, "by_class": {}}
     config = config.model_copy(update={"generate": config.generate.model_copy(update={"balance_to": 3})})
     nothing = image_set(np.zeros(3, int), CLASSES)
-    page = Page(render(config, metrics, image_set(COUNTS, CLASSES), nothing, "m"))
-    assert len(page.tables) == 3  # accuracy, gallery, time
-    assert "validation" not in page.text.split("Configuration")[0]
+    page = Page(render(RunContent(config, metrics, image_set(COUNTS, CLASSES), nothing, "m")))
+    assert len(page.tables) == 2  # accuracy, time
+    assert "Copies" not in page.text and "Confusion" not in page.text and len(page.figures) == 1
+    assert "validation" not in page.text.split("Settings")[-1].split("config.toml")[0]
     assert "No sample was drawn: no class has fewer than 3 real images." in page.text
 
 
@@ -288,13 +162,13 @@ def test_report_without_samples_and_validation(config: Config) -> None:
 )
 def test_the_report_says_whether_samples_were_dropped(samples: Images, filter: str, words: str) -> None:
     config = load_preset("digits-lt", [f"generate.filter={filter}"])
-    page = Page(render(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m"))
+    page = Page(render(RunContent(config, example_metrics(config), image_set(COUNTS, CLASSES), samples, "m")))
     assert f"{words} dropped." in page.text
 
 
 def test_a_group_without_test_images_is_a_dash() -> None:
     row = {"top1": 50.0, "many": None, "medium": None, "few": 50.0}
-    rows = accuracy_rows({"diffult": row | {"top1": 49.96}, "ce": row})
+    rows = accuracy_rows({"diffult": row | {"top1": 49.96}, "ce": row}, ("ce", "diffult"))
     assert [r["title"] for r in rows] == ["Cross-entropy", "DiffuLT"]
     assert rows[1]["cells"][1] == {"value": None, "best": False, "delta": None}
     assert rows[1]["cells"][0] == {"value": 50.0, "best": True, "delta": 0.0}
@@ -339,10 +213,10 @@ def test_write_report_reads_a_run_directory(finished_run: RunDir) -> None:
     page = Page(path.read_text())
     assert page.row("DiffuLT")[1] == "75.3|+5.3"
     shown = {image["alt"]: image for image in page.images}
-    assert (picture(shown["generated images of class 9"])[:, :64] == 77).all()
+    assert (picture(shown["generated 9"]) == 77).all()
     first = finished_run.packed().train
     expected = enlarged(first.image(int(np.flatnonzero(first.labels == 0)[0])), 8)
-    np.testing.assert_array_equal(picture(shown["real images of class 0"])[:, :64], expected)
+    np.testing.assert_array_equal(picture(shown["6 real images of class 0"])[:, :64], expected)
 
 
 def test_the_report_of_a_run_that_cannot_be_written_to_goes_elsewhere(tiny_run: RunDir, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from diffult.config import GenerateConfig
 from diffult.engine.distributed import ALONE, World
 from diffult.generate import open_sampler
 from diffult.generation.preview import Preview
-from diffult.plots import ArraySamples, sample_grid
+from diffult.reporting.pictures import ArraySamples, sample_grid
 from diffult.runs.files import load_tensors
 from diffult.runs.run_dir import RunDir
 from diffult.train_diffusion import train_diffusion

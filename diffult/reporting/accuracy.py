@@ -1,0 +1,145 @@
+"""What the report of a run says about accuracy: tables, differences with their intervals, and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffult.longtail.methods import find_method
+from diffult.longtail.metrics import COLUMNS
+from diffult.reporting.content import RunContent
+from diffult.reporting.text import number, signed
+
+BASE = "ce"  # differences in the table are to it
+CONTROL = "duplicates"
+
+
+def accuracy_rows(accuracies: Mapping[str, Any], methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A row {"title", "synthetic", "cells"} for each method.
+
+    A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
+    cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add up.
+
+    Args:
+        accuracies: method -> {"top1", "many", "medium", "few"} in percent, None without test images.
+        methods: those to show, in this order.
+    """
+    shown = {
+        method: {column: _rounded(accuracies[method][column]) for column in COLUMNS}
+        for method in methods
+        if method in accuracies
+    }
+
+    def cell(method: str, column: str) -> dict[str, Any]:
+        value, base = shown[method][column], shown.get(BASE, {}).get(column)
+        best = max(row[column] or 0.0 for row in shown.values())
+        delta = None if method == BASE or value is None or base is None else value - base
+        return {"value": value, "best": value == best, "delta": delta}
+
+    return [
+        {
+            "title": find_method(m).title,
+            "synthetic": find_method(m).synthetic,
+            "cells": [cell(m, column) for column in COLUMNS],
+        }
+        for m in shown
+    ]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+class Difference(NamedTuple):
+    """In points, with its 95 % interval over test images; (nan, nan) if it is not known."""
+
+    points: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{signed(self.points)} points"
+        return f"{signed(self.points)} points (95 % interval {signed(self.low)} to {signed(self.high)})"
+
+
+def difference(content: RunContent, a: str, b: str) -> Difference:
+    """How much more of the test set `a` has right than `b`. The interval is the paired one, of the mean over test
+    images of (a right) - (b right), by the normal approximation."""
+    points = content.metrics[a]["top1"] - content.metrics[b]["top1"]
+    known = content.predictions
+    if not {a, b, "labels"} <= known.keys():
+        return Difference(points, np.nan, np.nan)
+    right = [(known[name] == known["labels"]).astype(float) for name in (a, b)]
+    gain = right[0] - right[1]
+    half = 196.0 * gain.std() / max(len(gain), 1) ** 0.5
+    return Difference(points, points - half, points + half)
+
+
+def ranked(content: RunContent, methods: Sequence[str]) -> list[str]:
+    """Methods from the highest top-1 on the validation images down, where there are any; else on the test images."""
+    scores = content.metrics.get("validation", content.metrics)
+    return sorted(methods, key=lambda name: -(scores[name]["top1"] if name in scores else 0.0))
+
+
+def leaders(content: RunContent) -> tuple[str | None, str | None]:
+    """The first of `ranked` without synthetic images, the duplicates aside, and the first with them."""
+    plain = [name for name in content.methods if not find_method(name).synthetic and name != CONTROL]
+    synthetic = [name for name in content.methods if find_method(name).synthetic]
+    return next(iter(ranked(content, plain)), None), next(iter(ranked(content, synthetic)), None)
+
+
+def verdict(low: float, high: float) -> str | None:
+    """What the interval of a gain allows to say; None without one."""
+    if np.isnan(low):
+        return None
+    if low > 0:
+        return "Yes: the interval lies above 0"
+    return "No: the interval lies below 0" if high < 0 else "Not shown: the interval includes 0"
+
+
+def summary(content: RunContent) -> list[dict[str, str]]:
+    """{"question", "answer"}: what a user asks first."""
+    order = ranked(content, content.methods)
+    top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
+    where = "validation" if "validation" in content.metrics else "test"
+    answer = f"Highest on the {where} images: {_named(content, order[0])} on the test images."
+    if top != order[0]:
+        answer += f" Highest on the test images: {_named(content, top)}."
+    if len(order) > 1:
+        gap = difference(content, order[0], order[1])
+        answer += f" Next, {_named(content, order[1])}: {gap}."
+        answer += " The interval includes 0." if gap.low <= 0 <= gap.high else ""
+    questions = [{"question": "Which method wins?", "answer": answer}]
+    plain, synthetic = leaders(content)
+    if synthetic is None:
+        return questions
+    for question, other in (
+        ("Do synthetic images add anything to the best method without them?", plain),
+        ("And to as many duplicates of real images?", CONTROL if CONTROL in content.methods else None),
+    ):
+        questions.append({"question": question, "answer": _gain(content, synthetic, other)})
+    return questions
+
+
+def _named(content: RunContent, name: str) -> str:
+    return f"{find_method(name).title}, {number(content.metrics[name]['top1'])}\N{NO-BREAK SPACE}%"
+
+
+def _gain(content: RunContent, name: str, other: str | None) -> str:
+    if other is None:
+        return f"Not measured: add {CONTROL!r}, or a method without synthetic images, to classifier.methods."
+    gap = difference(content, name, other)
+    words = verdict(gap.low, gap.high) or "No interval: evaluate/predictions.safetensors is not there"
+    return f"{words}. {_named(content, name)}, against {_named(content, other)}: {gap}."
+
+
+def confusion_share(content: RunContent, method: str, classes: np.ndarray) -> np.ndarray:
+    """Percent of the test images of each of these classes that were taken for each of them, float64 [n, n]."""
+    size = len(content.packed.classes)
+    labels, predicted = content.predictions["labels"], content.predictions[method]
+    table = np.bincount(labels * size + predicted, minlength=size * size).reshape(size, size).astype(float)
+    share = 100.0 * table / np.maximum(table.sum(1, keepdims=True), 1)
+    return share[np.ix_(classes, classes)]

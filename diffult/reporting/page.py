@@ -1,0 +1,28 @@
+"""The templates of the reports, and what they may call."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from diffult.reporting.text import duration, number, signed
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("diffult.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration, "number": number, "signed": signed}
+    return environment
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template of diffult/reporting/templates as HTML."""
+    return _environment().get_template(template).render(**values)

@@ -1,0 +1,37 @@
+"""Numbers as a reader wants them."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """8.4 s, 1 min 45 s or 2 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """A difference, with its sign."""
+    return "" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def shortened(name: str, limit: int = 16) -> str:
+    """A name on one line, cut to `limit` characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= limit else name[: limit - 1] + "…"
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """a, b and c; of more than `limit` names, the number of the others."""
+    if len(names) > limit:
+        names = [*names[:limit], f"{len(names) - limit} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,83 @@
+"""The report of a comparison, read back as HTML."""
+
+from __future__ import annotations
+
+from report_pages import CLASSES, Page, example_comparison
+
+from diffult.reporting.comparison import render
+
+
+def test_the_table_shows_means_deviations_and_paired_gains() -> None:
+    page = Page(render(example_comparison()))
+    means = ["81.5 ± 0.7"] * 4
+    gains = ["+2.0 (−10.7 to +14.7)", "+5.0 (+4.5 to +5.5)"]
+    assert page.row("DiffuLT") == ["DiffuLT", "+ synthetic", *means, *gains, "600", "1 min 05 s"]
+    assert page.row("Cross-entropy")[:3] == ["Cross-entropy", "real", "70.5 ± 0.7"]
+    assert page.row("Cross-entropy")[6:8] == ["", ""]
+    assert [row[0] for row in page.tables[0][1:]] == [  # the highest top-1 first
+        "DiffuLT", "Logit adjustment", "Duplicates of real images", "Cross-entropy",
+    ]  # fmt: skip
+
+
+def test_the_summary_gives_the_gains_with_their_intervals() -> None:
+    answers = Page(render(example_comparison())).answers
+    assert answers["Which method wins?"].endswith("Difference, seed by seed: +1.0, +3.0 points.")
+    gain = answers["Do synthetic images add anything to the best method without them?"]
+    assert gain.startswith("Not shown: the interval includes 0. DiffuLT, 81.5 ± 0.7\xa0%, against Logit adjustment")
+    gain = answers["And to as many duplicates of real images?"]
+    assert gain.startswith("Yes: the interval lies above 0.") and "+5.0 (+4.5 to +5.5) points" in gain
+
+
+def test_methods_are_ranked_on_the_validation_images() -> None:
+    comparison = example_comparison()
+    for row in comparison["rows"]:
+        row["validation"] = 99.0 if row["name"] == "ce" else 90.0
+    answer = Page(render(comparison)).answers["Which method wins?"]
+    assert answer.startswith("Highest on the validation images: Cross-entropy, 70.5 ± 0.7\xa0% on the test images.")
+
+
+def test_the_page_gives_budget_command_and_machine() -> None:
+    text = " ".join(Page(render(example_comparison())).text.split())
+    assert "4 methods, 2 seeds (0 and 1), 3 classes of 40 to 3 real training images" in text
+    assert "600 steps of 64 images" in text
+    assert "python -m diffult.compare --preset digits-lt --seeds 2" in text
+    assert "Run on a CPU, torch 9, python 4." in text
+
+
+def test_one_seed_has_neither_deviation_nor_interval() -> None:
+    page = Page(render(example_comparison(seeds=1)))
+    assert page.row("DiffuLT")[2] == "81.0" and page.row("DiffuLT")[6] == "+2.0"
+    answer = page.answers["Do synthetic images add anything to the best method without them?"]
+    assert answer.startswith("No interval: one seed.")
+
+
+def test_a_comparison_without_synthetic_images_or_control() -> None:
+    comparison = example_comparison()
+    comparison["rows"] = comparison["rows"][:2]
+    page = Page(render(comparison))
+    assert [term for term in page.terms if term.endswith("?")] == ["Which method wins?"]
+    assert "gain in top-1" not in page.text
+    comparison = example_comparison()
+    del comparison["rows"][2]
+    comparison["rows"][-1]["paired_duplicates"] = None
+    answer = Page(render(comparison)).answers["And to as many duplicates of real images?"]
+    assert answer.startswith("Not measured: add 'duplicates'")
+
+
+def test_every_class_and_method_has_its_accuracy() -> None:
+    page = Page(render(example_comparison()))
+    by_class = page.tables[1]
+    assert by_class[0][2:] == ["DiffuLT", "Logit adjustment", "Duplicates of real images", "Cross-entropy"]
+    assert [row[:3] for row in by_class[1:]] == [
+        [CLASSES[1], "40", "81.5"],
+        ["cat", "12", "81.5"],
+        ["tail", "3", "81.5"],
+    ]
+
+
+def test_a_comparison_without_accuracies_by_class_leaves_them_out() -> None:
+    comparison = example_comparison()
+    for row in comparison["rows"]:
+        row["mean"]["by_class"] = [None] * 3
+    page = Page(render(comparison))
+    assert len(page.tables) == 1 and "Accuracy by class" not in page.text
