@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class WeightAverage:
-    """An exponential moving average of a model's parameters, average = d average + (1 - d) p, on their device.
+    """An exponential moving average of parameters, average = d average + (1 - d) p, on their device.
 
     d is min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights, drawn by chance, are soon forgotten.
     Updates run inside a CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters, self.decay = [p.detach() for p in model.parameters()], decay
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.parameters, self.decay = [p.detach() for p in parameters], decay
         self.average = [p.clone() for p in self.parameters]
         self.updates = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
 
@@ -29,8 +29,8 @@ class WeightAverage:
         torch._foreach_lerp_(self.average, self.parameters, [rest.to(p.dtype).expand_as(p) for p in self.parameters])
         self.updates += 1
 
-    def copy_to_model(self) -> None:
-        """Puts the average in the place of the parameters; buffers, such as running statistics, stay the model's."""
+    def copy_to_parameters(self) -> None:
+        """Puts the average in their place."""
         torch._foreach_copy_(self.parameters, self.average)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from diffult.engine.weights import WeightAverage, frozen_statistics, sharpness_a
 
 def test_the_average_follows_its_formula_and_its_state_restores_it():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
-    average = WeightAverage(model, 0.7)
+    average = WeightAverage(model.parameters(), 0.7)
     expected = [p.detach().numpy().copy() for p in model.parameters()]
     for n in range(30):
         if n == 20:
             state = {key: [x.clone() for x in value] if isinstance(value, list) else value.clone()
                      for key, value in average.state_dict().items()}  # fmt: skip
-            average = WeightAverage(model, 0.7)
+            average = WeightAverage(model.parameters(), 0.7)
             average.load_state_dict(state)
         for p in model.parameters():
             p.data.normal_()
@@ -25,7 +25,7 @@ def test_the_average_follows_its_formula_and_its_state_restores_it():
             decay * e + (1 - decay) * p.detach().numpy() for e, p in zip(expected, model.parameters(), strict=True)
         ]
     statistics = model[1].running_mean.clone()
-    average.copy_to_model()
+    average.copy_to_parameters()
     for p, e in zip(model.parameters(), expected, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), e, rtol=1e-6)
     assert torch.equal(model[1].running_mean, statistics)

@@ -22,7 +22,10 @@ METHODS = ("ce", "diffult", "mix+logit_adjust", "crt")
 SETTINGS = [
     *TINY,
     "precision=float32",
-    "extractor.mixup=0.3",
+    "extractor.cutmix=0.3",
+    "classifier.sam=0.05",
+    "classifier.ema=0.8",
+    "classifier.augment={pad=1, policy='randaugment', cutout=3}",
     "classifier.synthetic_share=0.25",  # a group of a whole batch, which is cut all the same
     "classifier.mixup=0.2",
     f"classifier.methods={list(METHODS)}",
