@@ -26,7 +26,9 @@ class WeightAverage:
     def update(self) -> None:
         """After each step of the optimizer."""
         rest = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        torch._foreach_lerp_(self.average, self.parameters, [rest.to(p.dtype).expand_as(p) for p in self.parameters])
+        change = torch._foreach_sub(self.parameters, self.average)
+        torch._foreach_mul_(change, rest.to(change[0].dtype))
+        torch._foreach_add_(self.average, change)
         self.updates += 1
 
     def copy_to_parameters(self) -> None:
