@@ -57,6 +57,8 @@ class TrainingConfig(StrictModel):
     augment: AugmentConfig = AugmentConfig()
     mixup: float = Field(0.0, ge=0)  # alpha: images and labels mixed in shares of Beta(alpha, alpha); 0: off
     cutmix: float = Field(0.0, ge=0)  # alpha: a rectangle of another image pasted in, its area as above; 0: off
+    # This much of each label is spread over all classes, in methods whose loss is cross-entropy, adjusted or weighted.
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     sam: float = Field(0.0, ge=0)  # rho of sharpness-aware steps, which take two passes each; 0: off
     ema: float = Field(0.0, ge=0, lt=1)  # decay of an average of the weights, which predicts in their place; 0: off
 

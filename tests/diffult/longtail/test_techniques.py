@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from diffult.config import load_preset
 from diffult.longtail.augment import Policy, cutmix, cutout
 from diffult.longtail.classification import Training, TrainingPhase, fit, training_batches, training_loader
-from diffult.longtail.losses import CrossEntropy
+from diffult.longtail.draws import TrainingSet, class_counts, natural
+from diffult.longtail.methods import cross_entropy
 from diffult.models.resnet import build_classifier
 from diffult.runs.files import load_state
 from ffcv_writers import ImageSet, Natural, open_set, write
@@ -21,6 +22,7 @@ EVERYTHING = (
     "cutmix=1.0",
     "sam=0.1",
     "ema=0.8",
+    "label_smoothing=0.1",
 )
 STREAM = int(np.random.SeedSequence((0, 9)).generate_state(1)[0])
 
@@ -41,7 +43,8 @@ def training(images: ImageSet, folder: Path, *overrides: str, steps: int = 8) ->
     torch.manual_seed(0)
     model = build_classifier(config.network, 3, 1, config.image_size)
     loader = training_loader(images, preset.data, config, (0, 9), cpu)
-    loss = CrossEntropy()
+    train = TrainingSet(images.labels, images.synthetic, 3, config, 0)
+    loss = cross_entropy(train, class_counts(train, natural(train)))
     folder.mkdir(exist_ok=True)
     return Training(
         "it", model, loader, (TrainingPhase(steps, Natural(42), loss),), config, folder / "state.pt", (0, 9), "hash",
@@ -52,7 +55,7 @@ def training(images: ImageSet, folder: Path, *overrides: str, steps: int = 8) ->
 def seen(one: Training) -> list[torch.Tensor]:
     """Trains, and returns what the network saw in each pass."""
     inputs: list[torch.Tensor] = []
-    one.model.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
+    one.model.trunk.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
     fit(one)
     return inputs
 
@@ -75,7 +78,7 @@ def test_with_everything_on_it_trains_on_after_a_break_as_without(images, tmp_pa
         if next(passes) == stop_at:
             raise KeyboardInterrupt
 
-    broken.model.register_forward_pre_hook(break_off)
+    broken.model.trunk.register_forward_pre_hook(break_off)
     with pytest.raises(KeyboardInterrupt):
         fit(broken)
     again = training(images, tmp_path / "broken", *EVERYTHING)
@@ -98,15 +101,15 @@ def test_the_network_sees_policy_crop_cutout_and_cutmix_in_this_order(images, tm
         assert torch.equal(x, expected)
 
 
-def test_labels_of_cut_images_count_by_area(images, tmp_path):
+def test_labels_of_cut_images_count_by_area_and_are_smoothed(images, tmp_path):
     """The loss of the first step, from what the network saw, in a loop over images."""
-    one = training(images, tmp_path, "cutmix=1.0", "augment.pad=0", steps=1)
+    one = training(images, tmp_path, "cutmix=1.0", "label_smoothing=0.1", "augment.pad=0", steps=1)
     (batch,) = training_batches(one.loader, Natural(42), STREAM, 16, 0, 1)
     fresh = training(images, tmp_path, "augment.pad=0").model.train()
     (x,) = seen(one)
     y = augment(batch.images, STREAM, batch.position, size=8)
     _, share = cutmix(y, y.roll(1, 0), STREAM, batch.position, 1.0)
-    target = F.one_hot(batch.labels, 3)
+    target = F.one_hot(batch.labels, 3) * 0.9 + 0.1 / 3
     target = share[:, None] * target + (1 - share[:, None]) * target.roll(1, 0)
     expected = -(target * F.log_softmax(fresh(x), 1)).sum(1).mean()
     assert load_state(tmp_path / "state.pt")["first"] == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -137,7 +140,7 @@ def test_a_sharpness_aware_step_descends_from_above_and_counts_the_batch_once(im
 def test_predictions_come_from_the_average_and_the_training_goes_on_from_the_weights(images, tmp_path):
     one, plain = training(images, tmp_path / "average", "ema=0.3"), training(images, tmp_path / "plain")
     history: list[list[torch.Tensor]] = []
-    plain.model.register_forward_pre_hook(
+    plain.model.trunk.register_forward_pre_hook(
         lambda *_: history.append([p.detach().clone() for p in plain.model.parameters()])
     )
     fit(one), fit(plain)
