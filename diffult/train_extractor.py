@@ -45,7 +45,8 @@ def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) ->
     model = build_classifier(config.network, num_classes, data.channels, config.image_size).to(device)
     loader = training_loader(images, data, config, seed, device, world)
     prior, adjusted = log_prior(torch.from_numpy(packed.counts)).to(device), config.loss == "logit_adjust"
-    phase = TrainingPhase(config.steps, Natural(len(images)), CrossEntropy(prior=prior if adjusted else None))
+    loss = CrossEntropy(prior=prior if adjusted else None, smoothing=config.label_smoothing)
+    phase = TrainingPhase(config.steps, Natural(len(images)), loss)
     fit(Training("extractor", model, loader, (phase,), config, folder / "state.pt", seed, digest, dtype, world))
     if not world.is_main:  # the others wait where the stage ends
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
 from diffult.engine.loop import LoopConfig, Losses, learning_rate_factor, train_steps
+from diffult.engine.weights import WeightAverage, frozen_statistics, sharpness_aware
+from diffult.longtail.augment import Policy, cutmix, cutout
 from diffult.longtail.losses import Loss, Targets
 from diffult.longtail.methods import Mix
 from diffult.models.batch_norm import share_batch_norms
@@ -100,31 +102,35 @@ def evaluation_loader(images: ImageSet, data: DataConfig, image_size: int, devic
 
 
 def training_batches(
-    loader: Loader, order: Order, seed: int, batch_size: int, start: int, steps: int, rows: np.ndarray | None = None
-) -> Iterator[Batch]:
+    loader: Loader, order: Order, seed: int, batch_size: int, start: int, steps: int, rows: np.ndarray | None = None,
+    policy: Policy | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Batches start..steps-1 of the training stream, all of `batch_size`; one may span two epochs.
 
     Args:
         loader: of batches of len(rows).
         rows: those of each batch to load, int64 [n]; None: all.
+        policy: applied to their images; None: none.
     """
     rows = np.arange(batch_size) if rows is None else rows
     for draws in order.steps(seed, batch_size, start, steps):
-        yield from loader.batches(*(column.reshape(-1, batch_size)[:, rows].ravel() for column in draws))
+        samples, positions = (column.reshape(-1, batch_size)[:, rows] for column in draws)
+        for batch, where in zip(loader.batches(samples.ravel(), positions.ravel()), positions, strict=True):
+            yield batch if policy is None else replace(batch, images=policy(batch.images, where))
 
 
-def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, Batch]]:
+def _batches(training: Training, seed: int, start: int, policy: Policy | None = None) -> Iterator[tuple[int, Batch]]:
     """The number of the phase and the batch of each step from `start` on; partners follow the images in a batch."""
     loader, size = training.loader, training.config.batch_size
     rows = _local_rows(training.config, training.world)
     first = 0
     for number, phase in enumerate(training.phases):
         begin, first = max(start, first), first + phase.steps
-        images = training_batches(loader, phase.order, seed, size, begin, first, rows)
+        images = training_batches(loader, phase.order, seed, size, begin, first, rows, policy)
         if phase.partners is None:
             yield from ((number, batch) for batch in images)
         else:
-            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows)
+            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows, policy)
             yield from ((number, _joined(*pair)) for pair in zip(images, others, strict=True))
 
 
@@ -200,11 +206,20 @@ def _halo(world: World) -> int:
     return int(world.size > 1)
 
 
+def _configured_mix(config: TrainingConfig) -> Mix | None:
+    if config.mixup:
+        return Mix("mixup", config.mixup)
+    return Mix("cutmix", config.cutmix) if config.cutmix else None
+
+
 def _steps(training: Training) -> Iterator[int]:
     """Trains; yields the number of steps done after each."""
     config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
     steps = training.steps
     step = _Step(training, seed)
+    kind = config.augment.policy
+    policy = None if kind == "none" else Policy(kind, config.image_size, seed)
+    average = {"average": step.average} if step.average else {}
     factors = [
         learning_rate_factor(i, steps, config.warmup * steps, config.milestones, config.decay) for i in range(steps)
     ]
@@ -224,8 +239,11 @@ def _steps(training: Training) -> Iterator[int]:
             (*training.seed, world.rank), training.config_hash, config.batch_size,
             metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), writes=world.is_main,
         ),
-        partial(_batches, training, seed), run, {"model": training.model, "optimizer": step.optimizer},
+        lambda start: _batches(training, seed, start, policy), run,
+        {"model": training.model, "optimizer": step.optimizer} | average,
     )  # fmt: skip
+    if step.average:
+        step.average.copy_to_parameters()
 
 
 class _Step:
@@ -245,6 +263,7 @@ class _Step:
             self.parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
             fused=training.loader.device.type == "cuda",
         )  # fmt: skip
+        self.average = WeightAverage(self.parameters, config.ema) if config.ema else None
 
     def __call__(
         self, phase: TrainingPhase, images: Tensor, labels: Tensor, synthetic: Tensor, sample: Tensor,
@@ -255,29 +274,43 @@ class _Step:
         options = {"pad": config.augment.pad, "flip": config.augment.flip, "jitter": config.augment.jitter}
         size, dtype = config.image_size, self.training.dtype
         x = augment(images, self.seed, positions, size=size, dtype=dtype, **options)  # type: ignore[arg-type]
+        if config.augment.cutout:
+            x = cutout(x, self.seed, positions, config.augment.cutout)
         x, targets = self._mixed(x, Targets(labels, synthetic, sample), positions)
-        with autocast(dtype, self.training.loader.device):
-            outputs = self.training.model.outputs(x)
-        loss = phase.loss(outputs.float(), targets)
-        world.sum_(loss.weight)
-        value = loss.mean
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        self._exchange()
+        value = self._backward(phase.loss, x, targets)
+        if config.sam:
+            with sharpness_aware(self.parameters, config.sam), frozen_statistics(self.training.model):
+                self._backward(phase.loss, x, targets)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        value = value.detach()
+        if self.average:
+            self.average.update()
         world.sum_(value)
         return {"loss": value}
 
+    def _backward(self, loss: Loss, x: Tensor, targets: Targets) -> Tensor:
+        """Makes the gradients of the whole batch's loss; returns this process's part of it."""
+        with autocast(self.training.dtype, self.training.loader.device):
+            outputs = self.training.model.outputs(x)
+        total = loss(outputs.float(), targets)
+        self.training.world.sum_(total.weight)
+        value = total.mean
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self._exchange()
+        return value.detach()
+
     def _mixed(self, x: Tensor, targets: Targets, positions: Tensor) -> tuple[Tensor, Targets]:
         """Images and targets, each image mixed with its partner where the method or the settings say so."""
-        config, halo = self.training.config, _halo(self.training.world)
-        mix = self.training.mix or (Mix("mixup", config.mixup) if config.mixup else None)
+        halo, mix = _halo(self.training.world), self.training.mix or _configured_mix(self.training.config)
         if mix is None:
             labels, synthetic, sample, _ = targets
             return x[halo:], Targets(labels[halo:], synthetic[halo:], sample[halo:])
-        x, share = (y[halo:] for y in mixup(x, self.seed, positions, mix.alpha))
+        if mix.kind == "mixup":
+            x, share = mixup(x, self.seed, positions, mix.alpha)
+        else:
+            x, share = cutmix(x, x.roll(1, 0), self.seed, positions, mix.alpha)
+        x, share = x[halo:], share[halo:]
         labels, synthetic, sample = (torch.cat([column[halo:], column.roll(1)[halo:]]) for column in targets[:3])
         return x, Targets(labels, synthetic, sample, torch.cat([share, 1 - share]))
 

@@ -69,19 +69,22 @@ class Mix:
     partners: Draw | None = None
 
 
+def _cross_entropy(train: TrainingSet, **options: torch.Tensor) -> CrossEntropy:
+    return CrossEntropy(train.settings.omega, smoothing=train.settings.label_smoothing, **options)
+
+
 def cross_entropy(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return CrossEntropy(train.settings.omega)
+    return _cross_entropy(train)
 
 
 def logit_adjusted(train: TrainingSet, counts: ClassCounts) -> Loss:
     """Cross-entropy whose logits have the log of the class frequency in training added (Menon et al. 2021)."""
-    return CrossEntropy(train.settings.omega, prior=log_prior(counts.effective))
+    return _cross_entropy(train, prior=log_prior(counts.effective))
 
 
 def logit_adjusted_real(train: TrainingSet, counts: ClassCounts) -> Loss:
     """Logits of real images adjusted by the frequencies of real ones, those of synthetic images as they are."""
-    omega = train.settings.omega
-    return PerHead(CrossEntropy(omega, prior=log_prior(counts.real_weight)), CrossEntropy(omega))
+    return PerHead(_cross_entropy(train, prior=log_prior(counts.real_weight)), _cross_entropy(train))
 
 
 def focal(train: TrainingSet, counts: ClassCounts) -> Loss:
@@ -90,7 +93,7 @@ def focal(train: TrainingSet, counts: ClassCounts) -> Loss:
 
 def class_balanced(train: TrainingSet, counts: ClassCounts) -> Loss:
     """Classes weighted by the inverse of their effective number of samples (Cui et al. 2019)."""
-    return CrossEntropy(train.settings.omega, class_weights=class_balanced_weights(counts.effective))
+    return _cross_entropy(train, class_weights=class_balanced_weights(counts.effective))
 
 
 def ldam(train: TrainingSet, counts: ClassCounts) -> Loss:
@@ -190,7 +193,7 @@ class Method:
         if self.heads != "two":
             return phase.loss(train, counts)
         of_real = phase.loss(train, counts._replace(effective=counts.real_weight))
-        return PerHead(of_real, CrossEntropy(train.settings.omega))
+        return PerHead(of_real, _cross_entropy(train))
 
 
 METHODS = {

@@ -26,7 +26,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         variances, means = self.world.stack(torch.stack([variance, mean])).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        self._update(mean.detach(), variance.detach(), self.world.size * x.numel() // self.num_features)
+        if self.track_running_stats:
+            self._update(mean.detach(), variance.detach(), self.world.size * x.numel() // self.num_features)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         normalised = (wide - mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         return normalised.to(x.dtype)

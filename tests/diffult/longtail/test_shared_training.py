@@ -22,7 +22,10 @@ METHODS = ("ce", "diffult", "mix+logit_adjust", "crt")
 SETTINGS = [
     *TINY,
     "precision=float32",
-    "extractor.mixup=0.3",
+    "extractor.cutmix=0.3",
+    "classifier.sam=0.05",
+    "classifier.ema=0.8",
+    "classifier.augment={pad=1, policy='randaugment', cutout=3}",
     "classifier.synthetic_share=0.25",  # a group of a whole batch, which is cut all the same
     "classifier.mixup=0.2",
     f"classifier.methods={list(METHODS)}",
@@ -131,7 +134,8 @@ def test_two_processes_train_the_extractor_as_one(alone, shared):
 def test_two_processes_train_each_method_as_one(alone, shared, method):
     """Mixed images have the same partners, and the weights of a batch are summed over both halves."""
     a, b = (losses(path / "classifier" / f"{method}.metrics.jsonl") for path in (alone, shared[0]))
-    assert len(a) == (1 if method == "crt" else 8) and b == pytest.approx(a, rel=1e-4)  # crt: a head, 15 % of the steps
+    assert len(a) == (1 if method == "crt" else 8)  # a head, 15 % of the steps
+    assert b == pytest.approx(a, rel=1e-3)  # a rounding on the other side of a ReLU's kink makes some 1e-4
     assert_same(alone, shared[0], f"classifier/{method}.safetensors")
 
 
