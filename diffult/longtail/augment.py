@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from diffult.errors import UserError
+from diffult.longtail.methods import Mix
+from kernels.augment import mixup
 from kernels.random import check_names, philox4x32, signed, uniform
 
 PolicyName = Literal["none", "randaugment", "autoaugment"]
 
-_CUTMIX, _CUTOUT, _POLICY = 2, 3, 4  # steps of the random numbers; `kernels.augment` takes 0 and 1
+_CUTMIX, _CUTOUT, _POLICY, _CHOSEN = 2, 3, 4, 5  # steps of the random numbers; `kernels.augment` takes 0 and 1
 _SMALL = 64  # pixels: AutoAugment's policy for CIFAR-10 up to here, that for ImageNet above
 _WORD = 0xFFFFFFFF
 
@@ -144,6 +146,19 @@ def cutmix(images: Tensor, partners: Tensor, seed: int, positions: Tensor, alpha
     sides = 2 * torch.floor(torch.stack([cut * height, cut * width], dim=1) / 2)  # even, as in the authors' code
     inside = _rectangles(numbers[:, 2:], sides, (height, width))
     return torch.where(inside[:, None], partners, images), 1 - inside.float().mean((1, 2))
+
+
+def mixed(images: Tensor, partners: Tensor, seed: int, positions: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Each image mixed with its partner as `mix` says, and the share of its own in it, float32 [B]; arguments as in
+    `cutmix`. mixup takes the image before it for the partner."""
+    if mix.kind == "mixup":
+        result, share = mixup(images, seed, positions, mix.alpha)
+    else:
+        result, share = cutmix(images, partners, seed, positions, mix.alpha)
+    if mix.probability < 1:
+        chosen = uniform(signed(seed), positions >> 32, positions, _CHOSEN, 1)[:, 0] <= mix.probability
+        result, share = torch.where(chosen.view(-1, 1, 1, 1), result, images), torch.where(chosen, share, 1.0)
+    return result, share
 
 
 def _symmetric_beta(u: Tensor, v: Tensor, alpha: float) -> Tensor:

@@ -19,14 +19,14 @@ from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
 from diffult.engine.loop import LoopConfig, Losses, learning_rate_factor, train_steps
 from diffult.engine.weights import WeightAverage, frozen_statistics, sharpness_aware
-from diffult.longtail.augment import Policy, cutmix, cutout
+from diffult.longtail.augment import Policy, cutout, mixed
 from diffult.longtail.losses import Loss, Targets
 from diffult.longtail.methods import Mix
 from diffult.models.batch_norm import share_batch_norms
 from diffult.models.cost import forward_flops
 from diffult.models.resnet import Classifier
 from ffcv_writers import Batch, ImageSet, Loader, Order, RandomResizedCrop
-from kernels.augment import augment, center_crop, mixup, normalise
+from kernels.augment import augment, center_crop, normalise
 
 _OF_PARTNERS = 2**40  # beyond all places in a stream
 _EVALUATED = 256  # images at a time
@@ -306,12 +306,10 @@ class _Step:
         if mix is None:
             labels, synthetic, sample, _ = targets
             return x[halo:], Targets(labels[halo:], synthetic[halo:], sample[halo:])
-        if mix.kind == "mixup":
-            x, share = mixup(x, self.seed, positions, mix.alpha)
-        else:
-            x, share = cutmix(x, x.roll(1, 0), self.seed, positions, mix.alpha)
-        x, share = x[halo:], share[halo:]
-        labels, synthetic, sample = (torch.cat([column[halo:], column.roll(1)[halo:]]) for column in targets[:3])
+        pairs = [(y, y.roll(1, 0)) if mix.partners is None else y.chunk(2) for y in (x, *targets[:3])]
+        (x, others), *columns = pairs
+        x, share = (y[halo:] for y in mixed(x, others, self.seed, positions[: len(x)], mix))
+        labels, synthetic, sample = (torch.cat([own[halo:], other[halo:]]) for own, other in columns)
         return x, Targets(labels, synthetic, sample, torch.cat([share, 1 - share]))
 
     def _exchange(self) -> None:

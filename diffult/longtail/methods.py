@@ -60,7 +60,8 @@ class Mix:
         kind: mixup or cutmix.
         alpha: of Beta(alpha, alpha), from which the shares come.
         probability: that an image is mixed.
-        partners: in which order the others are drawn; None: each image's partner is the one before it in the batch.
+        partners: in which order the others are drawn, of cutmix alone; None: each image's partner is the one before it
+            in the batch.
     """
 
     kind: Literal["mixup", "cutmix"]

@@ -12,6 +12,7 @@ from diffult.config import ClassifierConfig, load_preset
 from diffult.data.config import DataConfig
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.errors import UserError
+from diffult.longtail.augment import mixed
 from diffult.longtail.classification import (
     Training,
     TrainingPhase,
@@ -23,7 +24,7 @@ from diffult.longtail.classification import (
 )
 from diffult.longtail.draws import ClassCounts, Drawing, TrainingSet, class_counts, natural, real_only
 from diffult.longtail.losses import CrossEntropy, Targets, WeightedSum
-from diffult.longtail.methods import METHODS, Method, Phase, find_method, in_waves
+from diffult.longtail.methods import METHODS, Method, Mix, Phase, find_method, in_waves
 from diffult.models.resnet import build_classifier
 from ffcv_writers import (
     CenterCrop,
@@ -201,12 +202,13 @@ def training(images, folder, *overrides: str, method: str = "mix", device: str =
     chosen = find_method(method)
     train = TrainingSet(images.labels, images.synthetic, 3, config, 30)
     phases = []
+    partners = chosen.mix.partners(train).order if chosen.mix and chosen.mix.partners else None
     for phase in chosen.phases:
         drawing = phase.draw(train)
-        loss = phase.loss(train, class_counts(train, drawing, device))
-        phases.append(TrainingPhase(round(phase.share * 8), drawing.order, loss))
+        loss = chosen.make_loss(phase, train, class_counts(train, drawing, device))
+        phases.append(TrainingPhase(round(phase.share * 8), drawing.order, loss, partners))
     torch.manual_seed(0)
-    model = build_classifier(config.network, 3, 1, config.image_size).to(device)
+    model = build_classifier(config.network, 3, 1, config.image_size, chosen.heads).to(device)
     loader = training_loader(images, DIGITS, config, (0, 9), torch.device(device))
     return Training(
         method, model, loader, tuple(phases), config, folder / f"{method}.state.pt", (0, 9), "hash",
@@ -271,6 +273,65 @@ def test_phases_change_the_images_and_resume_within_either(both, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             trained(both, tmp_path / str(stop), method="synthetic_first", stop_at=stop)
         assert torch.equal(trained(both, tmp_path / str(stop), method="synthetic_first"), whole)
+
+
+def test_partners_of_their_own_order_follow_the_images(both, tmp_path):
+    """CMO: each batch of the natural order is followed by one in which the classes are equally frequent."""
+    one = training(open_set([both.paths[0]]), tmp_path, "steps=8", method="cmo")
+    batches = [batch for _, batch in _batches(one, 3, 0)]
+    assert all(len(batch.labels) == 32 and len(set(batch.position.tolist())) == 32 for batch in batches)
+    own, partners = (torch.cat([batch.labels.chunk(2)[i] for batch in batches]).bincount() for i in (0, 1))
+    np.testing.assert_allclose(own / own.sum(), np.array(REAL) / sum(REAL), atol=0.02)
+    np.testing.assert_allclose(partners / partners.sum(), 1 / 3, atol=0.02)
+    fit(one)
+    assert torch.isfinite(weights(one)).all()
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, 0.5])
+def test_an_image_is_mixed_with_a_probability(probability):
+    images, partners = torch.zeros(400, 1, 8, 8), torch.ones(400, 1, 8, 8)
+    result, share = mixed(images, partners, 7, torch.arange(400), Mix("cutmix", 1.0, probability))
+    torch.testing.assert_close(share, 1 - result.mean((1, 2, 3)))  # the area of the partner's rectangle
+    touched = (share < 1).double().mean()
+    assert (
+        abs(
+            float(touched)
+            - probability
+            * float((mixed(images, partners, 7, torch.arange(400), Mix("cutmix", 1.0))[1] < 1).double().mean())
+        )
+        < 0.08
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["focal", "class_balanced", "ldam_drw", "ride", "two_heads", "mix+logit_adjust_real", "mixup"]
+)
+def test_methods_train(both, tmp_path, method):
+    """On their heads, with their losses: every weight moves and stays finite."""
+    one = training(
+        both if find_method(method).synthetic else open_set([both.paths[0]]), tmp_path, "steps=8", method=method
+    )
+    before = [parameter.clone() for parameter in one.model.parameters()]
+    fit(one)
+    after = list(one.model.parameters())
+    assert all(torch.isfinite(b).all() and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_tau_is_chosen_on_the_validation_images():
+    """By a score that likes the norms of the classes' weights to differ as little as those at tau = 0.7 do."""
+    model = build_classifier("convnet", 3, 1, 8)
+    norms = model.head.weight.detach().norm(dim=1)
+    tried = []
+
+    def validate(model):
+        tried.append(model.head.weight.detach().norm(dim=1))
+        return -float((tried[-1] - norms**0.3).abs().sum())
+
+    METHODS["tau_norm"].adapt(model, torch.zeros(3), validate)
+    assert len(tried) == 11
+    torch.testing.assert_close(model.head.weight.detach().norm(dim=1), norms**0.3)
+    METHODS["tau_norm"].adapt(model, torch.zeros(3), None)
+    torch.testing.assert_close(model.head.weight.detach().norm(dim=1), torch.ones(3))
 
 
 def test_a_head_trained_alone_leaves_the_trunk_as_it_was(both, tmp_path):
