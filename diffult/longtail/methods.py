@@ -244,6 +244,8 @@ def _draws(title: str, draw: Draw) -> Callable[[str, Method], Method]:
 
 def _loss(title: str, loss: MakeLoss) -> Callable[[str, Method], Method]:
     def modify(name: str, method: Method) -> Method:
+        if method.heads in ("cosine", "experts"):
+            raise ValueError(f"{name} has a loss of its own, which {title} cannot replace")
         phases = tuple(replace(phase, loss=loss) for phase in method.phases)
         return replace(method, title=f"{method.title} + {title}", phases=phases)
 
@@ -252,8 +254,10 @@ def _loss(title: str, loss: MakeLoss) -> Callable[[str, Method], Method]:
 
 def _head_retrained(name: str, method: Method) -> Method:
     """On class-balanced real images (Kang et al. 2020)."""
+    if method.heads == "experts":
+        raise ValueError(f"{name} has a head for each expert: cRT retrains one alone")
     phase = Phase(real_only if method.synthetic else resampled, share=_HEAD_STEPS)
-    return replace(method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="head")
+    return replace(method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="head", heads="linear")
 
 
 MODIFIERS: dict[str, Callable[[str, Method], Method]] = {

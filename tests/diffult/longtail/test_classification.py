@@ -140,6 +140,19 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
         classifier_config("methods=['ce', 'logit_adjst', 'diffult']")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("diffult+logit_adjst", "got 'logit_adjst'; did you mean 'logit_adjust'"),
+        ("ldam_drw+focal", "ldam_drw has a loss of its own, which focal loss cannot replace"),
+        ("ride+crt", "ride has a head for each expert"),
+    ],
+)
+def test_a_modifier_that_does_not_fit_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        classifier_config(f"methods=['{name}']")
+
+
 def test_a_method_is_a_row(monkeypatch, both, tmp_path):
     """Focal loss (Lin et al. 2017) in the table: the settings know it, and it trains."""
 
