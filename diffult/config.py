@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from diffult.comments import with_comments
 from diffult.data.config import DataConfig
 from diffult.diffusion.samplers import SAMPLERS, SPACINGS
 from diffult.diffusion.schedule import Prediction, ScheduleName
@@ -192,9 +193,9 @@ class Config(StrictModel):
             )
         return self
 
-    def to_toml(self) -> str:
-        """The resolved document, as it stands in a run directory."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+    def to_toml(self, comments: Mapping[str, str] | None = None) -> str:
+        """The resolved document, as it stands in a run directory, with comments by `section.key`."""
+        return with_comments(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), comments or {})
 
 
 def preset_names() -> list[str]:
