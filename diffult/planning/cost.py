@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion.objective import stride
 from diffult.models.config import UNetConfig
-from diffult.models.cost import forward_flops, parameters
+from diffult.models.cost import parameters
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import UNet
 
@@ -82,11 +83,17 @@ class NetworkCost(NamedTuple):
     kept_bytes: int
 
 
-@functools.cache
 def unet_cost(unet: UNetConfig, side: int, channels: int, classes: int) -> NetworkCost:
+    cost = _unet_cost(unet, side, channels)
+    return cost._replace(parameters=cost.parameters + (classes - 1) * 4 * unet.channels)
+
+
+@functools.cache
+def _unet_cost(unet: UNetConfig, side: int, channels: int) -> NetworkCost:
+    """For one class: others add to the table of labels alone."""
     label = torch.zeros(1, dtype=torch.int64, device="meta")
     with torch.device("meta"):
-        model = UNet(unet, side, channels, classes)
+        model = UNet(unet, side, channels, 1)
     return _cost(model, [_image(channels, side), label, label])
 
 
@@ -98,25 +105,22 @@ def classifier_cost(network: str, side: int, channels: int, classes: int) -> Net
 
 
 def _cost(model: nn.Module, inputs: Sequence[Tensor]) -> NetworkCost:
-    return NetworkCost(forward_flops(model, inputs), parameters(model), _kept_bytes(model, inputs) // 2)
-
-
-def _kept_bytes(model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps of a forward pass beside the parameters, each tensor once."""
+    """From one pass over meta tensors: what is counted, and what autograd keeps beside the parameters."""
     kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no other tensor takes the place of one
     own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = tensor.numel() * tensor.element_size()
-        alive.append(tensor)  # so that no other takes its place
+        alive.append(tensor)
         return tensor
 
-    alive: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, FlopCounterMode(display=False) as counter:
         model(*inputs)
-    return sum(kept.values())
+    return NetworkCost(counter.get_total_flops(), parameters(model), sum(kept.values()) // 2)
 
 
 def evaluation_flops(config: Config, classes: int) -> int:

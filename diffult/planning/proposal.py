@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from diffult.planning.cost import PASS_RATE, Amounts, Speeds, classifier_cost, r
 _PACK, _DIFFUSION, _DIFFUSION_MOST, _DRAW, _CLASSIFY, _USED = 0.15, 0.4, 0.5, 0.2, 0.25, 0.9
 # Pixels, and the training images at a width that must be affordable: fewer learn less than a smaller size would show.
 _SIZES = ((8, 0, 32), (16, 0, 32), (32, 100_000, 32), (48, 1_000_000, 64), (64, 2_000_000, 64), (128, 50_000_000, 128))
-_WIDTHS = (192, 128, 96, 64, 48, 32)
+_WIDTHS = (32, 48, 64, 96, 128, 192)
 _METHODS = ["ce", "resample", "logit_adjust", "duplicates", "diffult", "diffult+logit_adjust"]
 _MANY_CLASSES = 20  # above, the extractor's label is wrong too often to be asked for
 
@@ -207,13 +208,14 @@ def _unet(draft: _Draft, survey: Survey, amounts: Amounts, speeds: Speeds, secon
         side, why = shorter, "The images' size."
     else:
         fitting = [row for row in _SIZES if row[0] <= shorter] or [_SIZES[0]]
-        side = next((z for z, needed, width in reversed(fitting) if images(z, width) >= needed), fitting[0][0])
+        side = [z for z, *_ in takewhile(lambda row: images(row[0], row[2]) >= row[1], fitting)][-1]
         why = f"Half of the images have {shorter} pixels or more on the shorter side"
         limits = [str(z) for z, *_ in fitting if z > side]
         why += f"; {limits[0]} would take the diffusion model longer than there is." if limits else "."
     side = draft.put("data.image_size", side, why)
     most = _most_images(amounts)
-    width = next((w for w in _WIDTHS if min(images(side, w), most) >= 400_000 * (w / 32) ** 2), _WIDTHS[-1])
+    wide = takewhile(lambda w: min(images(side, w), most) >= 400_000 * (w / 32) ** 2, _WIDTHS[1:])
+    width = [_WIDTHS[0], *wide][-1]
     width = draft.put("unet.channels", width, f"Time for about {min(images(side, width), most):,.0f} training images.")
     shape = _shape(side, width)
     for key, value in shape.model_dump(mode="json", exclude_defaults=True, exclude={"channels"}).items():
@@ -258,6 +260,9 @@ def _classifiers(
         steps = draft.put(f"{section}.steps", max(1, int(count / batch)), why)
         _recipe(draft, section, chosen, augment, flip)
         total += steps * batch * flops / speeds.classify * (len(methods) if section == "classifier" else 1)
+    tested = amounts.held_out * len(methods) * flops / 3.0  # of the final classifiers
+    total += (tested + radius_flops(amounts.counts)) / speeds.classify
+    draft.put("extractor.loss", "logit_adjust", "Knows rare classes better, and its label is asked for by the filter.")
     draft.put("classifier.omega", 0.5, "Weight of a synthetic image; from 0.3 to 1 it hardly mattered in our runs.")
     return total
 
