@@ -1,7 +1,7 @@
 """Own images without a preset: what a set is like, the settings proposed for it, and what they cost here.
 
 propose(path, hours, overrides) -> Plan
-    data/survey.py   looks at the images           measure.py    times a few steps on this machine
+    data/survey.py   looks at the images           timing.py     times a few steps on this machine
     proposal.py      chooses settings, and why     cost.py       seconds, memory and disk of each stage
 """
 
@@ -18,8 +18,8 @@ from diffult.config import Config, parse_overrides
 from diffult.data.survey import Survey, take_survey
 from diffult.engine.distributed import ALONE, World
 from diffult.planning.cost import Cost, Speeds, costs
-from diffult.planning.measure import guess, measure
 from diffult.planning.proposal import Proposal, propose_settings
+from diffult.planning.timing import guess, measure
 
 __all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "propose"]
 
@@ -79,7 +79,9 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> l
     """The plan as text: the set, the settings, and time, memory and disk of each stage."""
     config, counts, shorter = proposal.config, proposal.amounts.counts, survey.sides.min(1)
     low, middle, high = (int(value) for value in (shorter.min(), np.median(shorter), shorter.max()))
-    size = f"{low}" if low == high else f"{low} to {high} pixels on the shorter side (half of them {middle} or more)"
+    size = (
+        f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
+    )
     many, few = config.groups.many, config.groups.few
     synthetic = proposal.amounts.synthetic(config.generate.balance_to)
     text = [
@@ -87,7 +89,7 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> l
         f"({survey.counts.max():,} down to {survey.counts.min():,}), {size}, {'colour' if survey.colour else 'grey'}",
         *(f"  note: {note}" for note in proposal.notes),
         f"  train on {counts.sum():,}, {config.data.image_size}x{config.data.image_size} pixels, "
-        f"{config.data.channels} channel(s); {proposal.amounts.held_out:,} for validation and test",
+        f"{'colour' if config.data.channels == 3 else 'grey'}; {proposal.amounts.held_out:,} for validation and test",
         f"  groups: many above {many}, few below {few} training images: {(counts > many).sum()}, "
         f"{((counts <= many) & (counts >= few)).sum()} and {(counts < few).sum()} classes (many, medium, few)",
         f"  extractor and classifiers: {config.classifier.network}, {config.extractor.steps:,} and "

@@ -94,8 +94,9 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
 
 
 def _named(survey: Survey, which: np.ndarray) -> str:
+    """`class7, class8 (2 of 9 classes)`."""
     names = [survey.classes[label] for label in np.flatnonzero(which)[:5]]
-    return ", ".join(names) + (", ..." if which.sum() > 5 else "")
+    return f"{', '.join(names)}{', ...' if which.sum() > 5 else ''} ({which.sum()} of {len(which)} classes)"
 
 
 def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amounts:
@@ -117,8 +118,8 @@ def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amou
         draft.notes.append(f"no test split: {share:.0%} of each class is set aside, {tests.sum():,} images")
         if (small := tests == 0).any():
             draft.notes.append(
-                f"{small.sum()} of {len(counts)} classes have fewer than {MIN_IMAGES_FOR_TEST} images: all of them are "
-                f"trained on, none is tested ({_named(survey, small)})"
+                f"fewer than {MIN_IMAGES_FOR_TEST} images, so all are trained on and none is tested: "
+                f"{_named(survey, small)}"
             )
     counts = counts - tests
     held_out = survey.test or int(tests.sum())
@@ -137,10 +138,7 @@ def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amou
         )  # fmt: skip
         val = np.minimum(limit, counts // 10)
         if (small := val == 0).any():
-            draft.notes.append(
-                f"{small.sum()} of {len(counts)} classes have fewer than 10 images and give none for validation "
-                f"({_named(survey, small)})"
-            )
+            draft.notes.append(f"fewer than 10 images, so none for validation: {_named(survey, small)}")
         counts, held_out = counts - val, held_out + int(val.sum())
     if (small := counts < MIN_IMAGES_FOR_RADIUS).all():
         raise UserError(
@@ -149,8 +147,8 @@ def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amou
         )
     if small.any():
         draft.notes.append(
-            f"{small.sum()} of {len(counts)} classes have fewer than {MIN_IMAGES_FOR_RADIUS} training images: the "
-            f"filter takes the other classes' median radius for them ({_named(survey, small)})"
+            f"fewer than {MIN_IMAGES_FOR_RADIUS} training images, so the filter takes the median radius of the other "
+            f"classes: {_named(survey, small)}"
         )
     return Amounts(counts, held_out, packed, survey.seconds_per_image)
 

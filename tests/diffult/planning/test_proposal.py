@@ -135,9 +135,9 @@ def test_classes_are_filled_by_as_many_as_the_real_ones_at_the_most() -> None:
 
 def test_small_classes_are_named_with_what_becomes_of_them() -> None:
     notes = "\n".join(proposed(survey_of([60, 9, 3, 2])).notes)
-    assert "1 of 4 classes have fewer than 3 images: all of them are trained on, none is tested (class3)" in notes
-    assert "3 of 4 classes have fewer than 10 images and give none for validation (class1, class2, class3)" in notes
-    assert "2 of 4 classes have fewer than 3 training images: the filter takes the other classes' median" in notes
+    assert "fewer than 3 images, so all are trained on and none is tested: class3 (1 of 4 classes)" in notes
+    assert "fewer than 10 images, so none for validation: class1, class2, class3 (3 of 4 classes)" in notes
+    assert "takes the median radius of the other classes: class2, class3 (2 of 4 classes)" in notes
     with pytest.raises(UserError, match="no class has 3 images left to train on"):
         proposed(survey_of([3, 2, 1]))
 
