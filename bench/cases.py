@@ -25,12 +25,12 @@ from bench.contestants import (
     our_draw,
     peer_draw,
 )
-from bench.cost import step_flops
 from bench.race import Call, Work, race
 from diffult.config import Config, GenerateConfig, load_preset
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
 from diffult.models.cost import forward_flops
+from diffult.planning.cost import step_flops
 
 _SMALL = ["unet.channels=32", "unet.multipliers=[1, 2, 2]", "unet.num_res_blocks=1", "diffusion.batch_size=8"]
 _HALVES = ["diffusion.cbdm_share=0.5", "diffusion.aid_share=0.5", "diffusion.aid_steps=0.5"]

@@ -19,12 +19,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.cost import stage_flops, synthetic_images
+from bench.cost import synthetic_images
 from diffult.cli import main
 from diffult.config import Config
 from diffult.engine.device import machine, peak_flops, pick_device
 from diffult.engine.distributed import ALONE
 from diffult.errors import UserError
+from diffult.planning.cost import stage_flops
 from diffult.run import run_pipeline
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir

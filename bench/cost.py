@@ -25,13 +25,12 @@ import torch
 import typer
 
 from diffult.cli import main
-from diffult.config import Config, TrainingConfig, load_preset
+from diffult.config import Config, load_preset
 from diffult.data.profiles import class_counts
-from diffult.diffusion.objective import stride
 from diffult.errors import UserError
-from diffult.models.cost import forward_flops, parameters
-from diffult.models.resnet import build_classifier
+from diffult.models.cost import parameters
 from diffult.models.unet import build_unet
+from diffult.planning.cost import stage_flops
 from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
 
@@ -53,58 +52,12 @@ class Rates:
     source: str
 
 
-def _image(config: Config, side: int) -> torch.Tensor:
-    return torch.empty(1, config.data.channels, side, side, device="meta")
-
-
-def evaluation_flops(config: Config, classes: int) -> int:
-    """Of the UNet on one image."""
-    label = torch.zeros(1, dtype=torch.int64, device="meta")
-    with torch.device("meta"):
-        unet = build_unet(config, classes)
-    return forward_flops(unet, [_image(config, config.data.image_size), label, label])
-
-
-def _classifier_flops(config: Config, part: TrainingConfig, classes: int) -> int:
-    with torch.device("meta"):
-        model = build_classifier(part.network, classes, config.data.channels, part.image_size)
-    return forward_flops(model, [_image(config, part.image_size)])
-
-
-def step_flops(config: Config, classes: int) -> dict[str, float]:
-    """Of a diffusion training step by term, as `diffult.diffusion.trainer` counts them: a backward pass is two
-    forwards, what is computed again to save memory is not counted, and L_AID is a mean over the steps."""
-    settings = config.diffusion
-    unet = 3.0 * settings.batch_size * evaluation_flops(config, classes)
-    flops = {"ddpm": unet}
-    if settings.cbdm:
-        flops["cbdm"] = unet / stride(settings.cbdm_share)
-    if settings.aid:
-        phi0 = 3.0 * settings.batch_size * _classifier_flops(config, config.extractor, classes)
-        flops["aid"] = phi0 / stride(settings.aid_share) / stride(settings.aid_steps)
-    return flops
-
-
 def synthetic_images(config: Config, classes: int) -> int:
     """How many samples the preset asks for."""
     if config.data.profile == "natural":
         return config.classifier.steps * config.classifier.batch_size // 100 - _IMAGENET_LT
     available = np.full(classes, config.data.n_max or 50_000 // classes)  # CIFAR's training split
     return sum(max(0, config.generate.balance_to - count) for count in class_counts(config.data, available))
-
-
-def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
-    """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
-    extractor, classifier = config.extractor, config.classifier
-    recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
-    flops = {
-        "extractor": 3.0 * extractor.steps * extractor.batch_size * _classifier_flops(config, extractor, classes),
-        "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "generate": candidates * config.generate.evaluations * evaluation_flops(config, classes),
-        "classifier": 3.0 * classifier.steps * classifier.batch_size * _classifier_flops(config, classifier, classes),
-    }
-    flops["classifier"] *= len(classifier.methods)
-    return flops
 
 
 def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_rate: float) -> dict[str, float]:

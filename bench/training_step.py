@@ -34,11 +34,11 @@ from bench.contestants import (
     peer_draw,
     without,
 )
-from bench.cost import evaluation_flops, step_flops
 from bench.race import Call, turn, warm_up
 from diffult.cli import main
 from diffult.config import Config, load_preset
 from diffult.engine.device import machine, peak_flops, pick_device
+from diffult.planning.cost import evaluation_flops, step_flops
 from kernels import dispatch
 
 _PEER = "diffusers channels-last"  # of peers.SETTINGS

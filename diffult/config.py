@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from diffult.comments import with_comments
 from diffult.data.config import DataConfig
 from diffult.diffusion.samplers import SAMPLERS, SPACINGS
 from diffult.diffusion.schedule import Prediction, ScheduleName
@@ -208,9 +209,9 @@ class Config(StrictModel):
             )
         return self
 
-    def to_toml(self) -> str:
-        """The resolved document, as it stands in a run directory."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+    def to_toml(self, comments: Mapping[str, str] | None = None) -> str:
+        """The resolved document, as it stands in a run directory, with comments by `section.key`."""
+        return with_comments(tomli_w.dumps(self.model_dump(mode="json", exclude_none=True)), comments or {})
 
 
 def preset_names() -> list[str]:
@@ -265,14 +266,17 @@ def _validate(document: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            hint = nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
-            raise UserError(f"{origin}: unknown key {where!r}{hint}") from None
-        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{origin}: {where + ': ' if where else ''}{message}{given}") from None
+        raise _refusal(error.errors()[0], origin) from None
+
+
+def _refusal(first: Mapping[str, Any], origin: str) -> UserError:
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
+        return UserError(f"{origin}: unknown key {where!r}{hint}")
+    given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return UserError(f"{origin}: {where + ': ' if where else ''}{message}{given}")
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
@@ -285,6 +289,28 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     for text in overrides:
         document = _merge(document, _override(text))
     return _validate({"name": name} | document, f"preset {name}")
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The document that `section.key=value` overrides are, on their own.
+
+    Raises:
+        UserError: unknown key, or a value of the wrong type or range.
+    """
+    document: dict[str, Any] = {}
+    for text in overrides:
+        document = _merge(document, _override(text))
+    try:
+        Config.model_validate(document)
+    except ValidationError as error:
+        if wrong := [one for one in error.errors() if one["type"] != "missing"]:
+            raise _refusal(wrong[0], "--set") from None
+    return document
+
+
+def complete(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> Config:
+    """The configuration that a document and, laid over it, the document of overrides make; UserError if it is bad."""
+    return _validate(_merge(document, overrides), "--set")
 
 
 def override(config: Config, overrides: Iterable[str]) -> Config:

@@ -10,7 +10,8 @@ import torch
 import typer
 
 from diffult.cli import PresetOption, SetOption, main
-from diffult.config import Config, preset_names
+from diffult.config import Config, preset_names, read_config
+from diffult.data.survey import locate
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
@@ -21,6 +22,7 @@ from diffult.models.cost import summary
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.pack import pack
+from diffult.planning import DEFAULT_HOURS, plan_name, propose
 from diffult.report import write_report
 from diffult.runs.files import load_state
 from diffult.runs.run_dir import RunDir
@@ -86,9 +88,47 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     world.barrier()
 
 
+def open_data_run(run: Path, data: Path, hours: float | None, overrides: list[str], world: World) -> RunDir:
+    """The run of the images at `data`: a new one, planned and the plan printed, or the one that is there already, whose
+    images may have moved.
+
+    Raises:
+        UserError: the run is of other images, or see `propose`.
+    """
+    if not (run / "config.toml").exists():
+        plan = propose(data, hours or DEFAULT_HOURS, overrides, run, world) if world.is_main else None
+        plan = world.gather(plan)[0]
+        assert plan is not None  # the first process's
+        run_dir = RunDir.start(run, plan.config, plan.comments)
+        if world.is_main:
+            print("\n".join(plan.lines))
+        return run_dir
+    log.info("%s: has its plan; goes on with the settings in config.toml", run)
+    moved = []
+    if data.expanduser().exists():
+        before, place = read_config(run / "config.toml").data, locate(data)
+        if before.source != place.pop("source"):
+            raise UserError(f"{run}: holds a run of other images ({before.source} {before.path}); give another --run")
+        moved = [f"data.{key}={value}" for key, value in place.items() if getattr(before, key) != value]
+    return RunDir.open(run, overrides=[*moved, *overrides])
+
+
 def command(
-    run: Annotated[Path | None, typer.Option("--run", help="Run directory.", show_default="runs/PRESET")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory.", show_default="runs/PRESET or runs/NAME of the images")
+    ] = None,
     preset: PresetOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Own images, settings proposed: CLASS/*.jpg or train/CLASS and test/CLASS, .npz, .tar or a list."
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="With --data: what the run may take here.", show_default=f"{DEFAULT_HOURS:g}"),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="With --data: print the plan and stop.")] = False,
     set_: SetOption = None,
     from_: Annotated[
         Path | None,
@@ -98,19 +138,30 @@ def command(
 ) -> None:
     """Rebalance a long-tailed image set and train on it: every stage, resumable, from images to report.
 
-    Start with --preset NAME; the same command again resumes. --set on an existing run redoes the stages that read the
-    setting.
+    Start with --data DIR or --preset NAME; the same command again resumes. --data looks at the images, times a few
+    steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why.
+    --set on an existing run redoes the stages that read the setting.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """
+    if data is not None and preset is not None:
+        raise UserError("--data proposes settings and --preset has them: give one of the two")
+    if data is None and (plan or hours is not None):
+        raise UserError("--plan and --hours are for your own images: give --data DIR, too")
+    if hours is not None and not 0 < hours < 1e5:
+        raise UserError(f"--hours {hours:g}: expected a number above 0")
     if run is None:
-        if preset is None:
-            raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --run DIR")
-        run = Path("runs") / preset
+        if preset is None and data is None:
+            raise UserError(f"give --data DIR, --preset NAME (one of {', '.join(preset_names())}) or --run DIR")
+        run = Path("runs") / (preset or plan_name(data or Path()))
+    if plan and (run / "config.toml").exists():
+        raise UserError(f"{run}: holds a run, with its plan in config.toml; give another --run to plan anew")
     if until not in STAGES:
         raise UserError(f"--until {until!r}: expected one of {', '.join(STAGES)}")
     world = init_distributed()
-    run_dir = RunDir.open(run, preset, set_)
+    run_dir = RunDir.open(run, preset, set_) if data is None else open_data_run(run, data, hours, set_ or [], world)
+    if plan:
+        return
     if from_ is not None:
         world.barrier()  # every process has opened the run before the first writes to it
         if world.is_main:

@@ -24,13 +24,16 @@ class DataConfig(StrictModel):
         storage: `raw`: image_size x image_size pixels. `jpg`: the networks take crops of images of up to
             max_short_side pixels on the shorter side; larger images are scaled down, JPEG files up to it lose nothing.
         image_size: height and width in pixels. Files are resized to it, arrays must have it.
-        channels: 1 (grey) or 3 (RGB), as in the source. Image files give 3, `jpg` needs 3.
+        channels: 1 (grey) or 3 (RGB). Arrays must have as many, image files are converted, `jpg` needs 3.
         profile: how the training classes are thinned out, see `diffult.data.profiles`.
-        n_max: images of the largest class under `exponential` and `step`; default: the source's largest.
+        n_max: images of the largest class under `exponential` and `step`; default: the source's largest. Under
+            `natural` the most of any class; default: all.
         imbalance: n_max / n_min under `exponential` and `step`.
         counts: images per class, in label order, under `counts`.
-        seed: of the draw of training and validation images; 0 with CIFAR is the published CIFAR-LT.
+        seed: of the draw of training, validation and test images; 0 with CIFAR is the published CIFAR-LT.
         val_per_class: validation images per class, where the source has no validation split of its own.
+        test_share: of each class of three images or more, at least one image, for the test split, where the source has
+            none of its own.
     """
 
     source: str
@@ -48,6 +51,7 @@ class DataConfig(StrictModel):
     counts: tuple[int, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**32)
     val_per_class: int = Field(default=0, ge=0)
+    test_share: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> Self:
@@ -55,8 +59,8 @@ class DataConfig(StrictModel):
             raise ValueError(f"unknown source {self.source!r}: choose one of {', '.join(READERS)}")
         if self.source not in ("digits", "idx") and not self.path:
             raise ValueError(f"source '{self.source}' needs path, the place of its images")
-        if self.source == "list" and not (self.train_list and self.test_list):
-            raise ValueError("source 'list' needs train_list and test_list")
+        if self.source == "list" and not (self.train_list and (self.test_list or self.test_share)):
+            raise ValueError("source 'list' needs train_list, and test_list or test_share")
         if self.storage == "jpg" and (self.channels == 1 or self.max_short_side < self.image_size):
             raise ValueError("storage 'jpg' needs channels = 3 and max_short_side of image_size or more")
         if self.profile in ("exponential", "step") and self.imbalance is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from diffult.data.config import FASHION_MNIST_PATH, DataConfig
@@ -127,7 +128,7 @@ def _write_split(config: DataConfig, source: Source, split: str, numbers: np.nda
     if isinstance(origin.samples, np.ndarray):
         transform = None
     elif config.storage == "raw":
-        transform = partial(centre_square, size=config.image_size)
+        transform = partial(square, size=config.image_size, channels=config.channels)
     else:
         transform = partial(limit_shorter_side, size=config.max_short_side)
     labels = origin.labels[numbers]
@@ -144,6 +145,14 @@ def _write_split(config: DataConfig, source: Source, split: str, numbers: np.nda
             progress=bar.update,
         )
     return labels
+
+
+def square(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """What is stored raw of an image file: uint8 (H, W, 3) as (size, size, channels), see `centre_square`; one channel
+    is the luma of ITU-R 601."""
+    if channels == 1:
+        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    return centre_square(image, size)
 
 
 def _path(config: DataConfig) -> Path:
@@ -164,8 +173,29 @@ def _open(config: DataConfig) -> Source:
 
 
 def _check(config: DataConfig, source: Source) -> None:
-    where, classes = config.path or config.source, source.classes
-    for name in dict.fromkeys(("train", "test", *source.splits)):
+    where = config.path or config.source
+    check_labels(source, where)
+    if "test" not in source.splits and not config.test_share:
+        raise UserError(
+            f"{where} has no test split: a run needs train and test images; data.test_share=0.2 takes a fifth of the "
+            "training images for it"
+        )
+    for split in source.splits.values():
+        if isinstance(split.samples, np.ndarray):
+            _, height, width, channels = split.samples.shape
+            size = config.image_size
+            if (height, width) != (size, size):
+                raise UserError(f"{config.source} images are {height}x{width}, but data.image_size is {size}")
+            if channels != config.channels:
+                raise UserError(
+                    f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}"
+                )
+
+
+def check_labels(source: Source, where: str) -> None:
+    """Raises UserError unless each split has images of every class and of no other. `where`: the source, in words."""
+    classes = source.classes
+    for name in dict.fromkeys(("train", *source.splits)):
         if name not in source.splits:
             raise UserError(f"{where} has no {name} split: a run needs train and test images")
         samples, labels = source.splits[name].samples, source.splits[name].labels
@@ -179,13 +209,6 @@ def _check(config: DataConfig, source: Source) -> None:
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if empty.size:
             raise UserError(f"{where}: class {classes[empty[0]]} has no image in the {name} split")
-        size, channels = config.image_size, 3
-        if isinstance(samples, np.ndarray):
-            _, height, width, channels = samples.shape
-            if (height, width) != (size, size):
-                raise UserError(f"{config.source} images are {height}x{width}, but data.image_size is {size}")
-        if channels != config.channels:
-            raise UserError(f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}")
 
 
 def read_packed(folder: Path) -> Packed:

@@ -35,7 +35,7 @@ def class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
     n_max = int(available.max()) if config.n_max is None else config.n_max
     match config.profile:
         case "natural":
-            return [int(n) for n in available]
+            return [min(int(n), n_max) for n in available]
         case "counts":
             if len(config.counts) != len(available):
                 raise UserError(f"data.counts has {len(config.counts)} numbers for {len(available)} classes")
@@ -44,6 +44,12 @@ def class_counts(config: DataConfig, available: np.ndarray) -> list[int]:
             assert config.imbalance is not None  # checked by DataConfig
             rule = exponential if config.profile == "exponential" else step
             return rule(n_max, config.imbalance, len(available))
+
+
+def positions_by_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """The positions of each class in `labels`, int (N,), rising."""
+    sizes = np.bincount(labels, minlength=num_classes)
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 def draw(labels: np.ndarray, counts: list[int], seed: int) -> np.ndarray:
@@ -65,8 +71,8 @@ def draw(labels: np.ndarray, counts: list[int], seed: int) -> np.ndarray:
     """
     generator = np.random.RandomState(seed)
     kept = []
-    for label, wanted in enumerate(counts):
-        positions = np.flatnonzero(labels == label)
+    for label, positions in enumerate(positions_by_class(labels, len(counts))):
+        wanted = counts[label]
         if wanted < 1:
             raise UserError(
                 f"class {label} would get {wanted} images: raise data.n_max or data.counts, or lower data.imbalance"

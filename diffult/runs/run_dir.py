@@ -13,13 +13,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffult.comments import comments_in
 from diffult.config import Config, differences, load_preset, override, read_config
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
@@ -35,11 +36,26 @@ _TRAINED = ("extractor", "diffusion", "classifier")
 
 
 class RunDir:
-    """An open run directory. `config` is its resolved configuration, with the overrides it was opened with."""
+    """An open run directory. `config` is its resolved configuration, with the overrides it was opened with, and
+    `comments` are those of config.toml by `section.key`, without those of settings that the overrides changed."""
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, comments: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.config = config
+        self.comments = dict(comments or {})
+
+    @classmethod
+    def start(cls, path: Path, config: Config, comments: Mapping[str, str] | None = None) -> RunDir:
+        """A new run at `path`. Nothing is written before a stage starts.
+
+        Raises:
+            UserError: something lies there, or networks that do not fit the images.
+        """
+        _refuse_file(path)
+        if path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir()):  # .lock, .*.tmp: after a kill
+            raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
+        _check_networks(config)
+        return cls(path, config, comments)
 
     @classmethod
     def open(cls, path: Path, preset: str | None = None, overrides: list[str] | None = None) -> RunDir:
@@ -53,21 +69,19 @@ class RunDir:
             UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings,
                 among them networks that do not fit the images.
         """
+        _refuse_file(path)
         file = path / "config.toml"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file; --run names a directory")
         if not file.exists():
             if preset is None:
                 raise UserError(f"{file}: not found; start a run with python -m diffult.run --preset NAME --run {path}")
-            if path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir()):  # .lock, .*.tmp: after a kill
-                raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
-            run = cls(path, load_preset(preset, overrides or []))
-            _check_networks(run.config)
-            return run
+            return cls.start(path, load_preset(preset, overrides or []))
         before = read_config(file)
         if preset not in (None, before.name):
             raise UserError(f"{path}: holds a run of preset {before.name!r}, not {preset!r}; give another directory")
-        run = cls(path, override(before, overrides or []))
+        after = override(before, overrides or [])
+        changed = {change.partition(":")[0] for change in differences(before, after)}
+        comments = comments_in(file.read_text(encoding="utf-8"))
+        run = cls(path, after, {key: why for key, why in comments.items() if key not in changed})
         if run.config != before:
             _check_networks(run.config)
             run._announce(before)
@@ -99,7 +113,7 @@ class RunDir:
 
     def _is_saved(self) -> bool:
         file = self.path / "config.toml"
-        return file.exists() and file.read_text(encoding="utf-8") == self.config.to_toml()
+        return file.exists() and file.read_text(encoding="utf-8") == self.config.to_toml(self.comments)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -111,7 +125,7 @@ class RunDir:
         """
         with lock_folder(self.path):
             if not self._is_saved():
-                write_text(self.path / "config.toml", self.config.to_toml())
+                write_text(self.path / "config.toml", self.config.to_toml(self.comments))
             yield
 
     def folder(self, stage: Stage) -> Path:
@@ -234,6 +248,11 @@ class RunDir:
                     shutil.rmtree(folder, ignore_errors=True)
                     copy.rename(folder)  # whole or not at all
                 log.info("%s: taken from %s", stage, other.path)
+
+
+def _refuse_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; --run names a directory")
 
 
 def _check_networks(config: Config) -> None:

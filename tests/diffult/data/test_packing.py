@@ -96,10 +96,31 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (root / "train" / "dog").mkdir()
     with pytest.raises(UserError, match=r"class dog has no image in .*train/dog"):
         write_packed(folder_config(root), out)
-    write_image(root / "train" / "dog" / "0.png", 3)
-    with pytest.raises(UserError, match="folder images have 3 channel"):
-        write_packed(folder_config(root, channels=1), out)
     assert not out.exists()
+
+
+def test_files_are_stored_as_grey_on_demand(tmp_path: Path) -> None:
+    (tmp_path / "source" / "a").mkdir(parents=True)
+    for i in range(3):
+        picture(8, 8, i).save(tmp_path / "source" / "a" / f"{i}.png")
+    packed = pack(folder_config(tmp_path / "source", channels=1, test_share=0.5), tmp_path)
+    assert pixels(packed.train)[0, ..., 0].tolist() == (
+        np.asarray(picture(8, 8, int(packed.train.index[0])).convert("L")).tolist()
+    )
+
+
+def test_one_folder_is_split_alike_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        for i, count in enumerate((20, 3, 2)):
+            for j in range(count):
+                write_image(tmp_path / name / "abc"[i] / f"{j}.png", 10 * j + i)
+    one, other = (
+        pack(folder_config(tmp_path / name, test_share=0.2), tmp_path / f"{name}-run") for name in ("one", "other")
+    )
+    assert one.counts.tolist() == [16, 2, 2]
+    assert np.bincount(one.test.labels, minlength=3).tolist() == [4, 1, 0]  # a class of two gives none away
+    assert one.fingerprint == other.fingerprint and pixels(one.test).tolist() == pixels(other.test).tolist()
+    assert not {*pixels(one.test)[:, 0, 0, 0]} & {*pixels(one.train)[:, 0, 0, 0]}
 
 
 def test_a_file_that_does_not_decode_is_named_and_nothing_stays(tmp_path: Path) -> None:

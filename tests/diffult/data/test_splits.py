@@ -131,7 +131,7 @@ def test_a_count_that_the_set_cannot_give_is_refused() -> None:
         ({"source": "cifar"}, "unknown source 'cifar': choose one of digits, idx, cifar10"),
         ({"source": "digits", "storage": "jpg", "channels": 1}, "needs channels = 3"),
         ({"source": "digits", "storage": "jpg", "image_size": 401}, "max_short_side of image_size or more"),
-        ({"source": "list", "path": "x", "train_list": "a"}, "needs train_list and test_list"),
+        ({"source": "list", "path": "x", "train_list": "a"}, "needs train_list, and test_list or test_share"),
         ({"source": "digits", "imbalance": 0.01}, "greater than or equal to 1"),
         ({"source": "digits", "imbalance": float("inf")}, "finite"),
         ({"source": "digits", "channels": 2}, "1 or 3"),
@@ -196,3 +196,30 @@ def test_natural_profile_holds_out_a_tenth_at_most() -> None:
 def test_a_validation_split_of_the_source_is_taken_as_it_is() -> None:
     numbers = choose_splits(DataConfig(source="digits", val_per_class=1), source_of([20, 20], val=[4, 4]))
     assert numbers["val"].tolist() == list(range(8)) and len(numbers["train"]) == 40
+
+
+def test_a_source_without_a_test_split_gives_a_share_of_each_class(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.repeat([0, 1, 2, 3], [100, 10, 3, 2])
+    split = Split(np.zeros((len(labels), 2, 2, 1), np.uint8), labels)
+    source = Source({}, lambda: ({"train": split}, ("a", "b", "c", "d")))
+    config = DataConfig(source="digits", test_share=0.2, val_per_class=5)
+    with caplog.at_level(logging.WARNING):
+        numbers = choose_splits(config, source)
+    assert [counts_of(source, numbers[name]) for name in ("test", "val", "train")] == [
+        [20, 2, 1, 0], [5, 0, 0, 0], [75, 8, 2, 2],
+    ]  # fmt: skip
+    assert sorted(np.concatenate([*numbers.values()])) == list(range(len(labels)))
+    assert "no test image is left for 1 of 4 classes: d" in caplog.text
+    assert np.array_equal(choose_splits(config, source)["test"], numbers["test"])
+    other = choose_splits(config.model_copy(update={"seed": 1}), source)
+    assert {*other["test"]} != {*numbers["test"]}
+    assert {*choose_splits(config, source_of([20, 20]))["test"]} == set(range(4))  # its own, where it has one
+    with pytest.raises(UserError, match="no class has 3 images"):
+        one = Source({}, lambda: ({"train": mixed([2, 1])}, ("a", "b")))
+        choose_splits(config, one)
+
+
+def test_the_natural_profile_can_be_capped() -> None:
+    source = source_of([100, 35, 9])
+    numbers = choose_splits(DataConfig(source="digits", n_max=20), source)
+    assert counts_of(source, numbers["train"]) == [20, 20, 9]

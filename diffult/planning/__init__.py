@@ -1,0 +1,123 @@
+"""Own images without a preset: what a set is like, the settings proposed for it, and what they cost here.
+
+propose(path, hours, overrides) -> Plan
+    data/survey.py   looks at the images           timing.py     times a few steps on this machine
+    proposal.py      chooses settings, and why     cost.py       seconds, memory and disk of each stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffult.config import Config, parse_overrides
+from diffult.data.survey import Survey, take_survey
+from diffult.engine.distributed import ALONE, World
+from diffult.planning.cost import Cost, Speeds, costs
+from diffult.planning.proposal import Proposal, propose_settings
+from diffult.planning.timing import guess, measure
+from diffult.reporting.text import duration
+
+__all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "propose"]
+
+DEFAULT_HOURS = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Proposed settings, why each was chosen by `section.key`, and the plan as text, for a terminal."""
+
+    config: Config
+    comments: dict[str, str]
+    lines: list[str]
+
+
+def plan_name(path: Path) -> str:
+    """What a run of the images at `path` is called."""
+    return path.expanduser().absolute().resolve().stem or "images"
+
+
+def propose(
+    path: Path,
+    hours: float = DEFAULT_HOURS,
+    overrides: Iterable[str] = (),
+    place: Path = Path("runs"),
+    world: World = ALONE,
+) -> Plan:
+    """Looks at the images at `path`, times some steps of the networks that suit them, and fits a run into `hours` on
+    the processes of `world`. Takes some ten seconds; writes nothing.
+
+    Args:
+        overrides: `section.key=value`, which win over what is proposed.
+        place: where the run will be written.
+
+    Raises:
+        UserError: nothing readable there, one class alone, no class with images enough, or bad overrides.
+    """
+    fixed = parse_overrides(overrides)
+    survey = take_survey(path)
+    classes = len(survey.classes)
+    speeds = guess(place, world)
+    proposal = propose_settings(plan_name(path), survey, speeds, hours, fixed)
+    for _ in range(2):  # with measured speeds other networks may be right, and other networks have other speeds
+        timed = proposal.config
+        speeds = measure(timed, classes, place, world)
+        proposal = propose_settings(plan_name(path), survey, speeds, hours, fixed)
+        if _networks(timed) == _networks(proposal.config):
+            break
+    return Plan(proposal.config, proposal.comments, lines(survey, proposal, speeds, hours))
+
+
+def _networks(config: Config) -> tuple[object, ...]:
+    return config.unet, config.data.image_size, config.classifier.network
+
+
+def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> list[str]:
+    """The plan as text: the set, the settings, and time, memory and disk of each stage."""
+    config, counts, shorter = proposal.config, proposal.amounts.counts, survey.sides.min(1)
+    low, middle, high = (int(value) for value in (shorter.min(), np.median(shorter), shorter.max()))
+    size = (
+        f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
+    )
+    many, few = config.groups.many, config.groups.few
+    synthetic = proposal.amounts.synthetic(config.generate.balance_to)
+    text = [
+        f"{survey.place['path']}: {survey.counts.sum():,} images of {len(counts):,} classes "
+        f"({survey.counts.max():,} down to {survey.counts.min():,}), {size}, {'colour' if survey.colour else 'grey'}",
+        *(f"  note: {note}" for note in proposal.notes),
+        f"  train on {counts.sum():,}, {config.data.image_size}x{config.data.image_size} pixels, "
+        f"{'colour' if config.data.channels == 3 else 'grey'}; {proposal.amounts.held_out:,} for validation and test",
+        f"  groups: many above {many}, few below {few} training images: {(counts > many).sum()}, "
+        f"{((counts <= many) & (counts >= few)).sum()} and {(counts < few).sum()} classes (many, medium, few)",
+        f"  extractor and classifiers: {config.classifier.network}, {config.extractor.steps:,} and "
+        f"{config.classifier.steps:,} steps of {config.classifier.batch_size}; {', '.join(config.classifier.methods)}",
+        f"  diffusion: UNet of {config.unet.channels} channels, {config.diffusion.steps:,} steps of "
+        f"{config.diffusion.batch_size}",
+        f"  generate: every class filled up to {config.generate.balance_to:,}, {synthetic:,} images, "
+        f"filter {config.generate.filter}",
+    ]
+    return text + _table(costs(config, proposal.amounts, speeds), speeds, hours)
+
+
+def _table(rows: list[Cost], speeds: Speeds, hours: float) -> list[str]:
+    text = [f"  {'stage':12}{'time':>15}{'memory':>12}{'disk':>12}"]
+    text += [f"  {row.stage:12}{duration(row.seconds):>15}{_size(row.memory):>12}{_size(row.disk):>12}" for row in rows]
+    seconds, limit = sum(row.seconds for row in rows), sum(row.limit for row in rows)
+    disk, memory = sum(row.disk for row in rows), max(row.memory for row in rows)
+    text.append(f"  {'together':12}{duration(seconds):>15}{_size(memory):>12}{_size(disk):>12}")
+    if limit > 1.02 * seconds:
+        text.append(f"  at the most {duration(limit)}, should the filter drop most of what is drawn")
+    if limit > 3600 * hours:
+        text.append(f"  note: this does not fit into {duration(3600 * hours)}; give --hours more")
+    if memory > speeds.memory:
+        text.append(f"  note: {_size(speeds.memory)} of memory are free; --set data.image_size takes a smaller size")
+    if disk > speeds.disk:
+        text.append(f"  note: {_size(speeds.disk)} of disk are free; --run DIR writes elsewhere")
+    return text
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,130 @@
+"""How fast this machine is at a plan's networks, from a few timed steps of each."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from diffult.config import Config
+from diffult.engine.device import autocast, compute_dtype, pick_device
+from diffult.engine.distributed import ALONE, World
+from diffult.generation.sampler import Sampler
+from diffult.models.resnet import build_classifier
+from diffult.models.unet import build_unet
+from diffult.planning.cost import Speeds, classifier_flops, evaluation_flops
+from ffcv_writers import available_cores
+from kernels.adamw_ema import AdamWEma
+from kernels.augment import augment, normalise
+
+_SECONDS = 1.0  # of timed steps, for each network
+_WORK = {"cpu": 2e10, "cuda": 2e12}  # FLOP of a step that is timed, at the least an image's
+
+
+def guess(place: Path, world: World = ALONE) -> Speeds:
+    """What a machine like this one does, unmeasured: enough to choose the networks that are then timed."""
+    flops = 1e14 if pick_device().type == "cuda" else 1.2e10 * available_cores()
+    return _speeds(flops, flops, flops, place, world)
+
+
+def measure(config: Config, classes: int, place: Path, world: World = ALONE) -> Speeds:
+    """What this machine does with the networks of a plan, whose results are thrown away.
+
+    Args:
+        place: where the run will be written.
+    """
+    unet, classify = evaluation_flops(config, classes), classifier_flops(config, config.classifier, classes)
+    train = _rate(lambda n: _unet_step(config, classes, n), 3.0 * unet, config.diffusion.batch_size)
+    sample = _rate(lambda n: _draw(config, classes, n), 2.0 * unet, config.generate.batch_size)
+    steps = _rate(lambda n: _classifier_step(config, classes, n), 3.0 * classify, config.classifier.batch_size, True)
+    return _speeds(train, sample, steps, place, world)
+
+
+def _speeds(train: float, sample: float, classify: float, place: Path, world: World) -> Speeds:
+    on_card = pick_device().type == "cuda"
+    memory = torch.cuda.mem_get_info()[0] if on_card else _host_memory() / world.size
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    start, free, size = 150.0 if on_card else 20.0, shutil.disk_usage(there).free, world.size  # compiling takes time
+    return Speeds(train * size, sample * size, classify * size, available_cores(), start, memory, free, size)
+
+
+def _host_memory() -> float:
+    """Bytes that programs may still take, as Linux estimates; a cautious guess elsewhere."""
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024.0 * int(rows["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return 4e9
+
+
+def _rate(build: Callable[[int], Callable[[], None]], flops: float, batch_size: int, whole: bool = False) -> float:
+    """FLOP/s of a step of as many images as _WORK allows; `flops`: of an image; `whole`: of a whole batch."""
+    device = pick_device()
+    images = batch_size if whole else max(1, min(batch_size, int(_WORK[device.type] / flops)))
+    step = build(images)
+    step()
+    times: list[float] = []
+    while not times or (sum(times) < _SECONDS and len(times) < 20):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return flops * images / (sum(times) / len(times))
+
+
+def _images(config: Config, side: int, count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, side, side, config.data.channels), dtype=torch.uint8, device=pick_device())
+
+
+def _unet_step(config: Config, classes: int, count: int) -> Callable[[], None]:
+    device = pick_device()
+    dtype = compute_dtype(config.precision, device)
+    model = build_unet(config, classes).to(device, dtype).train()
+    optimizer = AdamWEma(model)
+    images = normalise(_images(config, config.data.image_size, count))
+    labels = torch.arange(count, device=device) % classes
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.mse_loss(model(images, labels, labels).float(), images).backward()
+        optimizer.step(1e-4, 0.99, 1.0)
+
+    return step
+
+
+def _draw(config: Config, classes: int, count: int) -> Callable[[], None]:
+    device = pick_device()
+    unet = build_unet(config, classes).eval().requires_grad_(False)
+    unet = unet.to(device, compute_dtype(config.precision, device))
+    sampler = Sampler.for_run(config, unet, config.generate.model_copy(update={"steps": 2, "guidance": 0.0}), 0)
+    labels = torch.arange(count, device=device) % classes
+    return lambda: (sampler.draw(labels, labels), None)[1]
+
+
+def _classifier_step(config: Config, classes: int, count: int) -> Callable[[], None]:
+    device, settings = pick_device(), config.classifier
+    dtype = compute_dtype(config.precision, device)
+    model = build_classifier(settings.network, classes, config.data.channels, settings.image_size).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, 0.9)
+    images = _images(config, settings.image_size, count)
+    positions = torch.arange(count, device=device)
+
+    def step() -> None:
+        x = augment(
+            images, 0, positions, size=settings.image_size, pad=settings.augment.pad, flip=settings.augment.flip,
+            jitter=settings.augment.jitter, dtype=dtype,
+        )  # fmt: skip
+        with autocast(dtype, device):
+            logits = model(x)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float(), positions % classes).backward()
+        optimizer.step()
+
+    return step

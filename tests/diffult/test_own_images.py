@@ -1,0 +1,158 @@
+"""Own images from the command to the report: what is seen of them, what is planned, and what is refused in a line."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffult.comments import comments_in
+from diffult.config import read_config
+from diffult.data.survey import locate, take_survey
+from diffult.engine.distributed import ALONE
+from diffult.errors import UserError
+from diffult.planning import propose, timing
+from diffult.run import command
+
+TINY = [
+    "extractor.steps=12", "diffusion.steps=6", "diffusion.batch_size=8", "unet.channels=8", "generate.steps=2",
+    "generate.balance_to=6", "generate.filter=none", "classifier.steps=8", "classifier.methods=['ce', 'diffult']",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """A step of each network is timed, not a second."""
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
+
+
+def write_images(root: Path, counts: dict[str, int], mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> Path:
+    generator = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (size[1], size[0], 3), np.uint8)
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_images(tmp_path / "animals", {"cat": 12, "dog": 5, "owl": 2})
+
+
+def test_one_folder_becomes_a_finished_run_and_the_same_command_resumes(folder, tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    command(run=run, data=folder, hours=0.01, set_=TINY)
+    printed = capsys.readouterr().out
+    assert (
+        "19 images of 3 classes (12 down to 2), 16 pixels, colour" in printed
+        and "every class filled up to 6" in printed
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["ce"]["top1"] is not None and metrics["diffult"]["top1"] is not None
+    assert (run / "report.html").stat().st_size > 10_000
+    assert json.loads((run / "pack" / "packed.json").read_text())["counts"] == {
+        "train": [9, 4, 2],
+        "test": [2, 1, 0],
+        "val": [1, 0, 0],
+    }
+    file = run / "config.toml"
+    config, comments = read_config(file), comments_in(file.read_text())
+    assert config.name == "animals" and config.data.image_size == 16 and config.data.path == str(folder)
+    assert comments["diffusion.steps"] == "Set on the command line." and "test split" in comments["data.test_share"]
+    times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "report.html"}
+    command(run=run, data=folder, hours=0.01, set_=TINY)
+    assert "stage" not in capsys.readouterr().out  # nothing is planned anew
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    moved = folder.rename(tmp_path / "moved")
+    command(run=run, data=moved, set_=["generate.batch_size=9"])
+    assert read_config(file).data.path == str(moved) and "data.test_share" in comments_in(file.read_text())
+    with pytest.raises(UserError, match="holds a run, with its plan in"):
+        command(run=run, data=moved, plan=True)
+
+
+def test_the_plan_alone_is_printed_and_nothing_is_written(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(data=folder, plan=True)
+    lines = capsys.readouterr().out.splitlines()
+    stages = ["stage", "pack", "extractor", "diffusion", "generate", "classifier", "evaluate", "together"]
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("  stage ")) :]
+    rows = {line.split()[0]: line for line in table if line.split()[0] in stages}
+    assert list(rows) == stages and all("B" in rows[stage] for stage in stages[1:])
+    assert any("none is tested: owl (1 of 3 classes)" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["animals"]
+
+
+def test_grey_files_are_stored_grey_and_colours_hide_in_no_mode(tmp_path):
+    grey = write_images(tmp_path / "grey", {"a": 3, "b": 3}, "L")
+    coloured = write_images(tmp_path / "colour", {"a": 3, "b": 3}, "P")
+    as_colour = tmp_path / "as_colour"
+    for name in ("a", "b"):
+        (as_colour / name).mkdir(parents=True)
+        for file in (grey / name).iterdir():
+            Image.open(file).convert("RGB").save(as_colour / name / f"{file.stem}.jpg")
+    assert [take_survey(path).colour for path in (grey, coloured, as_colour)] == [False, True, False]
+    assert take_survey(grey).sides.tolist() == [[16, 20]] * 6
+
+
+def test_a_test_folder_is_the_test_split_and_is_not_cut(tmp_path):
+    write_images(tmp_path / "set" / "train", {"cat": 12, "dog": 5})
+    write_images(tmp_path / "set" / "test", {"cat": 4, "dog": 4})
+    survey = take_survey(tmp_path / "set")
+    assert survey.test == 8 and survey.val is None and survey.counts.tolist() == [12, 5]
+
+
+def test_other_kinds_are_known_by_their_names(tmp_path):
+    folder = write_images(tmp_path / "images", {"a": 3, "b": 3})
+    for split in ("train", "test"):
+        (folder / f"my_{split}.txt").write_text("".join(f"{c}/{i}.png {c == 'b':d}\n" for c in "ab" for i in range(3)))
+    place = {"source": "list", "path": str(folder), "train_list": str(folder / "my_train.txt")}
+    assert locate(folder / "my_train.txt") == place | {"test_list": str(folder / "my_test.txt")}
+    assert take_survey(folder / "my_train.txt").test == 6
+    arrays = tmp_path / "arrays.npz"
+    np.savez(arrays, images=np.zeros((6, 12, 12), np.uint8), labels=[0, 0, 0, 0, 1, 1])
+    survey = take_survey(arrays)
+    assert (survey.place["source"], survey.counts.tolist(), survey.arrays, survey.colour) == (
+        "npz",
+        [4, 2],
+        True,
+        False,
+    )
+    np.savez(arrays, images=np.zeros((6, 12, 10), np.uint8), labels=[0, 0, 0, 0, 1, 1])
+    with pytest.raises(UserError, match="12x10 pixels and 1 channels; need squares"):
+        take_survey(arrays)
+
+
+def test_what_cannot_be_planned_is_refused_in_a_line(folder, tmp_path):
+    def refused(message: str, **options) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            command(**{"run": tmp_path / "run"} | options)
+        assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+    refused("nowhere: does not exist", data=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("empty has no class folders", data=tmp_path / "empty")
+    refused("holds one class alone, 'cat'", data=write_images(tmp_path / "one", {"cat": 4}))
+    refused("no class has 3 images left to train on", data=write_images(tmp_path / "few", {"cat": 2, "dog": 1}))
+    (tmp_path / "notes.doc").write_text("")
+    refused("neither a folder of images nor", data=tmp_path / "notes.doc")
+    refused("give one of the two", data=folder, preset="digits-lt")
+    refused("give --data DIR, too", plan=True)
+    refused("unknown key 'difusion'; did you mean 'diffusion'", data=folder, set_=["difusion.steps=3"])
+    refused("--hours -1: expected a number above 0", data=folder, hours=-1.0)
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    refused("none of the images looked at can be read", data=folder)
+
+
+def test_seconds_a_stage_are_measured_on_this_machine(folder, tmp_path):
+    plan = propose(folder, 2.0, TINY, tmp_path, ALONE)
+    assert tomllib.loads(plan.config.to_toml(plan.comments))["unet"]["channels"] == 8
+    guessed = timing.guess(tmp_path)
+    speeds = timing.measure(plan.config, 3, tmp_path)
+    assert min(speeds.train, speeds.sample, speeds.classify) > 0
+    assert speeds.disk == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1) and speeds.decode == guessed.decode
