@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from ffcv_writers import available_cores
 from kernels.adamw_ema import AdamWEma
 from kernels.augment import augment, normalise
 
-_SECONDS = 1.0  # of timed steps, for each network
+# Of each network: steps that are not timed, then seconds of timed ones, twice as many for fewer than five steps. The
+# median counts, for a neighbour on the same cores makes single steps ten times as long.
+_WARM_UP, _STEPS, _SECONDS = 2, 5, 1.5
 _WORK = {"cpu": 2e10, "cuda": 2e12}  # FLOP of a step that is timed, at the least an image's
 
 
@@ -66,9 +69,10 @@ def _rate(build: Callable[[int], Callable[[], None]], flops: float, batch_size: 
     device = pick_device()
     images = batch_size if whole else max(1, min(batch_size, int(_WORK[device.type] / flops)))
     step = build(images)
-    step()
+    for _ in range(_WARM_UP):
+        step()
     times: list[float] = []
-    while not times or (sum(times) < _SECONDS and len(times) < 20):
+    while not times or (sum(times) < (_SECONDS if len(times) >= _STEPS else 2 * _SECONDS) and len(times) < 50):
         if device.type == "cuda":
             torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -76,7 +80,7 @@ def _rate(build: Callable[[int], Callable[[], None]], flops: float, batch_size: 
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
-    return flops * images / (sum(times) / len(times))
+    return flops * images / statistics.median(times)
 
 
 def _images(config: Config, side: int, count: int) -> torch.Tensor:
