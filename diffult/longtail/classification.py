@@ -119,10 +119,11 @@ def training_batches(
             yield batch if policy is None else replace(batch, images=policy(batch.images, where))
 
 
-def _batches(training: Training, seed: int, start: int, policy: Policy | None = None) -> Iterator[tuple[int, Batch]]:
+def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, Batch]]:
     """The number of the phase and the batch of each step from `start` on; partners follow the images in a batch."""
-    loader, size = training.loader, training.config.batch_size
-    rows = _local_rows(training.config, training.world)
+    loader, size, config = training.loader, training.config.batch_size, training.config
+    rows = _local_rows(config, training.world)
+    policy, of_partners = _policy(config, seed), _policy(config, seed + 1)
     first = 0
     for number, phase in enumerate(training.phases):
         begin, first = max(start, first), first + phase.steps
@@ -130,7 +131,7 @@ def _batches(training: Training, seed: int, start: int, policy: Policy | None = 
         if phase.partners is None:
             yield from ((number, batch) for batch in images)
         else:
-            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows, policy)
+            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows, of_partners)
             yield from ((number, _joined(*pair)) for pair in zip(images, others, strict=True))
 
 
@@ -206,6 +207,11 @@ def _halo(world: World) -> int:
     return int(world.size > 1)
 
 
+def _policy(config: TrainingConfig, seed: int) -> Policy | None:
+    name = config.augment.policy
+    return None if name == "none" else Policy(name, config.image_size, seed)
+
+
 def _configured_mix(config: TrainingConfig) -> Mix | None:
     if config.mixup:
         return Mix("mixup", config.mixup)
@@ -217,8 +223,6 @@ def _steps(training: Training) -> Iterator[int]:
     config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
     steps = training.steps
     step = _Step(training, seed)
-    kind = config.augment.policy
-    policy = None if kind == "none" else Policy(kind, config.image_size, seed)
     average = {"average": step.average} if step.average else {}
     factors = [
         learning_rate_factor(i, steps, config.warmup * steps, config.milestones, config.decay) for i in range(steps)
@@ -239,7 +243,7 @@ def _steps(training: Training) -> Iterator[int]:
             (*training.seed, world.rank), training.config_hash, config.batch_size,
             metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), writes=world.is_main,
         ),
-        lambda start: _batches(training, seed, start, policy), run,
+        partial(_batches, training, seed), run,
         {"model": training.model, "optimizer": step.optimizer} | average,
     )  # fmt: skip
     if step.average:
