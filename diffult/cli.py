@@ -17,7 +17,11 @@ UsageError: Any = typer.BadParameter.__base__  # its module differs between vers
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="Preset to start a new run from.", show_default=False),
+    typer.Option(
+        "--preset",
+        help="Preset to start a new run from: a name, or a file.toml such as a config.toml.",
+        show_default=False,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

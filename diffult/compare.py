@@ -20,14 +20,15 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from diffult.cli import SetOption, main
-from diffult.config import Config, load_preset
+from diffult.cli import PresetOption, SetOption, main
+from diffult.config import Config, load_preset, preset_name, preset_names
 from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.longtail.comparison import baseline, compare, table, to_csv
 from diffult.longtail.methods import METHODS, MODIFIERS, find_method
 from diffult.longtail.metrics import COLUMNS
 from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
+from diffult.planning import DEFAULT_HOURS, plan_name, propose
 from diffult.reporting.comparison import render
 from diffult.runs.children import Children
 from diffult.runs.files import lock_folder, write_json, write_text
@@ -165,6 +166,16 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
     )
 
 
+def _planned(folder: Path, data: Path, hours: float) -> str:
+    """The file of the settings proposed for own images, made and printed where it is not there yet."""
+    file = folder / "plan.toml"
+    if not file.exists():
+        plan = propose(data, hours, place=folder)
+        write_text(file, plan.config.to_toml(plan.comments))
+        print("\n".join(plan.lines))
+    return str(file)
+
+
 def _rows(config: Config, methods: str | None, with_ablation: bool) -> list[Row]:
     if methods is None and not with_ablation:
         return [parse_row(name) for name in config.classifier.methods]
@@ -177,7 +188,14 @@ def _typed(options: Iterable[tuple[str, Any]], flag: str) -> str:
 
 
 def command(
-    preset: Annotated[str, typer.Option(help="Preset to compare on.")],
+    preset: PresetOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Own images, settings proposed, as in diffult.run; they go to RUN/plan.toml.")
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="With --data: what a run of a seed may take.", show_default=f"{DEFAULT_HOURS:g}"),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Rows, by commas: METHOD or METHOD@section.key=value@...; default: the preset's methods."),
@@ -207,17 +225,21 @@ def command(
     Resumable: the same command goes on, and with one more method trains that one alone. Differences are of each method
     with synthetic images to the best one without (chosen on the validation images) and to duplicates of real images.
     """
-    folder, overrides = run or Path("runs/compare") / preset, set_ or []
+    if (preset is None) == (data is None):
+        raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --data DIR")
+    overrides, typed = set_ or [], [("--preset", preset), ("--data", data), ("--hours", hours)]
+    folder = run or Path("runs/compare") / (preset_name(preset) if preset else plan_name(data or Path()))
     out = out or folder
     if (folder / "config.toml").exists():
         raise UserError(f"{folder}: holds a run, not a comparison; give another --run")
+    preset = preset or _planned(folder, data or Path(), hours or DEFAULT_HOURS)
     config = load_preset(preset, overrides)
     planned = plan(folder, preset, _rows(config, methods, ablation_), overrides, seeds)
     for variant in planned.runs:  # what can be refused is refused before any work
         variant.open()
-    options = [("--preset", preset), ("--methods", methods), ("--seeds", seeds), *(("--set", s) for s in overrides)]
+    options = [*typed, ("--methods", methods), ("--seeds", seeds), *(("--set", s) for s in overrides)]
     about: dict[str, Any] = {
-        "preset": preset,
+        "preset": config.name,
         "command": _typed(options, " --ablation" * ablation_),
         "machine": machine(),
     }

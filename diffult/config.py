@@ -180,7 +180,7 @@ class GroupsConfig(StrictModel):
 class Config(StrictModel):
     """All settings of a run."""
 
-    version: Literal[2] = 2  # of the run directory's layout
+    version: Literal[3] = 3  # of the run directory's layout
     name: str
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -221,12 +221,21 @@ def preset_names() -> list[str]:
 
 
 def _preset_document(name: str) -> dict[str, Any]:
+    if name.endswith(".toml"):
+        return _read_toml(Path(name), "give the file of a preset, such as a copy of a run's config.toml")
     if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+        raise UserError(
+            f"unknown preset {name!r}{nearest(name, preset_names())} (known: {', '.join(preset_names())}; or a .toml)"
+        )
     document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
     if parent := document.pop("extends", None):
         return _merge(_preset_document(parent), document)
     return document
+
+
+def preset_name(preset: str) -> str:
+    """What runs of a preset are called, one of `preset_names` or a TOML file. Raises UserError as `load_preset`."""
+    return str(_preset_document(preset).get("name", Path(preset).stem))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +288,17 @@ def _refusal(first: Mapping[str, Any], origin: str) -> UserError:
     return UserError(f"{origin}: {where + ': ' if where else ''}{message}{given}")
 
 
+def _read_toml(path: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {otherwise}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}); correct it or start a new run directory") from None
+
+
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
-    """The preset with `section.key=value` overrides laid over it.
+    """The preset, one of `preset_names` or a TOML file, with `section.key=value` overrides laid over it.
 
     Raises:
         UserError: unknown preset, unknown key, or a value of the wrong type or range.
@@ -288,7 +306,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     document = _preset_document(name)
     for text in overrides:
         document = _merge(document, _override(text))
-    return _validate({"name": name} | document, f"preset {name}")
+    return _validate({"name": Path(name).stem} | document, f"preset {name}")
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -331,12 +349,7 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: the file is missing, not TOML, invalid, or of an earlier version.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; give --preset NAME to start a run there") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error}); correct it or start a new run directory") from None
+    document = _read_toml(path, "give --preset NAME to start a run there")
     if document.get("version") != Config.model_fields["version"].default:
         raise UserError(f"{path}: a run of an earlier version, which cannot be continued; start a new one elsewhere")
     return _validate(document, str(path))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from diffult.comments import comments_in
-from diffult.config import Config, differences, load_preset, override, read_config
+from diffult.config import Config, differences, load_preset, override, preset_name, read_config
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
@@ -76,7 +76,7 @@ class RunDir:
                 raise UserError(f"{file}: not found; start a run with python -m diffult.run --preset NAME --run {path}")
             return cls.start(path, load_preset(preset, overrides or []))
         before = read_config(file)
-        if preset not in (None, before.name):
+        if preset is not None and preset_name(preset) != before.name:
             raise UserError(f"{path}: holds a run of preset {before.name!r}, not {preset!r}; give another directory")
         after = override(before, overrides or [])
         changed = {change.partition(":")[0] for change in differences(before, after)}

@@ -109,7 +109,7 @@ def test_an_existing_run_keeps_its_preset(copied):
 
 def test_a_run_of_an_earlier_version_is_refused(copied):
     file = copied.path / "config.toml"
-    file.write_text(file.read_text().replace("version = 2\n", ""))
+    file.write_text(file.read_text().replace("version = 3\n", ""))
     with pytest.raises(UserError, match=r"config.toml: a run of an earlier version, .*start a new one") as caught:
         RunDir.open(copied.path)
     assert "\n" not in str(caught.value)
