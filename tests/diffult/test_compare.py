@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from conftest import TINY
+from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from diffult import run
@@ -55,7 +58,8 @@ def inside(monkeypatch) -> list[list[str]]:
 
 
 def weights(folder: Path) -> dict[str, int]:
-    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
+    files = [file for file in folder.rglob("*.safetensors") if file.name != "predictions.safetensors"]
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
 @pytest.mark.timeout(200)
@@ -204,3 +208,29 @@ def test_the_ablation_adds_one_part_a_row(tmp_path):
     filtered, generated = planned.variants[planned.settings[rows[3].name]][0], planned.runs[0]
     assert weighted.nearest(planned.before(weighted)) == filtered and ood.nearest(planned.before(ood)) == generated
     assert json.dumps([row.title for row in rows]).count("alone") == 3
+
+
+def test_own_images_are_compared_on_settings_that_are_proposed_once(tmp_path, inside):
+    """Two classes of digits as PNGs; the plan is a preset beside the runs, which a second command goes on with."""
+    digits = load_digits()
+    for label, count in ((0, 60), (1, 20)):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i, image in enumerate(digits.images[digits.target == label][:count]):
+            Image.fromarray((image * 15).astype(np.uint8)).save(tmp_path / "images" / str(label) / f"{i}.png")
+    words = ["--data", str(tmp_path / "images"), "--run", str(tmp_path / "runs"), "--seeds", "1", "--hours", "0.002"]
+    first = invoke(command, [*words, "--methods", "ce"])
+    assert first.exception is None and "80 images of 2 classes" in first.stdout
+    preset = tmp_path / "runs" / "plan.toml"
+    planned, written = load_preset(str(preset)), preset.stat().st_mtime_ns
+    assert planned.name == "images" and planned.data.source == "folder"
+    result = read_json(tmp_path / "runs" / "comparison.json")
+    assert result["classes"] == ["0", "1"] and [row["name"] for row in result["rows"]] == ["ce"]
+    more = invoke(command, [*words, "--methods", "ce,crt"])
+    assert more.exception is None and "80 images" not in more.stdout and preset.stat().st_mtime_ns == written
+    assert len(read_json(tmp_path / "runs" / "comparison.json")["rows"]) == 2
+
+
+def test_a_preset_or_own_images_must_be_given():
+    for words in ([], ["--preset", "digits-lt", "--data", "images"]):
+        result = invoke(command, words)
+        assert re.search(r"^give --preset NAME \(one of .*\) or --data DIR$", str(result.exception))
