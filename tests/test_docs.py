@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from diffult.config import load_preset, preset_names
+from diffult.longtail.methods import METHODS, MODIFIERS
 from ffcv_writers import write
 from ffcv_writers.readers import READERS
 
@@ -79,3 +80,10 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
+
+
+def test_every_method_is_explained():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`([a-z_]+)`", " ".join(rows))
+    assert set(named) == {*METHODS, *MODIFIERS}

@@ -304,3 +304,8 @@ def in_waves(names: Iterable[str]) -> list[list[str]]:
             waves += [[]] * (depth == len(waves))
             waves[depth] = list(dict.fromkeys([*waves[depth], member]))
     return waves
+
+
+def trained_share(names: Iterable[str]) -> float:
+    """How many times the configured steps the training of these methods takes, with those that they start from."""
+    return sum(find_method(name).share for wave in in_waves(names) for name in wave)

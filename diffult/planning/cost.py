@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion.objective import stride
+from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
 from diffult.models.cost import parameters
 from diffult.models.resnet import build_classifier
@@ -157,7 +158,7 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
         "generate": candidates * config.generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
-    flops["classifier"] *= len(classifier.methods)
+    flops["classifier"] *= trained_share(classifier.methods)
     return flops
 
 

@@ -24,7 +24,7 @@ from diffult.longtail.classification import (
 )
 from diffult.longtail.draws import ClassCounts, Drawing, TrainingSet, class_counts, natural, real_only
 from diffult.longtail.losses import CrossEntropy, Targets, WeightedSum
-from diffult.longtail.methods import METHODS, Method, Mix, Phase, find_method, in_waves
+from diffult.longtail.methods import METHODS, Method, Mix, Phase, find_method, in_waves, trained_share
 from diffult.models.resnet import build_classifier
 from ffcv_writers import (
     CenterCrop,
@@ -368,6 +368,7 @@ def test_what_a_method_starts_from_is_trained_before_it():
         ["diffult+logit_adjust", "ce", "resample"],
         ["diffult+logit_adjust+crt", "crt"],
     ]
+    assert trained_share(["crt", "ce", "tau_norm"]) == 1.15
     title = find_method("diffult+logit_adjust+crt").title
     assert title == "DiffuLT + logit adjustment + cRT"
 
