@@ -3,9 +3,9 @@
     python -m bench.report      # rewrites every table, and docs/roofline.png from the first machine of a page
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds:
-`comparison` and its `best` five rows (`diffult.compare`), `recipes`, `steps` and `protocols` (`bench.variants`),
-`loaders` (`bench.loaders`), `speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and
-`check` (`bench.cost`), `growth` (`bench.growth`).
+`comparison` and its `best` five rows (`diffult.compare`), `steps` (`bench.variants`), `loaders` (`bench.loaders`),
+`speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check` (`bench.cost`), `growth`
+(`bench.growth`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -30,42 +30,17 @@ PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/experiments.m
 _MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
 
 
-def _variants(results: dict[str, Any], title: str, key: str, unit: str) -> str:
+def steps(results: dict[str, Any]) -> str:
+    """Variants of generation: means over the seeds."""
     lines = [
-        f"| | {title} | Fréchet distance, few | correct labels, few | accepted | top-1 | few |",
+        "| | evaluations | Fréchet distance, few | correct labels, few | accepted | top-1 | few |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, runs in results["results"].items():
-        cells = [f"{mean(run[key] for run in runs):.0f}{unit}"]
-        cells += [f"{mean(run['frechet']['few'] for run in runs):.1f}"]
+        cells = [f"{runs[0]['nfe']}", f"{mean(run['frechet']['few'] for run in runs):.1f}"]
         cells += [f"{mean(run['labelled']['few'] for run in runs):.0f} %"]
         cells += [f"{mean(run['accepted'] for run in runs):.0f} %"]
         cells += [f"{mean(run['validation']['diffult'][group] for run in runs):.1f}" for group in ("top1", "few")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def recipes(results: dict[str, Any]) -> str:
-    """Variants of training."""
-    return _variants(results, "training", "diffusion_seconds", " s")
-
-
-def steps(results: dict[str, Any]) -> str:
-    """Variants of generation."""
-    return _variants(results, "evaluations", "nfe", "")
-
-
-def protocols(results: dict[str, Any]) -> str:
-    """Ways to draw from the same models, compared with the first; mean ± deviation over the seeds, on the validation
-    images."""
-    lines = ["| | evaluations | base faster by | accepted | top-1 | few |", "|---|---|---|---|---|---|"]
-    ours = next(iter(results["results"].values()))
-    for name, runs in results["results"].items():
-        ratio = median(a["images_per_s"] / b["images_per_s"] for a, b in zip(ours, runs, strict=False))
-        cells = [f"{runs[0]['nfe']}", f"{ratio:.0f} x", f"{mean(run['accepted'] for run in runs):.0f} %"]
-        for group in ("top1", "few"):
-            values = [run["validation"]["diffult"][group] for run in runs]
-            cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -87,9 +62,7 @@ def loaders(results: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "comparison": table,
     "best": lambda results: table(results, best_rows(results, 5)),
-    "recipes": recipes,
     "steps": steps,
-    "protocols": protocols,
     "loaders": loaders,
     "speed": tables.speed_table,
     "suite": tables.suite_table,

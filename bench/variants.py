@@ -1,6 +1,6 @@
 """Variants of a preset side by side: how good the samples are, how fast they come, and what the classifier gains.
 
-    python -m bench.variants bench/plans/recipe-digits.toml
+    python -m bench.variants bench/plans/steps-digits.toml
 
 The file names the preset, the seeds, and for each variant the settings that it changes. Stages that read the same
 settings are shared: variants that differ in generation alone share one diffusion model, those that differ in its

@@ -13,7 +13,7 @@ VERBS = {
     "run", "pack", "train_extractor", "train_diffusion", "generate", "train_classifier", "evaluate", "report",
     "compare", "doctor",
 }  # fmt: skip
-NOUNS = ("data", "models", "diffusion", "longtail", "generation", "reporting", "engine")
+NOUNS = ("data", "models", "diffusion", "longtail", "generation", "planning", "reporting", "engine")
 RUN = ("diffult.runs.run_dir", "diffult.runs.stages")  # runs.files, which writes whole files, serves everyone
 
 
