@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import Config, load_preset, preset_name, preset_names
+from diffult.data.survey import locate
 from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.longtail.comparison import baseline, compare, table, to_csv
@@ -103,9 +104,11 @@ def gather(plan: Plan) -> dict[str, Any]:
         trained = [_training(variant, row.method) for variant in variants]
         held_out = [run.get("validation", {}).get(row.method) for run in found]
         rows.append({
-            "name": row.name, "title": row.title, "synthetic": row.synthetic, "steps": trained[0][0],
+            "name": row.name, "method": row.method, "title": row.title, "synthetic": row.synthetic,
+            "filled": [variants[0].config.generate.balance_to, variants[0].config.generate.dose],
+            "steps": trained[0][0],
             "seconds": sum(seconds for _, seconds in trained) / len(trained),
-            "seeds": [_accuracies(run[row.method], len(packed.classes)) for run in found],
+            "seeds": [_accuracies(run[row.method]) for run in found],
             "validation": [values["top1"] for values in held_out if values] or None,
         })  # fmt: skip
     best, groups = baseline(rows), first.config.groups
@@ -117,9 +120,8 @@ def gather(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _accuracies(metrics: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    by_class = metrics.get("by_class", [None] * num_classes)
-    return {column: metrics[column] for column in COLUMNS} | {"by_class": by_class}
+def _accuracies(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {column: metrics[column] for column in (*COLUMNS, "by_class")}
 
 
 def _training(variant: Variant, method: str) -> tuple[int, float]:
@@ -155,7 +157,10 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
     untrained = sum(len(variant.untrained()) for variant in todo)
     print(f"{config.name}: {len(plan.rows)} rows, {seeds} seed{'s' * (seeds > 1)} (0 to {seeds - 1})")
     length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of its own images"
-    print(f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another")
+    print(
+        f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another; "
+        "heads that are retrained take 15 % more"
+    )
     print(
         "shared: the methods of a run read one extractor, one diffusion model and one set of samples; runs of a seed "
         "take over from each other what reads the same settings"
@@ -166,13 +171,23 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
     )
 
 
-def _planned(folder: Path, data: Path, hours: float) -> str:
-    """The file of the settings proposed for own images, made and printed where it is not there yet."""
+def _planned(folder: Path, data: Path, hours: float | None, overrides: Sequence[str]) -> str:
+    """The file of the settings proposed for own images, made and printed where it is not there yet.
+
+    Raises:
+        UserError: the folder has a plan for other images or of other hours.
+    """
     file = folder / "plan.toml"
-    if not file.exists():
-        plan = propose(data, hours, place=folder)
-        write_text(file, plan.config.to_toml(plan.comments))
-        print("\n".join(plan.lines))
+    if file.exists():
+        planned, here = load_preset(str(file)).data, locate(data)
+        if any(getattr(planned, key) != value for key, value in here.items()):
+            raise UserError(f"{file}: is for other images ({planned.path}); give another --run")
+        if hours is not None:
+            raise UserError(f"{file}: is there already, so --hours changes nothing; leave it out, or delete the file")
+        return str(file)
+    plan = propose(data, hours or DEFAULT_HOURS, overrides, folder)
+    write_text(file, plan.config.to_toml(plan.comments))
+    print("\n".join(plan.lines))
     return str(file)
 
 
@@ -223,7 +238,8 @@ def command(
     than chance.
 
     Resumable: the same command goes on, and with one more method trains that one alone. Differences are of each method
-    with synthetic images to the best one without (chosen on the validation images) and to duplicates of real images.
+    with synthetic images to the best one without (chosen on the validation images) and to as many duplicates of
+    real images; each interval stands for itself.
     """
     if (preset is None) == (data is None):
         raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --data DIR")
@@ -232,7 +248,7 @@ def command(
     out = out or folder
     if (folder / "config.toml").exists():
         raise UserError(f"{folder}: holds a run, not a comparison; give another --run")
-    preset = preset or _planned(folder, data or Path(), hours or DEFAULT_HOURS)
+    preset = preset or _planned(folder, data or Path(), hours, overrides)
     config = load_preset(preset, overrides)
     planned = plan(folder, preset, _rows(config, methods, ablation_), overrides, seeds)
     for variant in planned.runs:  # what can be refused is refused before any work

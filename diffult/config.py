@@ -222,12 +222,12 @@ def preset_names() -> list[str]:
 
 def _preset_document(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
-        return _read_toml(Path(name), "give the file of a preset, such as a copy of a run's config.toml")
-    if name not in preset_names():
-        raise UserError(
-            f"unknown preset {name!r}{nearest(name, preset_names())} (known: {', '.join(preset_names())}; or a .toml)"
-        )
-    document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
+        document = _read_toml(Path(name), "give the file of a preset, such as a copy of a run's config.toml")
+    elif name in preset_names():
+        document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
+    else:
+        known = f"{', '.join(preset_names())}; or a .toml"
+        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} (known: {known})")
     if parent := document.pop("extends", None):
         return _merge(_preset_document(parent), document)
     return document

@@ -1,4 +1,4 @@
-"""Stage classifier: a final classifier for each method, all with the same network, steps, rate and seed.
+"""Stage classifier: a final classifier for each method, all from the same settings and seed.
 
 Writes classifier/METHOD.safetensors and classifier/METHOD.metrics.jsonl.
 """
@@ -63,7 +63,7 @@ def method_hash(run: RunDir, name: str) -> str:
     if method.start:
         general["start"] = method_hash(run, method.start)
     if method.adapt:
-        general["held_out"] = (run.done("pack") or {}).get("held_out")
+        general["validation"] = run.require("pack")["held_out"].get("val")
     return run.digest(reads(config, "generate" if method.synthetic else "pack") | general)
 
 
@@ -125,7 +125,7 @@ def _training(run: RunDir, name: str, loader: Loader, world: World) -> Training:
         f"classifier {name}", _network(run, method, num_classes, device), loader,
         tuple(_phase(method, phase, train, device) for phase in method.phases), config,
         run.folder("classifier") / f"{name}.state.pt", (run.config.seed, _STAGE), method_hash(run, name), dtype, world,
-        method.mix, method.trains == "head",
+        method.mix, method.trains != "all",
     )  # fmt: skip
 
 
@@ -150,15 +150,16 @@ def _phase(method: Method, phase: Phase, train: TrainingSet, device: torch.devic
 
 
 def _network(run: RunDir, method: Method, num_classes: int, device: torch.device) -> Classifier:
-    """Fresh, or with the weights that the method starts from; a head that is trained alone starts anew."""
+    """Fresh, or with the weights that the method starts from."""
     config, channels = run.config.classifier, run.config.data.channels
     torch.manual_seed(run.config.seed)
     model = build_classifier(config.network, num_classes, channels, config.image_size, method.heads)
     if method.start:
         file = run.folder("classifier") / f"{method.start}.safetensors"
         weights = load_classifier(file, torch.device("cpu")).state_dict()
-        kept = {name: value for name, value in weights.items() if method.phases and name.startswith("trunk.")}
-        model.load_state_dict(kept or weights, strict=not kept)
+        new_head = method.trains == "new head"
+        kept = {name: value for name, value in weights.items() if not (new_head and name.startswith("head."))}
+        model.load_state_dict(kept, strict=not new_head)
     return model.to(device)
 
 

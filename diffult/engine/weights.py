@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class WeightAverage:
-    """An exponential moving average of parameters, average = d average + (1 - d) p, on their device.
+    """An exponential moving average of parameters and other floating tensors, such as the statistics of batch norms,
+    average = d average + (1 - d) p, on their device.
 
     d is min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights, drawn by chance, are soon forgotten.
     Updates run inside a CUDA graph.

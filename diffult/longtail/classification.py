@@ -103,7 +103,7 @@ def evaluation_loader(images: ImageSet, data: DataConfig, image_size: int, devic
 
 def training_batches(
     loader: Loader, order: Order, seed: int, batch_size: int, start: int, steps: int, rows: np.ndarray | None = None,
-    policy: Policy | None = None,
+    policy: Policy | None = None, offset: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """Batches start..steps-1 of the training stream, all of `batch_size`; one may span two epochs.
 
@@ -111,10 +111,13 @@ def training_batches(
         loader: of batches of len(rows).
         rows: those of each batch to load, int64 [n]; None: all.
         policy: applied to their images; None: none.
+        offset: added to the draws' places in the stream, which key what is random about them.
     """
     rows = np.arange(batch_size) if rows is None else rows
     for draws in order.steps(seed, batch_size, start, steps):
-        samples, positions = (column.reshape(-1, batch_size)[:, rows] for column in draws)
+        samples, positions = (
+            column.reshape(-1, batch_size)[:, rows] for column in (draws.samples, draws.positions + offset)
+        )
         for batch, where in zip(loader.batches(samples.ravel(), positions.ravel()), positions, strict=True):
             yield batch if policy is None else replace(batch, images=policy(batch.images, where))
 
@@ -123,7 +126,7 @@ def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, B
     """The number of the phase and the batch of each step from `start` on; partners follow the images in a batch."""
     loader, size, config = training.loader, training.config.batch_size, training.config
     rows = _local_rows(config, training.world)
-    policy, of_partners = _policy(config, seed), _policy(config, seed + 1)
+    policy = None if config.augment.policy == "none" else Policy(config.augment.policy, config.image_size, seed)
     first = 0
     for number, phase in enumerate(training.phases):
         begin, first = max(start, first), first + phase.steps
@@ -131,14 +134,12 @@ def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, B
         if phase.partners is None:
             yield from ((number, batch) for batch in images)
         else:
-            others = training_batches(loader, phase.partners, seed + 1, size, begin, first, rows, of_partners)
+            others = training_batches(loader, phase.partners, seed, size, begin, first, rows, policy, _OF_PARTNERS)
             yield from ((number, _joined(*pair)) for pair in zip(images, others, strict=True))
 
 
 def _joined(batch: Batch, partners: Batch) -> Batch:
-    names = [field.name for field in fields(Batch) if field.name != "position"]
-    joined = {name: torch.cat([getattr(batch, name), getattr(partners, name)]) for name in names}
-    return Batch(**joined, position=torch.cat([batch.position, partners.position + _OF_PARTNERS]))
+    return Batch(*(torch.cat([getattr(batch, f.name), getattr(partners, f.name)]) for f in fields(Batch)))
 
 
 def fit(training: Training) -> None:
@@ -207,11 +208,6 @@ def _halo(world: World) -> int:
     return int(world.size > 1)
 
 
-def _policy(config: TrainingConfig, seed: int) -> Policy | None:
-    name = config.augment.policy
-    return None if name == "none" else Policy(name, config.image_size, seed)
-
-
 def _configured_mix(config: TrainingConfig) -> Mix | None:
     if config.mixup:
         return Mix("mixup", config.mixup)
@@ -267,7 +263,8 @@ class _Step:
             self.parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
             fused=training.loader.device.type == "cuda",
         )  # fmt: skip
-        self.average = WeightAverage(self.parameters, config.ema) if config.ema else None
+        statistics = [] if training.head_only else [b for b in model.buffers() if b.is_floating_point()]
+        self.average = WeightAverage([*self.parameters, *statistics], config.ema) if config.ema else None
 
     def __call__(
         self, phase: TrainingPhase, images: Tensor, labels: Tensor, synthetic: Tensor, sample: Tensor,

@@ -1,8 +1,8 @@
 """Methods compared over several seeds: means, deviations, and differences seed by seed with their intervals.
 
-A row is one method, measured at every seed: {"name", "title", "synthetic", "steps", "seconds", "seeds"}, where "seeds"
-holds {"top1", "many", "medium", "few", "by_class"} in percent for each seed, and "validation" the top-1 on the
-validation images, None without such.
+A row is one method, measured at every seed: {"name", "method", "title", "synthetic", "filled", "steps", "seconds",
+"seeds"}, where "filled" is (N_t, dose), "seeds" holds {"top1", "many", "medium", "few", "by_class"} in percent for each
+seed, and "validation" the top-1 on the validation images, None without such.
 """
 
 from __future__ import annotations
@@ -69,19 +69,21 @@ def baseline(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with "mean" and "std", and with the mean of "validation" in its place; those with synthetic images with
-    "paired", their difference to the `baseline`, and "paired_duplicates", to the control; None where that is not
-    there, and in other rows."""
-    best, control = baseline(rows), next((row for row in rows if row["name"] == CONTROL), None)
+    "paired", their difference to the `baseline`, and "paired_duplicates", to as many duplicates; None where these are
+    not there or are the baseline, and in other rows."""
+    best = baseline(rows)
+    controls = {tuple(row["filled"]): row for row in rows if row["method"] == CONTROL and row is not best}
     compared = []
     for row in rows:
         mean, deviation = mean_and_deviation(row["seeds"])
+        control = controls.get(tuple(row["filled"])) if row["synthetic"] else None
         compared.append({
             **row,
             "validation": float(np.mean(row["validation"])) if row["validation"] else None,
             "mean": mean,
             "std": deviation,
             "paired": paired(row, best) if row["synthetic"] and best else None,
-            "paired_duplicates": paired(row, control) if row["synthetic"] and control else None,
+            "paired_duplicates": paired(row, control) if control else None,
         })  # fmt: skip
     return compared
 
@@ -106,9 +108,16 @@ def table(comparison: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
     return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
-def best_rows(comparison: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-    """The rows of highest mean top-1, the best first."""
-    return sorted(comparison["rows"], key=lambda row: -row["mean"]["top1"])[:number]
+def best_rows(comparison: Mapping[str, Any], number: int, always: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows that are best on the validation images, where there are such, and those named in `always`; the highest
+    mean top-1 on the test images first."""
+
+    def order(row: Mapping[str, Any]) -> float:
+        return row["mean"]["top1"] if row["validation"] is None else row["validation"]
+
+    best = sorted(comparison["rows"], key=order, reverse=True)
+    chosen = best[:number] + [row for row in best[number:] if row["name"] in always]
+    return sorted(chosen, key=lambda row: -row["mean"]["top1"])
 
 
 def _figure(mean: float | None, deviation: float | None) -> str:

@@ -55,15 +55,15 @@ class TrainingSet:
 
 
 class Drawing(NamedTuple):
-    """An order, and how often it draws each image relative to the others, float64 [N]."""
+    """An order, and how often it draws each image in an epoch, on average, float64 [N]."""
 
     order: Order
     frequency: np.ndarray
 
 
 class ClassCounts(NamedTuple):
-    """Float64 [num_classes] each: the real images, the weight of the real images of each class in training, that is
-    how often they are drawn, and the weight of all its images, each synthetic one weighing omega."""
+    """Float64 [num_classes] each: the real images; the draws of real images in an epoch; and those of all images, each
+    synthetic one weighing omega."""
 
     real: torch.Tensor
     real_weight: torch.Tensor
@@ -89,10 +89,9 @@ def resampled(train: TrainingSet, power: float = 1.0) -> Drawing:
     """A class of n images in proportion to n^(1 - power): 1 for all classes alike, 1/2 for the square root (Kang et al.
     2020)."""
     counts = np.bincount(train.labels)
-    if power == 1:
-        return Drawing(ClassBalanced(train.labels), 1.0 / counts[train.labels])
     weights = counts[train.labels] ** -power
-    return Drawing(Weighted(weights), weights)
+    order = ClassBalanced(train.labels) if power == 1 else Weighted(weights)
+    return Drawing(order, weights * (len(weights) / weights.sum()))
 
 
 square_root = partial(resampled, power=0.5)
@@ -106,7 +105,8 @@ def duplicated(train: TrainingSet) -> Drawing:
 
 class Duplicates(Order):
     """Fills each class up to `balance_to` draws an epoch with its own images, each drawn equally often, give or take
-    one: the control for what synthetic images add. `labels`: integers (N,); `dose`: times what a class lacks."""
+    one, and a copy weighing as much as the image: the control for what synthetic images add. `labels`: integers (N,);
+    `dose`: times what a class lacks."""
 
     def __init__(self, labels: np.ndarray, balance_to: int, dose: float = 1.0) -> None:
         _, sizes = np.unique(labels, return_counts=True)
@@ -124,25 +124,42 @@ def mixed(train: TrainingSet, balanced: bool = False) -> Drawing:
     """`synthetic_share` of each batch synthetic, the rest real: each once an epoch, or with `balanced` every class
     equally often."""
     synthetic, settings = train.synthetic, train.settings
-    real_labels = train.labels[~synthetic]
-    of_real = ClassBalanced(real_labels) if balanced else Natural(len(real_labels))
-    frequency = np.zeros(len(synthetic))
-    counts = np.bincount(real_labels, minlength=train.num_classes)
-    frequency[~synthetic] = 1 / counts[real_labels] / np.count_nonzero(counts) if balanced else 1 / len(real_labels)
+    of_real = real_balanced(train) if balanced else real_only(train)
     if not synthetic.any():
-        return Drawing(of_real, frequency)
+        return of_real
     generated = settings.synthetic_images
     real = settings.batch_size - generated
-    frequency[~synthetic] *= real
-    frequency[synthetic] = generated / synthetic.sum()
-    return Drawing(Ratio(synthetic, real, generated, of_real), frequency)
+    draws = generated / real * (~synthetic).sum()  # of synthetic images, while every real one comes once
+    order = ClassBalanced(train.labels[~synthetic]) if balanced else None
+    return Drawing(
+        Ratio(synthetic, real, generated, order), of_real.frequency + np.where(synthetic, draws / synthetic.sum(), 0.0)
+    )
 
 
 mixed_balanced = partial(mixed, balanced=True)
 
 
 def real_only(train: TrainingSet) -> Drawing:
+    """Every real image once an epoch."""
+    (numbers,) = np.nonzero(~train.synthetic)
+    return Drawing(Subset(Natural(len(numbers)), numbers), (~train.synthetic).astype(np.float64))
+
+
+def real_balanced(train: TrainingSet) -> Drawing:
     """The real images alone, every class equally often."""
-    counts = np.bincount(train.labels[~train.synthetic], minlength=train.num_classes)
-    weights = np.where(train.synthetic, 0.0, 1.0 / np.maximum(counts, 1)[train.labels])
-    return Drawing(Weighted(weights), weights)
+    (numbers,) = np.nonzero(~train.synthetic)
+    counts = np.bincount(train.labels[numbers], minlength=train.num_classes)
+    often = len(numbers) / np.count_nonzero(counts) / np.maximum(counts, 1)
+    frequency = np.where(train.synthetic, 0.0, often[train.labels])
+    return Drawing(Subset(ClassBalanced(train.labels[numbers]), numbers), frequency)
+
+
+class Subset(Order):
+    """The order of some samples, which have `numbers`, integers (n,), in the whole set."""
+
+    def __init__(self, order: Order, numbers: np.ndarray) -> None:
+        super().__init__(order.length)
+        self._order, self._numbers = order, numbers
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        return self._numbers[self._order.epoch(seed, epoch)]

@@ -1,8 +1,9 @@
 """The ways to train the final classifier that a run compares: one row of `METHODS` each.
 
-A method differs from the others in the images it uses, the order it draws them in, its loss, and what it does after:
-network, steps, rate and augmentation are the same for all. A method's name may be followed by modifiers, one row of
-`MODIFIERS` each: `diffult+logit_adjust` trains as `diffult` does, on adjusted logits.
+A method differs from the others in the images it uses, the order it draws them in, its loss, and what it does after;
+network, steps, rate and augmentation are those of the settings, except where a method is about them (docs/methods.md).
+A method's name may be followed by modifiers, one row of `MODIFIERS` each: `diffult+logit_adjust` trains as `diffult`
+does, on adjusted logits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffult.longtail.draws import (
     mixed,
     mixed_balanced,
     natural,
+    real_balanced,
     real_only,
     resampled,
     square_root,
@@ -98,12 +100,12 @@ def class_balanced(train: TrainingSet, counts: ClassCounts) -> Loss:
 
 
 def ldam(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return LDAM(train.settings.omega, margins=ldam_margins(counts.effective))
+    return LDAM(train.settings.omega, margins=ldam_margins(counts.real))
 
 
 def ldam_reweighted(train: TrainingSet, counts: ClassCounts) -> Loss:
     weights = class_balanced_weights(counts.effective)
-    return LDAM(train.settings.omega, margins=ldam_margins(counts.effective), class_weights=weights)
+    return LDAM(train.settings.omega, margins=ldam_margins(counts.real), class_weights=weights)
 
 
 def smoothed_by_class(train: TrainingSet, counts: ClassCounts) -> Loss:
@@ -111,17 +113,23 @@ def smoothed_by_class(train: TrainingSet, counts: ClassCounts) -> Loss:
 
 
 def experts(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return ride(counts.effective, train.settings.omega, reweighted=False)
+    return ride(counts.real, train.settings.omega, reweighted=False)
 
 
 def experts_reweighted(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return ride(counts.effective, train.settings.omega, reweighted=True)
+    return ride(counts.real, train.settings.omega, reweighted=True)
 
 
 def soft_labels(train: TrainingSet, counts: ClassCounts) -> Loss:
     """Synthetic images with the mean of their label and what the extractor takes them for."""
     assert train.soft_labels is not None
     return SoftLabels(train.settings.omega, table=train.soft_labels())
+
+
+def soft_labels_adjusted(train: TrainingSet, counts: ClassCounts) -> Loss:
+    """The same, on adjusted logits."""
+    assert train.soft_labels is not None
+    return SoftLabels(train.settings.omega, table=train.soft_labels(), prior=log_prior(counts.effective))
 
 
 def without_prior(model: Classifier, prior: torch.Tensor, validate: Validate | None) -> None:
@@ -167,7 +175,7 @@ class Method:
         phases: one after the other, under one schedule of the learning rate; none: nothing is trained.
         synthetic: whether it trains on synthetic images too.
         start: the method whose weights it starts from; None: fresh ones.
-        trains: all of the network, or its head alone, drawn anew, on a trunk that stays as it is.
+        trains: all of the network; or its head alone, on a trunk that stays as it is, or such a head drawn anew.
         heads: a name in HEADS; of two, the second learns from the synthetic images.
         mix: of the images, in place of the settings'.
         adapt: changes the trained classifier.
@@ -178,7 +186,7 @@ class Method:
     phases: tuple[Phase, ...] = (Phase(natural),)
     synthetic: bool = False
     start: str | None = None
-    trains: Literal["all", "head"] = "all"
+    trains: Literal["all", "head", "new head"] = "all"
     heads: str = "linear"
     mix: Mix | None = None
     adapt: Adapt | None = None
@@ -206,7 +214,7 @@ METHODS = {
     "logit_adjust": Method("Logit adjustment", (Phase(natural, logit_adjusted),)),
     "logit_adjust_after": Method("Logit adjustment afterwards", (), start="ce", adapt=without_prior),
     "tau_norm": Method("τ-normalisation", (), start="ce", adapt=tau_normalised),
-    "crt": Method("cRT", (Phase(resampled, share=_HEAD_STEPS),), start="ce", trains="head"),
+    "crt": Method("cRT", (Phase(resampled, share=_HEAD_STEPS),), start="ce", trains="new head"),
     "ldam_drw": Method(
         "LDAM-DRW", (Phase(natural, ldam, 1 - _LAST), Phase(natural, ldam_reweighted, _LAST)), heads="cosine"
     ),
@@ -234,40 +242,55 @@ METHODS = {
 }  # fmt: skip
 
 
-def _draws(title: str, draw: Draw) -> Callable[[str, Method], Method]:
+Modifier = Callable[[str, Method], Method]
+
+
+def _draws(title: str, draw: Draw) -> Modifier:
     def modify(name: str, method: Method) -> Method:
+        if not method.phases or any(phase.draw is not natural for phase in method.phases):
+            raise ValueError(f"{name} has an order of its own: {title} cannot take its place")
         phases = tuple(replace(phase, draw=draw) for phase in method.phases)
         return replace(method, title=f"{method.title} + {title}", phases=phases)
 
     return modify
 
 
-def _loss(title: str, loss: MakeLoss) -> Callable[[str, Method], Method]:
+def _loss(title: str, losses: dict[MakeLoss, MakeLoss]) -> Modifier:
+    """`losses`: those that it can take the place of, with what it puts there."""
+
     def modify(name: str, method: Method) -> Method:
-        if method.heads in ("cosine", "experts"):
-            raise ValueError(f"{name} has a loss of its own, which {title} cannot replace")
-        phases = tuple(replace(phase, loss=loss) for phase in method.phases)
+        if not method.phases or any(phase.loss not in losses for phase in method.phases):
+            raise ValueError(f"{name} has a loss of its own: {title} cannot take its place")
+        phases = tuple(replace(phase, loss=losses[phase.loss]) for phase in method.phases)
         return replace(method, title=f"{method.title} + {title}", phases=phases)
 
     return modify
+
+
+def _softened(name: str, method: Method) -> Method:
+    if not method.synthetic or method.heads == "two":
+        raise ValueError(f"{name} does not train one head on synthetic images: soft labels are for these")
+    return _loss("soft labels", {cross_entropy: soft_labels, logit_adjusted: soft_labels_adjusted})(name, method)
 
 
 def _head_retrained(name: str, method: Method) -> Method:
     """On class-balanced real images (Kang et al. 2020)."""
     if method.heads == "experts":
         raise ValueError(f"{name} has a head for each expert: cRT retrains one alone")
-    phase = Phase(real_only if method.synthetic else resampled, share=_HEAD_STEPS)
-    return replace(method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="head", heads="linear")
+    phase = Phase(real_balanced if method.synthetic else resampled, share=_HEAD_STEPS)
+    return replace(
+        method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="new head", heads="linear"
+    )
 
 
-MODIFIERS: dict[str, Callable[[str, Method], Method]] = {
+MODIFIERS: dict[str, Modifier] = {
     "resample": _draws("re-sampling", resampled),
     "resample_sqrt": _draws("square-root re-sampling", square_root),
-    "logit_adjust": _loss("logit adjustment", logit_adjusted),
-    "logit_adjust_real": _loss("logit adjustment of real images", logit_adjusted_real),
-    "focal": _loss("focal loss", focal),
-    "class_balanced": _loss("class-balanced weights", class_balanced),
-    "soft": _loss("soft labels", soft_labels),
+    "logit_adjust": _loss("logit adjustment", {cross_entropy: logit_adjusted}),
+    "logit_adjust_real": _loss("logit adjustment of real images", {cross_entropy: logit_adjusted_real}),
+    "focal": _loss("focal loss", {cross_entropy: focal}),
+    "class_balanced": _loss("class-balanced weights", {cross_entropy: class_balanced}),
+    "soft": _softened,
     "crt": _head_retrained,
 }
 

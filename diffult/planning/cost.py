@@ -158,7 +158,8 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
         "generate": candidates * config.generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
-    flops["classifier"] *= trained_share(classifier.methods)
+    flops["extractor"] *= 1 + (extractor.sam > 0)  # a second pass
+    flops["classifier"] *= trained_share(classifier.methods) * (1 + (classifier.sam > 0))
     return flops
 
 

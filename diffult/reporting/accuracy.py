@@ -85,8 +85,8 @@ def ranked(content: RunContent, methods: Sequence[str]) -> list[str]:
 
 
 def leaders(content: RunContent) -> tuple[str | None, str | None]:
-    """The first of `ranked` without synthetic images, the duplicates aside, and the first with them."""
-    plain = [name for name in content.methods if not find_method(name).synthetic and name != CONTROL]
+    """The first of `ranked` without synthetic images, and the first with them."""
+    plain = [name for name in content.methods if not find_method(name).synthetic]
     synthetic = [name for name in content.methods if find_method(name).synthetic]
     return next(iter(ranked(content, plain)), None), next(iter(ranked(content, synthetic)), None)
 

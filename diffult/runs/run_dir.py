@@ -25,6 +25,7 @@ from diffult.config import Config, differences, load_preset, override, preset_na
 from diffult.data.packing import Packed, read_packed
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
+from diffult.longtail.methods import find_method
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.runs.files import lock_folder, read_json, write_json, write_text
@@ -136,8 +137,11 @@ class RunDir:
         settings = reads(self.config, stage)
         if stage == "pack":
             return digest(settings)
-        if stage in ("evaluate", "report"):  # what trains does not read the held-out images
-            settings["held_out"] = (self.done("pack") or {}).get("held_out")
+        held_out = (self.done("pack") or {}).get("held_out", {})
+        if stage in ("evaluate", "report"):
+            settings["held_out"] = held_out
+        elif stage == "classifier" and any(find_method(name).adapt for name in self.config.classifier.methods):
+            settings["validation"] = held_out.get("val")  # what trains does not read the held-out images
         return self.digest(settings)
 
     def digest(self, settings: Any) -> str:

@@ -22,7 +22,7 @@ from diffult.longtail.classification import (
     training_batches,
     training_loader,
 )
-from diffult.longtail.draws import ClassCounts, Drawing, TrainingSet, class_counts, natural, real_only
+from diffult.longtail.draws import ClassCounts, Drawing, TrainingSet, class_counts, natural, real_balanced, real_only
 from diffult.longtail.losses import CrossEntropy, Targets, WeightedSum
 from diffult.longtail.methods import METHODS, Method, Mix, Phase, find_method, in_waves, trained_share
 from diffult.models.resnet import build_classifier
@@ -83,7 +83,7 @@ def test_resampling_by_the_square_root_draws_classes_so(both):
     of_class = np.bincount(long_tail.labels[order.stream(0, 0, 42 * 200)]) / (42 * 200)
     roots = np.sqrt(REAL)
     np.testing.assert_allclose(of_class, roots / roots.sum(), atol=1 / 42)
-    np.testing.assert_allclose(np.bincount(long_tail.labels, frequency), roots)
+    np.testing.assert_allclose(np.bincount(long_tail.labels, frequency), 42 * roots / roots.sum())
 
 
 @pytest.mark.parametrize("method", ["ce", "diffult"])
@@ -144,7 +144,13 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
     ("name", "message"),
     [
         ("diffult+logit_adjst", "got 'logit_adjst'; did you mean 'logit_adjust'"),
-        ("ldam_drw+focal", "ldam_drw has a loss of its own, which focal loss cannot replace"),
+        ("ldam_drw+focal", "ldam_drw has a loss of its own: focal loss cannot take its place"),
+        ("focal+class_balanced", "focal has a loss of its own"),
+        ("tau_norm+focal", "tau_norm has a loss of its own"),
+        ("synthetic_first+resample", "synthetic_first has an order of its own: re-sampling cannot take its place"),
+        ("duplicates+resample", "duplicates has an order of its own"),
+        ("two_heads+soft", "two_heads does not train one head on synthetic images"),
+        ("ce+soft", "ce does not train one head on synthetic images"),
         ("ride+crt", "ride has a head for each expert"),
     ],
 )
@@ -173,7 +179,8 @@ def test_a_method_is_a_row(monkeypatch, both, tmp_path):
 
 def test_a_share_without_synthetic_images_is_the_natural_order(both):
     config = classifier_config("synthetic_share=0.25")
-    assert isinstance(draw("mix", config, open_set([both.paths[0]]))[1].order, Natural)
+    order = draw("mix", config, open_set([both.paths[0]]))[1].order
+    assert np.array_equal(np.sort(order.epoch(0, 3)), np.arange(42))
 
 
 @pytest.mark.parametrize("share", ["0.001", "0.999", "0", "1", "true", "'0.5'"])
@@ -225,7 +232,7 @@ def training(images, folder, *overrides: str, method: str = "mix", device: str =
     loader = training_loader(images, DIGITS, config, (0, 9), torch.device(device))
     return Training(
         method, model, loader, tuple(phases), config, folder / f"{method}.state.pt", (0, 9), "hash",
-        torch.float32, mix=chosen.mix, head_only=chosen.trains == "head",
+        torch.float32, mix=chosen.mix, head_only=chosen.trains != "all",
     )  # fmt: skip
 
 
@@ -355,12 +362,22 @@ def test_a_head_trained_alone_leaves_the_trunk_as_it_was(both, tmp_path):
     assert changed == {"head.weight", "head.bias"}
 
 
-def test_real_images_alone_are_drawn_class_by_class_alike(both):
+@pytest.mark.parametrize(("make", "shares"), [(real_only, np.array(REAL) / 42), (real_balanced, np.full(3, 1 / 3))])
+def test_real_images_alone_make_epochs_of_their_own(both, make, shares):
     train, _ = draw("diffult", classifier_config(), both)
-    order, _ = real_only(train)
-    drawn = np.concatenate([order.epoch(0, epoch) for epoch in range(100)])
-    assert not both.synthetic[drawn].any()
-    np.testing.assert_allclose(np.bincount(both.labels[drawn]) / len(drawn), 1 / 3, atol=0.01)
+    drawing = make(train)
+    drawn = np.concatenate([drawing.order.epoch(0, epoch) for epoch in range(100)])
+    assert len(drawn) == 4200 and not both.synthetic[drawn].any()
+    np.testing.assert_allclose(np.bincount(both.labels[drawn]) / len(drawn), shares, atol=0.01)
+    np.testing.assert_allclose(np.bincount(both.labels, drawing.frequency) / drawing.frequency.sum(), shares)
+
+
+def test_counts_are_in_images_whatever_the_unit_of_the_frequencies(both):
+    """A real image counts 1 on average: class-balanced weights and priors follow from numbers of images."""
+    counts = class_counts(*draw("mix", classifier_config("batch_size=16", "synthetic_share=0.25", "omega=1"), both))
+    assert counts.real_weight.tolist() == pytest.approx(REAL)
+    # 12 of the 42 real images and 4 of the 48 synthetic ones a batch.
+    assert counts.effective.tolist() == pytest.approx([30, 9 + 21 / 48 * 14, 3 + 27 / 48 * 14])
 
 
 def test_what_a_method_starts_from_is_trained_before_it():

@@ -11,10 +11,13 @@ from scipy import stats
 from diffult.longtail.comparison import baseline, best_rows, compare, student_interval, table, to_csv
 
 
-def row(name: str, top1: list[float], synthetic: bool = False, validation: list[float] | None = None) -> dict:
+def row(
+    name: str, top1: list[float], synthetic: bool = False, validation: list[float] | None = None, dose: float = 1.0
+) -> dict:
     """Many and few lie around top-1 and no class is medium; two classes."""
     seeds = [{"top1": t, "many": t + 5, "medium": None, "few": t - 5, "by_class": [t, None]} for t in top1]
-    about = {"name": name, "title": name.title(), "synthetic": synthetic, "steps": 8, "seconds": 1.0}
+    about = {"name": name, "method": name, "title": name.title(), "synthetic": synthetic, "steps": 8, "seconds": 1.0}
+    about["filled"] = (60, dose)
     return about | {"seeds": seeds, "validation": validation}
 
 
@@ -31,17 +34,31 @@ def test_the_interval_is_that_of_a_paired_t_test(n):
 
 
 def test_means_deviations_and_differences_are_naive_ones():
-    rows = compare([row("ce", CE), row("duplicates", DUPLICATES), row("diffult", DIFFULT, synthetic=True)])
+    best = [max(CE) + 1] * 5
+    rows = compare([row("ce", best), row("duplicates", DUPLICATES), row("diffult", DIFFULT, synthetic=True)])
     ours = rows[2]
     assert ours["mean"]["few"] == pytest.approx(statistics.mean(DIFFULT) - 5)
     assert ours["std"]["many"] == pytest.approx(statistics.stdev(DIFFULT))
     assert ours["mean"]["medium"] is None and ours["std"]["medium"] is None
     assert ours["mean"]["by_class"] == [pytest.approx(statistics.mean(DIFFULT)), None]
-    for key, other in (("paired_duplicates", DUPLICATES), ("paired", max(CE, DUPLICATES, key=statistics.mean))):
+    for key, other in (("paired_duplicates", DUPLICATES), ("paired", best)):
         differences = [a - b for a, b in zip(DIFFULT, other, strict=True)]
         assert ours[key]["difference"] == pytest.approx(statistics.mean(differences))
         assert ours[key]["interval"] == student_interval(differences)
     assert rows[0]["paired"] is None and rows[1]["paired_duplicates"] is None
+
+
+def test_the_control_has_as_many_images_and_is_not_shown_twice():
+    rows = [row("ce", [90.0, 91.0]), row("duplicates", [80.0, 81.0]), row("duplicates", [70.0, 71.0], dose=0.5)]
+    ours = [row("diffult", [85.0, 86.0], True, dose=dose) for dose in (1.0, 0.5, 2.0)]
+    one, half, twice = compare([*rows, *ours])[3:]
+    assert [r["paired_duplicates"] and r["paired_duplicates"]["difference"] for r in (one, half, twice)] == [
+        5,
+        15,
+        None,
+    ]
+    (first, *_) = compare([rows[1], ours[0]])[1:]
+    assert first["paired"]["against"] == "duplicates" and first["paired_duplicates"] is None
 
 
 def test_the_rival_is_chosen_on_the_validation_images():
