@@ -32,7 +32,7 @@ from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
 from diffult.planning import DEFAULT_HOURS, plan_name, propose
 from diffult.reporting.comparison import render
 from diffult.runs.children import Children
-from diffult.runs.files import lock_folder, write_json, write_text
+from diffult.runs.files import lock_folder, read_json, write_json, write_text
 from diffult.runs.run_dir import RunDir
 from diffult.runs.variants import Plan, Variant, plan
 from ffcv_writers import available_cores
@@ -153,48 +153,78 @@ def write(comparison: dict[str, Any], out: Path) -> None:
 
 def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, Any]) -> None:
     """Prints the budget, what is shared and what there is to do."""
-    config, seeds = plan.runs[0].config, len(plan.seeds)
+    first, seeds = plan.runs[0], len(plan.seeds)
     untrained = sum(len(variant.untrained()) for variant in todo)
-    print(f"{config.name}: {len(plan.rows)} rows, {seeds} seed{'s' * (seeds > 1)} (0 to {seeds - 1})")
+    print(f"{first.config.name}: {', '.join(row.title for row in plan.rows)}")
+    print(f"seeds: {'0' if seeds == 1 else f'0 to {seeds - 1}'}")
     length = f"{budget['steps']} steps" if "steps" in budget else f"{budget['epochs']:g} epochs of its own images"
     print(
         f"budget of each classifier: {length} in batches of {budget['batch_size']}, unless a row sets another; "
         "heads that are retrained take 15 % more"
     )
-    print(
-        "shared: the methods of a run read one extractor, one diffusion model and one set of samples; runs of a seed "
-        "take over from each other what reads the same settings"
-    )
+    print("shared: the methods of a run use one extractor, one diffusion model and one set of samples")
     print(
         f"to do: {len(todo)} of {len(plan.runs)} runs, with {untrained} classifiers to train, {jobs} at a time "
         f"with {max(1, available_cores() // jobs)} of {available_cores()} cores each"
     )
+    if todo:
+        print(f"progress of each run: {todo[0].log}" + ", ..." * (len(todo) > 1))
 
 
-def _planned(folder: Path, data: Path, hours: float | None, overrides: Sequence[str]) -> str:
+def _left_out(out: Path, rows: Sequence[Row]) -> list[str]:
+    """Rows of the comparison that is there already which the command does not name."""
+    file = out / "comparison.json"
+    before = [row["name"] for row in read_json(file)["rows"]] if file.exists() else []
+    return [name for name in before if name not in {row.name for row in rows}]
+
+
+def _aligned(markdown: str) -> str:
+    """A Markdown table for a terminal."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    del rows[1]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _planned(folder: Path, data: Path, hours: float | None, overrides: Sequence[str], rows: Sequence[Row]) -> str:
     """The file of the settings proposed for own images, made and printed where it is not there yet.
 
     Raises:
-        UserError: the folder has a plan for other images or of other hours.
+        UserError: the folder has a plan for other images.
     """
     file = folder / "plan.toml"
     if file.exists():
         planned, here = load_preset(str(file)).data, locate(data)
         if any(getattr(planned, key) != value for key, value in here.items()):
             raise UserError(f"{file}: is for other images ({planned.path}); give another --run")
-        if hours is not None:
-            raise UserError(f"{file}: is there already, so --hours changes nothing; leave it out, or delete the file")
+        print(f"{file}: goes on with these settings (delete the file to plan anew)")
         return str(file)
-    plan = propose(data, hours or DEFAULT_HOURS, overrides, folder)
+    methods = [f"classifier.methods={list(dict.fromkeys(row.method for row in rows))}"] if rows else []
+    plan = propose(data, hours or DEFAULT_HOURS, [*overrides, *methods], folder)
     write_text(file, plan.config.to_toml(plan.comments))
     print("\n".join(plan.lines))
     return str(file)
 
 
-def _rows(config: Config, methods: str | None, with_ablation: bool) -> list[Row]:
-    if methods is None and not with_ablation:
+def _rows(config: Config, given: list[Row], with_ablation: bool) -> list[Row]:
+    if not given and not with_ablation:
         return [parse_row(name) for name in config.classifier.methods]
-    return [*parse_rows(methods or ""), *(ablation(config) if with_ablation else [])]
+    return [*given, *(ablation(config) if with_ablation else [])]
+
+
+def _checked_rows(preset: str | None, data: Path | None, hours: float | None, methods: str | None) -> list[Row]:
+    """The rows of --methods; UserError for options that do not go together."""
+    if preset is not None and data is not None:
+        raise UserError("--data proposes settings, --preset names some: give one of the two")
+    if preset is None and data is None:
+        raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --data DIR")
+    if data is None and hours is not None:
+        raise UserError("--hours is for your own images: give --data DIR, too")
+    given = parse_rows(methods or "")
+    if methods is not None and not given:
+        raise UserError("--methods: give one at least, such as --methods ce,diffult")
+    return given
 
 
 def _typed(options: Iterable[tuple[str, Any]], flag: str) -> str:
@@ -205,20 +235,29 @@ def _typed(options: Iterable[tuple[str, Any]], flag: str) -> str:
 def command(
     preset: PresetOption = None,
     data: Annotated[
-        Path | None, typer.Option(help="Own images, settings proposed, as in diffult.run; they go to RUN/plan.toml.")
+        Path | None,
+        typer.Option(
+            help="Own images, with settings proposed for them (RUN/plan.toml): CLASS/*.jpg, .npz, .tar or a list."
+        ),
     ] = None,
     hours: Annotated[
         float | None,
-        typer.Option(help="With --data: what a run of a seed may take.", show_default=f"{DEFAULT_HOURS:g}"),
+        typer.Option(help="With --data: what one seed may take here.", show_default=f"{DEFAULT_HOURS:g}"),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Rows, by commas: METHOD or METHOD@section.key=value@...; default: the preset's methods."),
+        typer.Option(
+            help="Rows, by commas, each with settings of its own if wanted: ce,diffult,diffult@classifier.omega=0.3.",
+            show_default="the preset's",
+        ),
     ] = None,
     ablation_: Annotated[
-        bool, typer.Option("--ablation", help="The paper's ablation, with --methods beside these rows.")
+        bool,
+        typer.Option(
+            "--ablation", help="The paper's ablation, nine rows: each part added in turn, then ID, AID or OOD alone."
+        ),
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1, each with its own draw of the subset.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1, each with its own draw of training images.")] = 3,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Runs side by side; default: the seeds, at most a core each; on a GPU 1."),
@@ -241,16 +280,16 @@ def command(
     with synthetic images to the best one without (chosen on the validation images) and to as many duplicates of
     real images; each interval stands for itself.
     """
-    if (preset is None) == (data is None):
-        raise UserError(f"give --preset NAME (one of {', '.join(preset_names())}) or --data DIR")
-    overrides, typed = set_ or [], [("--preset", preset), ("--data", data), ("--hours", hours)]
+    given = _checked_rows(preset, data, hours, methods)
+    overrides, typed = set_ or [], [("--preset", preset), ("--data", data), ("--hours", hours), ("--run", run)]
     folder = run or Path("runs/compare") / (preset_name(preset) if preset else plan_name(data or Path()))
     out = out or folder
     if (folder / "config.toml").exists():
         raise UserError(f"{folder}: holds a run, not a comparison; give another --run")
-    preset = preset or _planned(folder, data or Path(), hours, overrides)
+    preset = preset or _planned(folder, data or Path(), hours, overrides, given)
     config = load_preset(preset, overrides)
-    planned = plan(folder, preset, _rows(config, methods, ablation_), overrides, seeds)
+    planned = plan(folder, preset, _rows(config, given, ablation_), overrides, seeds)
+    logging.getLogger("diffult.runs.run_dir").setLevel(logging.WARNING)  # what a run redoes stands in its own log
     for variant in planned.runs:  # what can be refused is refused before any work
         variant.open()
     options = [*typed, ("--methods", methods), ("--seeds", seeds), *(("--set", s) for s in overrides)]
@@ -267,22 +306,24 @@ def command(
         default = 1 if pick_device().type == "cuda" else min(seeds, available_cores())
         jobs = min(jobs or default, max(1, len(todo)))
         _announce(planned, todo, jobs, about["budget"])
+        if left_out := _left_out(out, planned.rows):
+            print(f"left out, though trained before (name them again to show them): {', '.join(left_out)}")
         failures = run_all(planned, todo, jobs) if todo else []
         if measured := gather(planned):
             comparison = about | measured
             write(comparison, out)
-            print(table(comparison))
+            print(_aligned(table(comparison)))
             if len(measured["seeds"]) == 1:
                 print("one seed: no deviation and no interval; differences may be chance (--seeds)")
-            print(json.dumps({"results": str(out / "comparison.json")}))
+            print(f"report: {out / 'report.html'}")
     if failures:
         rest = f"; {len(failures) - 1} more failed" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{rest}; the same command resumes")
 
 
 command.__doc__ = (
-    f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods: {', '.join(METHODS)}; after one, any of "
-    f"+{', +'.join(MODIFIERS)}."
+    f"{inspect.cleandoc(command.__doc__ or '')}\n\nMethods, explained in docs/methods.md: {', '.join(METHODS)}; after "
+    f"one, any of +{', +'.join(MODIFIERS)}."
 )
 
 if __name__ == "__main__":

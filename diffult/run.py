@@ -103,13 +103,13 @@ def open_data_run(run: Path, data: Path, hours: float | None, overrides: list[st
         if world.is_main:
             print("\n".join(plan.lines))
         return run_dir
-    log.info("%s: has its plan; goes on with the settings in config.toml", run)
     moved = []
     if data.expanduser().exists():
         before, place = read_config(run / "config.toml").data, locate(data)
         if before.source != place.pop("source"):
-            raise UserError(f"{run}: holds a run of other images ({before.source} {before.path}); give another --run")
+            raise UserError(f"{run}: holds a run of other images ({before.source}); give another --run")
         moved = [f"data.{key}={value}" for key, value in place.items() if getattr(before, key) != value]
+    log.info("%s: has its plan; goes on with the settings in config.toml", run)
     return RunDir.open(run, overrides=[*moved, *overrides])
 
 

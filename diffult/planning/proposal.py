@@ -134,11 +134,13 @@ def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amou
     if survey.val is None:
         limit = draft.put(
             "data.val_per_class", max(1, min(50, 2000 // len(counts))),
-            "At the most, and at the most a tenth of a class: to choose settings by. Fewer than ten images give none.",
+            "Held out to choose settings by: at most a tenth of a class, so none of a class of fewer than ten images.",
         )  # fmt: skip
         val = np.minimum(limit, counts // 10)
         if (small := val == 0).any():
-            draft.notes.append(f"fewer than 10 images, so none for validation: {_named(survey, small)}")
+            draft.notes.append(
+                f"fewer than 10 images besides those for test, so none for validation: {_named(survey, small)}"
+            )
         counts, held_out = counts - val, held_out + int(val.sum())
     if (small := counts < MIN_IMAGES_FOR_RADIUS).all():
         raise UserError(

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-_PATIENCE = 20.0  # seconds that a child has to write a checkpoint before it is killed
+_PATIENCE = 10.0  # seconds that children have to end by themselves before they are killed
 
 
 class Children:
@@ -60,9 +61,10 @@ class Children:
             self._stopped, alive = True, list(self._alive)
         for child in alive:
             child.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + _PATIENCE
         for child in alive:
             try:
-                child.wait(_PATIENCE)
+                child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
 

@@ -228,9 +228,18 @@ def test_own_images_are_compared_on_settings_that_are_proposed_once(tmp_path, in
     more = invoke(command, [*words, "--methods", "ce,crt"])
     assert more.exception is None and "80 images" not in more.stdout and preset.stat().st_mtime_ns == written
     assert len(read_json(tmp_path / "runs" / "comparison.json")["rows"]) == 2
+    fewer = invoke(command, [*words, "--methods", "crt"])
+    assert "left out, though trained before (name them again to show them): ce" in fewer.stdout
 
 
-def test_a_preset_or_own_images_must_be_given():
-    for words in ([], ["--preset", "digits-lt", "--data", "images"]):
-        result = invoke(command, words)
-        assert re.search(r"^give --preset NAME \(one of .*\) or --data DIR$", str(result.exception))
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], r"^give --preset NAME \(one of .*\) or --data DIR$"),
+        (["--preset", "digits-lt", "--data", "images"], r"^--data proposes settings, .*: give one of the two$"),
+        (["--preset", "digits-lt", "--hours", "1"], r"^--hours is for your own images: give --data DIR, too$"),
+        (["--preset", "digits-lt", "--methods", ""], r"^--methods: give one at least, such as --methods ce,diffult$"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words, expected):
+    assert re.search(expected, str(invoke(command, words).exception))

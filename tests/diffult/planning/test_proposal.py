@@ -136,7 +136,10 @@ def test_classes_are_filled_by_as_many_as_the_real_ones_at_the_most() -> None:
 def test_small_classes_are_named_with_what_becomes_of_them() -> None:
     notes = "\n".join(proposed(survey_of([60, 9, 3, 2])).notes)
     assert "fewer than 3 images, so all are trained on and none is tested: class3 (1 of 4 classes)" in notes
-    assert "fewer than 10 images, so none for validation: class1, class2, class3 (3 of 4 classes)" in notes
+    assert (
+        "fewer than 10 images besides those for test, so none for validation: class1, class2, class3 (3 of 4 classes)"
+        in notes
+    )
     assert "takes the median radius of the other classes: class2, class3 (2 of 4 classes)" in notes
     with pytest.raises(UserError, match="no class has 3 images left to train on"):
         proposed(survey_of([3, 2, 1]))
