@@ -125,8 +125,8 @@ class Focal(LabelLoss):
 @dataclass(frozen=True)
 class LDAM(LabelLoss):
     """Cross-entropy of scale * (cosine - margin of the label), the label-distribution-aware margin loss (Cao et al.
-    2019, eq. 13); `outputs` are the cosines of the head "cosine". With class weights from the point where the rate
-    drops it is LDAM-DRW.
+    2019, eq. 13); `outputs` are the cosines of the head "cosine". With class weights in the last part of the training
+    it is LDAM-DRW.
 
     Attributes:
         margins: float [C]; see `ldam_margins`.
