@@ -199,7 +199,8 @@ def example_comparison(classes: tuple[str, ...] = CLASSES, seeds: int = 2) -> di
         each = [dict.fromkeys(("top1", "many", "medium", "few"), v) | {"by_class": [v] * len(classes)} for v in values]
         columns = {key: float(np.mean(values[:seeds])) for key in ("top1", "many", "medium", "few")}
         rows.append({
-            "name": name, "title": find_method(name).title, "synthetic": name == "diffult", "steps": 600,
+            "name": name, "method": name, "title": find_method(name).title, "synthetic": name == "diffult",
+            "filled": [40, 1.0], "steps": 600,
             "seconds": 65.0 if name == "diffult" else None, "seeds": each[:seeds],
             "mean": columns | {"by_class": [columns["top1"]] * len(classes)},
             "std": dict.fromkeys(columns, 0.7 if seeds > 1 else None), "validation": None, "paired": None,
@@ -213,6 +214,7 @@ def example_comparison(classes: tuple[str, ...] = CLASSES, seeds: int = 2) -> di
         "preset": "digits-lt", "command": "python -m diffult.compare --preset digits-lt --seeds 2",
         "machine": {"device": "a CPU", "torch": "9", "python": "4"},
         "budget": {"steps": 600, "batch_size": 64}, "seeds": list(range(seeds)), "classes": list(classes),
-        "counts": np.resize(COUNTS, len(classes)).tolist(), "groups": {"many": 30, "few": 10}, "split": "test",
+        "counts": np.resize(COUNTS, len(classes)).tolist(), "test_counts": [60] * len(classes),
+        "groups": {"many": 30, "few": 10}, "split": "test",
         "rows": rows,
     }  # fmt: skip

@@ -10,17 +10,21 @@ import numpy as np
 from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS
 from diffult.reporting.content import RunContent
-from diffult.reporting.text import number, signed
+from diffult.reporting.text import counted, number, signed
 
 BASE = "ce"  # differences in the table are to it
 CONTROL = "duplicates"
+ADDED = "Do synthetic images add anything to the best method without them?"
+REPEATED = "Do they beat simply repeating real images?"
+_SMALL = 50  # test images; of fewer, one is worth more than 2 points
 
 
 def accuracy_rows(accuracies: Mapping[str, Any], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A row {"title", "synthetic", "cells"} for each method.
+    """A row {"name", "title", "synthetic", "cells"} for each method.
 
-    A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of its column, and the difference to
-    cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add up.
+    A cell is {"value", "best", "delta"}: the accuracy, whether it is the highest of a column whose values differ, and
+    the difference to cross-entropy in points. All follow from the rounded accuracies that are shown, so that they add
+    up.
 
     Args:
         accuracies: method -> {"top1", "many", "medium", "few"} in percent, None without test images.
@@ -34,12 +38,13 @@ def accuracy_rows(accuracies: Mapping[str, Any], methods: Sequence[str]) -> list
 
     def cell(method: str, column: str) -> dict[str, Any]:
         value, base = shown[method][column], shown.get(BASE, {}).get(column)
-        best = max(row[column] or 0.0 for row in shown.values())
+        known = [there for row in shown.values() if (there := row[column]) is not None]
         delta = None if method == BASE or value is None or base is None else value - base
-        return {"value": value, "best": value == best, "delta": delta}
+        return {"value": value, "best": len(set(known)) > 1 and value == max(known), "delta": delta}
 
     return [
         {
+            "name": m,
             "title": find_method(m).title,
             "synthetic": find_method(m).synthetic,
             "cells": [cell(m, column) for column in COLUMNS],
@@ -97,7 +102,7 @@ def verdict(low: float, high: float) -> str | None:
         return None
     if low > 0:
         return "Yes: the interval lies above 0"
-    return "No: the interval lies below 0" if high < 0 else "Not shown: the interval includes 0"
+    return "No: the interval lies below 0" if high < 0 else "Inconclusive: the interval includes 0"
 
 
 def summary(content: RunContent) -> list[dict[str, str]]:
@@ -105,7 +110,9 @@ def summary(content: RunContent) -> list[dict[str, str]]:
     order = ranked(content, content.methods)
     top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
     where = "validation" if "validation" in content.metrics else "test"
-    answer = f"Highest on the {where} images: {_named(content, order[0])} on the test images."
+    score = content.metrics.get("validation", {}).get(order[0])
+    answer = f"Highest on the {where} images{scored(score and score['top1'])}: "
+    answer += f"{_named(content, order[0])} on the test images."
     if top != order[0]:
         answer += f" Highest on the test images: {_named(content, top)}."
     if len(order) > 1:
@@ -117,10 +124,11 @@ def summary(content: RunContent) -> list[dict[str, str]]:
     if synthetic is None:
         return questions
     for question, other in (
-        ("Do synthetic images add anything to the best method without them?", plain),
-        ("And to as many duplicates of real images?", CONTROL if CONTROL in content.methods else None),
+        (ADDED, plain),
+        (REPEATED, CONTROL if CONTROL in content.methods else None),
     ):
-        questions.append({"question": question, "answer": _gain(content, synthetic, other)})
+        answer = not_measured(question, CONTROL, "classifier.methods")
+        questions.append({"question": question, "answer": _gain(content, synthetic, other) if other else answer})
     return questions
 
 
@@ -128,16 +136,40 @@ def _named(content: RunContent, name: str) -> str:
     return f"{find_method(name).title}, {number(content.metrics[name]['top1'])}\N{NO-BREAK SPACE}%"
 
 
-def _gain(content: RunContent, name: str, other: str | None) -> str:
-    if other is None:
-        return f"Not measured: add {CONTROL!r}, or a method without synthetic images, to classifier.methods."
+def scored(percent: float | None) -> str:
+    return "" if percent is None else f" ({number(percent)}\N{NO-BREAK SPACE}%)"
+
+
+def not_measured(question: str, control: str, option: str) -> str:
+    """The answer to ADDED or REPEATED where the method to compare with, in the latter `control`, is not there."""
+    missing = repr(control) if question == REPEATED else f"a method without synthetic images, such as {BASE!r},"
+    return f"Not measured: add {missing} to {option}."
+
+
+def few_test_images(test_counts: np.ndarray, groups: Mapping[str, np.ndarray]) -> str | None:
+    """Names the columns of so few test images that one moves them by more than 2 points; None without such a column.
+
+    Args:
+        test_counts: int64 [num_classes], test images of each class.
+        groups: class numbers by name, as from `class_groups`.
+    """
+    sizes = {"top-1": int(test_counts.sum())} | {name: int(test_counts[c].sum()) for name, c in groups.items()}
+    small = [
+        f"{name}: {counted(size, 'test image', 'test images')}, of {100 / size:.1f} points each"
+        for name, size in sizes.items()
+        if 0 < size < _SMALL
+    ]
+    return f"{'; '.join(small)}. Differences of a few test images may well be chance." if small else None
+
+
+def _gain(content: RunContent, name: str, other: str) -> str:
     gap = difference(content, name, other)
     words = verdict(gap.low, gap.high) or "No interval: evaluate/predictions.safetensors is not there"
     return f"{words}. {_named(content, name)}, against {_named(content, other)}: {gap}."
 
 
 def confusion_share(content: RunContent, method: str, classes: np.ndarray) -> np.ndarray:
-    """Percent of the test images of each of these classes that were taken for each of them, float64 [n, n]."""
+    """Percent of the test images of each of these classes that were predicted as each of them, float64 [n, n]."""
     size = len(content.packed.classes)
     labels, predicted = content.predictions["labels"], content.predictions[method]
     table = np.bincount(labels * size + predicted, minlength=size * size).reshape(size, size).astype(float)

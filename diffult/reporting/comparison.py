@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from diffult.longtail.metrics import COLUMNS
+from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.reporting import figures
-from diffult.reporting.accuracy import BASE, CONTROL, verdict
+from diffult.reporting.accuracy import ADDED, BASE, CONTROL, REPEATED, few_test_images, not_measured, scored, verdict
 from diffult.reporting.page import render_page
 from diffult.reporting.text import duration, listed, number, signed
 
 LONG_TABLE = 40  # more classes than this are folded
+_FILLED = ("generate.balance_to=", "generate.dose=")  # the settings that duplicates must share
 Row = Mapping[str, Any]
 
 
@@ -23,9 +24,10 @@ def render(comparison: Mapping[str, Any]) -> str:
 
     Args:
         comparison: "preset", "command", "machine" {"device", "torch", ...}, "budget" {"steps", "batch_size"}, "seeds",
-            "classes", "counts", "groups" {"many", "few"}, "split" and "rows", as `diffult.compare` writes them.
+            "classes", "counts" and, where known, "test_counts" of each class, "groups" {"many", "few"}, "split" and
+            "rows", as `diffult.compare` writes them.
     """
-    rows = sorted(comparison["rows"], key=lambda row: -row["mean"]["top1"])
+    rows = sorted(comparison["rows"], key=lambda row: -_score(row))
     against = next((row["paired"]["against"] for row in rows if row["paired"]), None)
     titles = {row["name"]: row["title"] for row in rows}
     versions = dict(comparison["machine"])
@@ -39,11 +41,12 @@ def render(comparison: Mapping[str, Any]) -> str:
         seeds=listed([str(seed) for seed in comparison["seeds"]]),
         summary=summary(rows),
         against=titles.get(against),
-        control=any(row.get("paired_duplicates") for row in rows),
-        table=[table_row(row) for row in rows],
+        control=any(row["paired_duplicates"] for row in rows),
+        validation=any(row["validation"] is not None for row in rows),
+        small=_small(comparison),
+        table=[table_row(row, against) for row in rows],
         dots=figures.comparison_dots(rows, titles.get(against)),
         by_size=_by_size(rows, against, comparison["counts"]),
-        titles=[row["title"] for row in rows],
         by_class=_class_rows(rows, comparison["classes"], comparison["counts"]),
         long_table=LONG_TABLE,
     )
@@ -56,21 +59,28 @@ def mean_text(row: Row, column: str) -> str:
 
 
 def pair_text(pair: Mapping[str, Any] | None) -> str:
-    """A paired difference in points, with its interval where there is one."""
+    """A paired difference in points, with its interval where there is one; a dash without a difference."""
+    return " ".join(filter(None, _pair(pair)))
+
+
+def _pair(pair: Mapping[str, Any] | None) -> tuple[str, str]:
+    """The difference, and the interval in brackets."""
     if not pair:
-        return ""
+        return "–", ""
     low, high = pair["interval"] or (None, None)
-    return signed(pair["difference"]) + ("" if low is None else f" ({signed(low)} to {signed(high)})")
+    return signed(pair["difference"]), "" if low is None else f"({signed(low)} to {signed(high)})"
 
 
-def table_row(row: Row) -> dict[str, Any]:
-    """What the table shows of a row."""
+def table_row(row: Row, baseline: str | None) -> dict[str, Any]:
+    """What the table shows of a row; `baseline` is the name of the row that "paired" is against."""
     return {
+        "name": row["name"],
         "title": row["title"],
         "synthetic": row["synthetic"],
+        "validation": number(row["validation"]),
         "cells": [mean_text(row, column) for column in COLUMNS],
-        "paired": pair_text(row["paired"]),
-        "paired_duplicates": pair_text(row.get("paired_duplicates")),
+        "paired": ("baseline", "") if row["name"] == baseline else _pair(row["paired"]),
+        "paired_duplicates": _pair(row["paired_duplicates"]),
         "steps": row["steps"],
         "time": "–" if row["seconds"] is None else duration(row["seconds"]),
     }
@@ -78,15 +88,14 @@ def table_row(row: Row) -> dict[str, Any]:
 
 def _score(row: Row) -> float:
     """The mean top-1 on the validation images, on the test images where there are no others."""
-    known = row.get("validation")
-    return row["mean"]["top1"] if known is None else known
+    return row["mean"]["top1"] if row["validation"] is None else row["validation"]
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
     """{"question", "answer"}: what a user asks first."""
     order = sorted(rows, key=lambda row: -_score(row))
-    where = "test" if order[0].get("validation") is None else "validation"
-    answer = f"Highest on the {where} images: {_named(order[0])} on the test images."
+    where = "test" if order[0]["validation"] is None else "validation"
+    answer = f"Highest on the {where} images{scored(order[0]['validation'])}: {_named(order[0])} on the test images."
     if len(order) > 1:
         gains = [a["top1"] - b["top1"] for a, b in zip(order[0]["seeds"], order[1]["seeds"], strict=True)]
         answer += f" Next, {_named(order[1])}. Difference, seed by seed: {', '.join(map(signed, gains))} points."
@@ -95,26 +104,38 @@ def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
     if synthetic is None:
         return questions
     by_name = {row["name"]: row for row in rows}
-    for question, pair in (
-        ("Do synthetic images add anything to the best method without them?", synthetic["paired"]),
-        ("And to as many duplicates of real images?", synthetic.get("paired_duplicates")),
-    ):
-        questions.append({"question": question, "answer": _gain(synthetic, pair, by_name.get)})
+    filled = [part for part in synthetic["name"].split("@") if part.startswith(_FILLED)]
+    control = "@".join((CONTROL, *filled))
+    for question, pair in ((ADDED, synthetic["paired"]), (REPEATED, _repeated(synthetic, by_name))):
+        missing = not_measured(question, control, "--methods")
+        answer = _gain(synthetic, pair, by_name[pair["against"]]) if pair else missing
+        questions.append({"question": question, "answer": answer})
     return questions
+
+
+def _repeated(row: Row, by_name: Mapping[str, Row]) -> Mapping[str, Any] | None:
+    """The paired difference to as many duplicates, also where these are the best method without synthetic images."""
+    other = by_name[row["paired"]["against"]] if row["paired"] else None
+    best = other is not None and other["method"] == CONTROL and other["filled"] == row["filled"]
+    return row["paired"] if best else row["paired_duplicates"]
 
 
 def _named(row: Row) -> str:
     return f"{row['title']}, {mean_text(row, 'top1')}\N{NO-BREAK SPACE}%"
 
 
-def _gain(row: Row, pair: Mapping[str, Any] | None, find: Callable[[str], Row | None]) -> str:
+def _gain(row: Row, pair: Mapping[str, Any], other: Row) -> str:
     """The paired difference in words."""
-    other = find(pair["against"]) if pair else None
-    if pair is None or other is None:
-        return f"Not measured: add {CONTROL!r}, or a method without synthetic images, to --methods."
     interval = pair["interval"] or (np.nan, np.nan)
     words = verdict(*interval) or "No interval: one seed"
     return f"{words}. {_named(row)}, against {_named(other)}: {pair_text(pair)} points."
+
+
+def _small(comparison: Mapping[str, Any]) -> str | None:
+    known, groups = comparison.get("test_counts"), comparison["groups"]
+    if known is None:
+        return None
+    return few_test_images(np.array(known), class_groups(np.array(comparison["counts"]), groups["many"], groups["few"]))
 
 
 def _by_size(rows: Sequence[Row], against: str | None, counts: Sequence[int]) -> Markup | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
 from diffult.reporting.pictures import MAX_CLASSES, evenly
-from diffult.reporting.svg import COLOURS, SERIES, draw
+from diffult.reporting.svg import COLOURS, PANEL, SERIES, WIDE, draw, side_by_side
 from diffult.reporting.text import listed, number, shortened, signed
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def confusion(name: str, title: str, share: np.ndarray, classes: Sequence[str]) 
     """A confusion matrix, a row for each true class.
 
     Args:
-        share: float [n, n], percent of the row's test images that were taken for the column's class.
+        share: float [n, n], percent of the row's test images that were predicted as the column's class.
         classes: n names, in the order of the rows.
     """
     size = len(classes)
@@ -196,8 +197,10 @@ def confusion(name: str, title: str, share: np.ndarray, classes: Sequence[str]) 
     right = share.diagonal()
     alt = f"Confusion matrix of {title}, {size} classes: {right.min():.0f} to {right.max():.0f} percent right by class."
     if worst := confusions(share, classes, 3):
-        alt += " Most frequent errors: " + "; ".join(f"{a} taken for {b}, {p:.0f} percent" for a, b, p in worst) + "."
-    return draw(name, alt, plot, height=min(8.0, 2.6 + 0.2 * size))
+        alt += (
+            " Most frequent errors: " + "; ".join(f"{a} predicted as {b}, {p:.0f} percent" for a, b, p in worst) + "."
+        )
+    return draw(name, alt, plot, min(8.0, 2.6 + 0.2 * size), PANEL if size <= 12 else WIDE)
 
 
 def confusions(share: np.ndarray, classes: Sequence[str], count: int) -> list[tuple[str, str, float]]:
@@ -209,35 +212,48 @@ def confusions(share: np.ndarray, classes: Sequence[str], count: int) -> list[tu
 
 
 def curves(name: str, trainings: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
-    """Loss and speed over the steps.
+    """Loss and speed over the steps, in two panels, and a legend of several trainings.
 
     Args:
         trainings: title -> lines of a metrics file, {"step", "loss", "images_per_s"}.
     """
+    styles = {
+        title: (f"series{place % SERIES}", ("solid", "dashed", "dotted")[place // SERIES % 3])
+        for place, title in enumerate(trainings)
+    }
 
-    def plot(figure: Figure) -> None:
-        panels = figure.subplots(1, 2)
-        for place, (title, lines) in enumerate(trainings.items()):
-            style = {"color": COLOURS[f"series{place % SERIES}"], "linestyle": ("-", "--", ":")[place // SERIES % 3]}
-            for axes, value in zip(panels, ("loss", "images_per_s"), strict=True):
+    def panel(value: str, words: str, alt: str) -> Markup:
+        def plot(figure: Figure) -> None:
+            axes = figure.subplots()
+            for title, lines in trainings.items():
                 known = [line for line in lines if value in line]
                 steps, values = ([line[key] for line in known] for key in ("step", value))
-                axes.plot(steps, values, linewidth=1.3, label=title, **style)
-        for axes, words in zip(panels, ("loss", "images a second"), strict=True):
+                colour, dashes = styles[title]
+                axes.plot(steps, values, linewidth=1.3, color=COLOURS[colour], linestyle=dashes)
             axes.set(xlabel="step", title=words)
             axes.grid(axis="y")
-        panels[1].set_ylim(bottom=0)
-        losses = [line["loss"] for lines in trainings.values() for line in lines]
-        if 0 < 20 * min(losses) < max(losses):
-            panels[0].set_yscale("log")
-            panels[0].yaxis.set_major_formatter("{x:g}")
-        if len(trainings) > 1:
-            handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower left", ncols=3)
+            everything = [line[value] for lines in trainings.values() for line in lines if value in line]
+            if value != "loss":
+                axes.set_ylim(bottom=0)
+            elif 0 < 20 * min(everything) < max(everything):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
 
-    ends = "; ".join(f"{title} {lines[0]['loss']:.3g} to {lines[-1]['loss']:.3g}" for title, lines in trainings.items())
-    height = 2.7 + 0.2 * (len(trainings) // 3 if len(trainings) > 1 else 0)
-    return draw(name, f"Loss and speed over the steps. Loss, first to last reading: {ends}.", plot, height)
+        return draw(f"{name}-{value}", alt, plot, 2.7, PANEL)
+
+    def ends(value: str, digits: str) -> str:
+        known = {title: [line[value] for line in lines if value in line] for title, lines in trainings.items()}
+        return "; ".join(f"{t} {v[0]:{digits}} to {v[-1]:{digits}}" for t, v in known.items() if v)
+
+    panels = side_by_side(
+        panel("loss", "loss", f"Loss over the steps, first to last reading: {ends('loss', '.3g')}."),
+        panel(
+            "images_per_s", "images a second", f"Speed over the steps, images a second: {ends('images_per_s', '.0f')}."
+        ),
+    )
+    entry = Markup('<li><i style="border-top: 2px {} var(--{})"></i> {}</li>')
+    entries = Markup().join(entry.format(dashes, colour, title) for title, (colour, dashes) in styles.items())
+    return panels + Markup('<ul class="legend">{}</ul>').format(entries) if len(trainings) > 1 else panels
 
 
 def comparison_dots(rows: Sequence[Mapping[str, Any]], against: str | None) -> Markup:
@@ -247,35 +263,52 @@ def comparison_dots(rows: Sequence[Mapping[str, Any]], against: str | None) -> M
         rows: of comparison.json.
         against: title of the method that differences are to; None leaves them out.
     """
-    differences = [row for row in rows if row["paired"]]
 
-    def plot(figure: Figure) -> None:
-        panels = figure.subplots(1, 2, sharey=True) if against else [figure.subplots()]
-        for place, row in enumerate(rows):
-            colour = COLOURS["synthetic" if row["synthetic"] else "real"]
-            tops = [seed["top1"] for seed in row["seeds"]]
-            panels[0].plot(tops, [place] * len(tops), "o", color=colour, alpha=0.45, markersize=4)
-            panels[0].errorbar(row["mean"]["top1"], place, xerr=row["std"]["top1"] or 0, fmt="D",
-                               color=colour, markersize=5, capsize=3)  # fmt: skip
-            if against and row["paired"]:
-                paired = row["paired"]["difference"]
-                low, high = row["paired"]["interval"] or (paired, paired)
-                panels[1].errorbar(paired, place, xerr=[[max(paired - low, 0)], [max(high - paired, 0)]], fmt="D",
-                                   color=colour, markersize=5, capsize=3)  # fmt: skip
-        panels[0].set_yticks(range(len(rows)), [shortened(row["title"], 34) for row in rows])
-        panels[0].set(xlabel="top-1, %", ylim=(len(rows) - 0.4, -0.6))
-        if against:
-            panels[1].axvline(0, color=COLOURS["quiet"], linewidth=1)
-            panels[1].set_xlabel(f"points against {shortened(against, 30)}")
-        for axes in panels:
-            axes.grid(axis="x")
-            axes.tick_params(axis="y", length=0)
+    def tops(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+        colour, values = COLOURS["synthetic" if row["synthetic"] else "real"], [seed["top1"] for seed in row["seeds"]]
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=4)
+        axes.errorbar(row["mean"]["top1"], place, xerr=row["std"]["top1"] or 0, fmt="D",
+                      color=colour, markersize=5, capsize=3)  # fmt: skip
+
+    def gains(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+        gain = row["paired"]["difference"]
+        low, high = row["paired"]["interval"] or (gain, gain)
+        axes.errorbar(gain, place, xerr=[[max(gain - low, 0)], [max(high - gain, 0)]], fmt="D",
+                      color=COLOURS["synthetic"], markersize=5, capsize=3)  # fmt: skip
 
     means = "; ".join(
         f"{row['title']} {number(row['mean']['top1'])} deviation {number(row['std']['top1'])}" for row in rows
     )
     alt = f"Top-1 by method, mean and deviation over seeds: {means}."
-    if against and differences:
-        gaps = (f"{row['title']} {signed(row['paired']['difference'])}" for row in differences)
-        alt += f" Differences to {against}: {'; '.join(gaps)}."
-    return draw("dots", alt, plot, height=1.1 + 0.3 * len(rows))
+    panels = [_row_panel("dots", alt, rows, tops, "top-1, %")]
+    if against and (paired := [row for row in rows if row["paired"]]):
+        words = "; ".join(f"{row['title']} {signed(row['paired']['difference'])}" for row in paired)
+        label = textwrap.fill(f"points against {against}", 34)
+        panels.append(_row_panel("gains", f"Differences to {against}: {words}.", paired, gains, label, zero=True))
+    return side_by_side(*panels)
+
+
+def _row_panel(
+    name: str,
+    alt: str,
+    rows: Sequence[Mapping[str, Any]],
+    mark: Callable[[Axes, int, Mapping[str, Any]], None],
+    label: str,
+    zero: bool = False,
+) -> Markup:
+    """A line a method, its title to the left, what `mark` draws on it; `zero` marks where there is no difference."""
+    titles = ["\n".join(textwrap.wrap(row["title"], 24, max_lines=3, placeholder="…")) for row in rows]
+
+    def plot(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, row in enumerate(rows):
+            mark(axes, place, row)
+        axes.set_yticks(range(len(rows)), titles, parse_math=False)
+        axes.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        if zero:
+            axes.axvline(0, color=COLOURS["quiet"], linewidth=1)
+
+    lines = max(title.count("\n") for title in titles) + 1
+    return draw(name, alt, plot, 0.8 + (0.14 + 0.16 * lines) * len(rows), PANEL)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from diffult.reporting.text import duration, number, signed
+from diffult.reporting.text import counted, duration, number, signed, speed
 
 
 @cache
@@ -19,7 +19,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "number": number, "signed": signed}
+    environment.filters |= {filter_.__name__: filter_ for filter_ in (counted, duration, number, signed, speed)}
     return environment
 
 

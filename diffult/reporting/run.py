@@ -18,6 +18,7 @@ from diffult.reporting.accuracy import (
     CONTROL,
     accuracy_rows,
     confusion_share,
+    few_test_images,
     leaders,
     ranked,
     summary,
@@ -50,6 +51,7 @@ def render(content: RunContent) -> str:
         synthetic=int(synthetic.sum()),
         summary=summary(content),
         warning=copy_warning(copies),
+        small=_small(content, groups),
         accuracy=accuracy_rows(metrics, content.methods),
         validation=accuracy_rows(metrics.get("validation", {}), content.methods),
         histogram=figures.class_histogram(counts, synthetic, groups, packed.classes),
@@ -70,6 +72,13 @@ def render(content: RunContent) -> str:
         timings=timing_rows(metrics["seconds"]),
         total=duration(sum(metrics["seconds"].values())),
     )
+
+
+def _small(content: RunContent, groups: Mapping[str, np.ndarray]) -> str | None:
+    if "labels" not in content.predictions:
+        return None
+    tests = np.bincount(content.predictions["labels"], minlength=len(content.packed.counts))
+    return few_test_images(tests, groups)
 
 
 def timing_rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -26,14 +26,17 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def draw(name: str, alt: str, plot: Callable[[Figure], None], height: float = 3.2) -> Markup:
+WIDE, PANEL = 8.6, 4.3  # inches: the width of a page, and of a panel that a phone shows whole
+
+
+def draw(name: str, alt: str, plot: Callable[[Figure], None], height: float = 3.2, width: float = WIDE) -> Markup:
     """What `plot` draws, as an <svg> element; the same drawing gives the same text.
 
     Args:
         name: unique on the page, for the identifiers inside.
         alt: says what is seen to those who do not see it.
         plot: draws on an empty figure, in colours of COLOURS.
-        height: inches, of a figure 8.6 inches wide.
+        height, width: inches.
     """
     import matplotlib as mpl  # slow to import, and most commands need no figure
     from matplotlib.figure import Figure
@@ -41,7 +44,7 @@ def draw(name: str, alt: str, plot: Callable[[Figure], None], height: float = 3.
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
         # Text stays text in the file, so the reader's fonts draw what matplotlib's lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure((8.6, height), layout="constrained")
+        figure = Figure((width, height), layout="constrained")
         plot(figure)
         buffer = io.BytesIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -49,14 +52,20 @@ def draw(name: str, alt: str, plot: Callable[[Figure], None], height: float = 3.
     return Markup(_inline(buffer.getvalue().decode(), alt))
 
 
+def side_by_side(*panels: Markup) -> Markup:
+    """Panels beside each other, where the page is wide enough; else one above the other."""
+    return Markup('<div class="panels">\n{}\n</div>').format(Markup("\n").join(panels))
+
+
 def _inline(svg: str, alt: str) -> str:
     """As an element of an HTML page: no prolog, name spaces, style or needless identifiers, colours by name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r' id="[^"]*_[0-9]+"', "", svg).replace("xlink:href", "href")
-    box = re.search(r'viewBox="[^"]*"', svg)
+    box = re.search(r'viewBox="0 0 ([0-9.]+) [^"]*"', svg)
     assert box is not None
-    svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg role="img" aria-label="{escape(alt)}" {box[0]}>', svg, count=1)
+    head = f'<svg role="img" aria-label="{escape(alt)}" style="--units: {box[1]}" {box[0]}>'
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r">\s*\n\s*<", ">\n<", svg)

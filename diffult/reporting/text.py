@@ -24,6 +24,16 @@ def signed(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
+def speed(value: float) -> str:
+    """Of what was timed once: no more digits than it is worth."""
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def counted(count: int, one: str, more: str) -> str:
+    """1 class, 3 classes."""
+    return f"{count} {one if count == 1 else more}"
+
+
 def shortened(name: str, limit: int = 16) -> str:
     """A name on one line, cut to `limit` characters."""
     name = " ".join(name.split())

@@ -15,7 +15,7 @@ from diffult.errors import UserError
 from diffult.longtail.quota import quotas_to
 from diffult.pack import pack
 from diffult.report import command, write_report
-from diffult.reporting.accuracy import accuracy_rows, confusion_share, summary, verdict
+from diffult.reporting.accuracy import accuracy_rows, confusion_share, few_test_images, summary, verdict
 from diffult.reporting.content import RunContent
 from diffult.reporting.run import render, timing_rows
 from diffult.reporting.samples import generation_rows
@@ -46,17 +46,17 @@ def samples() -> Images:
 def test_report_shows_the_figures(config: Config, samples: Images) -> None:
     real = image_set(COUNTS, CLASSES)
     page = Page(render(RunContent(config, example_metrics(config), real, samples, "CPU of mine, torch 9")))
-    assert page.row("Cross-entropy") == ["Cross-entropy", "70.0", "91.0", "70.0", "48.1"]
-    assert page.row("DiffuLT") == ["DiffuLT", "75.3|+5.3", "88.0|−3.0", "70.0|+0.0", "51.3|+3.2"]
-    assert page.bold[:5] == ["91.0", "70.0", "75.3", "70.0", "51.3"]  # the tie is bold twice
+    assert page.row("Cross-entropy") == ["Cross-entropy|ce", "70.0", "91.0", "70.0", "48.1"]
+    assert page.row("DiffuLT") == ["DiffuLT|diffult", "75.3|+5.3", "88.0|−3.0", "70.0|+0.0", "51.3|+3.2"]
+    assert page.bold == ["91.0", "75.3", "51.3", *["62.5"] * 4]  # nothing is where all are equal
     _, validation, generation, time = page.tables
-    assert validation[1] == ["Cross-entropy", "61.5", "61.5", "61.5", "61.5"]
+    assert validation[1] == ["Cross-entropy|ce", "61.5", "61.5", "61.5", "61.5"]
     assert generation[1][:8] == ["cat", "12", "28", "35", "28", "20.0", "60.0", "20.0"]
     assert generation[2][:8] == ["tail", "3", "37", "80", "20 (short)", "10.0", "15.0", "75.0"]
     assert generation[3][:8] == ["all", "15", "65", "115", "48", "13.0", "28.7", "58.3"]
     assert page.row("diffusion")[:3] == ["diffusion", "1 min 15 s", "75 %"]
     assert time[-1][:2] == ["all", "1 min 40 s"]
-    machine, speed = "CPU of mine, torch 9", "guidance 1.5: 20 network evaluations a sample, 71.4 samples a second"
+    machine, speed = "CPU of mine, torch 9", "guidance 1.5: 20 network evaluations a sample, 71 samples a second"
     for words in ("0123456789ab", machine, speed, "balance_to = 40"):
         assert words in page.text
 
@@ -88,6 +88,7 @@ def test_gallery_sets_samples_beside_real_images(config: Config, html: str) -> N
     tail = picture(next(image for image in page.images if image["alt"] == "3 real images of class tail"))
     assert tail.shape == (64, 3 * 66 - 2, 3)
     np.testing.assert_array_equal(tail[:, :64], enlarged(real.image(52), 8))  # after 12 + 40 others
+    assert page.text.count("each above its nearest real image") == 2
     alt = "generated tail, beneath it the nearest real training image"
     shown = [picture(image) for image in page.images if image["alt"] == alt]
     assert len(shown) == 6 and shown[1].shape == (130, 64, 3)
@@ -99,25 +100,47 @@ def test_gallery_sets_samples_beside_real_images(config: Config, html: str) -> N
 
 def test_the_summary_answers_with_numbers(html: str) -> None:
     page = Page(html)
-    assert page.answers["Which method wins?"].startswith("Highest on the validation images: DiffuLT, 90.0\xa0%")
-    # 3 of 10 images, and 2 of 10, of 3 classes more: 196 sqrt(p (1 - p) / 30) points to either side
+    assert page.answers["Which method wins?"].startswith(
+        "Highest on the validation images (90.0\xa0%): DiffuLT, 90.0\xa0%"
+    )
+    # 2 of 10 images of 3 classes more, and 3 of 10: 196 sqrt(p (1 - p) / 30) points to either side
     gain = page.answers["Do synthetic images add anything to the best method without them?"]
     assert gain == (
-        "Yes: the interval lies above 0. DiffuLT, 90.0\xa0%, against Cross-entropy, 60.0\xa0%: "
-        "+30.0 points (95 % interval +13.6 to +46.4)."
+        "Yes: the interval lies above 0. DiffuLT, 90.0\xa0%, against Duplicates of real images, "
+        "70.0\xa0%: +20.0 points (95 % interval +5.7 to +34.3)."
     )
-    gain = page.answers["And to as many duplicates of real images?"]
-    assert "against Duplicates of real images, 70.0\xa0%: +20.0 points (95 % interval +5.7 to +34.3)" in gain
+    assert page.answers["Do they beat simply repeating real images?"] == gain
+    content = example_content(load_preset("digits-lt", SETTINGS))
+    del content.metrics["duplicates"]
+    gain = summary(content)[1]["answer"]
+    assert "against Cross-entropy, 60.0\xa0%: +30.0 points (95 % interval +13.6 to +46.4)" in gain
 
 
-def test_a_gain_whose_interval_includes_0_is_not_shown(config: Config) -> None:
+def test_a_gain_whose_interval_includes_0_is_inconclusive(config: Config) -> None:
     content = example_content(config)
-    content.predictions = {**content.predictions, "ce": content.predictions["diffult"]}
-    content.metrics["ce"]["top1"] = 90.0
-    assert summary(content)[1]["answer"].startswith("Not shown: the interval includes 0.")
+    content.predictions = {**content.predictions, "duplicates": content.predictions["diffult"]}
+    content.metrics["duplicates"]["top1"] = 90.0
+    assert summary(content)[1]["answer"].startswith("Inconclusive: the interval includes 0.")
     content.predictions = {}
     assert summary(content)[1]["answer"].startswith("No interval: evaluate/predictions.safetensors is not there.")
     assert verdict(-2.0, -1.0) == "No: the interval lies below 0"
+
+
+def test_what_is_missing_for_a_gain_is_named(config: Config) -> None:
+    content = example_content(config)
+    del content.metrics["duplicates"]
+    assert summary(content)[2]["answer"] == "Not measured: add 'duplicates' to classifier.methods."
+    del content.metrics["ce"]
+    missing = "Not measured: add a method without synthetic images, such as 'ce', to classifier.methods."
+    assert summary(content)[1]["answer"] == missing
+
+
+def test_few_test_images_are_warned_of(html: str) -> None:
+    groups = {"many": np.array([0, 1]), "medium": np.array([], int), "few": np.array([2])}
+    note = few_test_images(np.array([40, 10, 1]), groups)
+    assert note == "few: 1 test image, of 100.0 points each. Differences of a few test images may well be chance."
+    assert few_test_images(np.array([50, 0, 50]), groups) is None
+    assert "Few test images. top-1: 30 test images, of 3.3 points each; many: 10" in Page(html).text
 
 
 def test_copies_are_warned_of(config: Config, html: str) -> None:
@@ -139,7 +162,7 @@ def test_the_confusion_matrix_counts_test_images(config: Config, html: str) -> N
 
 def test_every_picture_says_what_is_seen(html: str) -> None:
     page = Page(html)
-    assert len(page.figures) == 8  # by class, 2 confusions, histogram, distances, 3 trainings
+    assert len(page.figures) == 11  # by class, 2 confusions, histogram, distances, 2 of each of 3 trainings
     assert all(len(label) > 40 for label in page.figures) and all(image["alt"] for image in page.images)
 
 
@@ -171,7 +194,7 @@ def test_a_group_without_test_images_is_a_dash() -> None:
     rows = accuracy_rows({"diffult": row | {"top1": 49.96}, "ce": row}, ("ce", "diffult"))
     assert [r["title"] for r in rows] == ["Cross-entropy", "DiffuLT"]
     assert rows[1]["cells"][1] == {"value": None, "best": False, "delta": None}
-    assert rows[1]["cells"][0] == {"value": 50.0, "best": True, "delta": 0.0}
+    assert rows[1]["cells"][0] == {"value": 50.0, "best": False, "delta": 0.0}
 
 
 def test_classes_that_drew_nothing_have_no_row() -> None:

@@ -77,21 +77,30 @@ def test_a_confusion_matrix_shows_its_shares_and_errors() -> None:
     share = np.array([[90.0, 10.0, 0.0], [0.0, 100.0, 0.0], [30.0, 0.0, 70.0]])
     svg = figures.confusion("c", "A", share, CLASSES)
     assert {"90", "10", "30", "100", "70"} <= texts(svg) and "0" not in texts(svg)
-    assert label(svg).endswith(f"tail taken for cat, 30 percent; cat taken for {CLASSES[1]}, 10 percent.")
+    assert label(svg).endswith(f"tail predicted as cat, 30 percent; cat predicted as {CLASSES[1]}, 10 percent.")
     assert figures.confusions(np.eye(2) * 100, ("a", "b"), 3) == []
+
+
+def labels(panels: str) -> list[str]:
+    drawn = ElementTree.fromstring(f"<div>{panels}</div>").findall(".//{*}svg")
+    return [svg.attrib["aria-label"] for svg in drawn]
 
 
 def test_curves_of_several_trainings_share_a_figure() -> None:
     lines = [{"step": 50, "loss": 2.0, "images_per_s": 10.0}, {"step": 100, "loss": 0.05, "images_per_s": 12.0}]
-    svg = figures.curves("curves", {"A": lines, "B": [{"step": 50, "loss": -1.0}]})
-    assert {"A", "B", "loss", "images a second"} <= texts(svg)
-    assert label(svg).endswith("A 2 to 0.05; B -1 to -1.")
+    panels = figures.curves("curves", {"A": lines, "B": [{"step": 50, "loss": -1.0}]})
+    assert {"loss", "images a second"} <= texts(f"<div>{panels}</div>")
+    loss, speed = labels(panels)
+    assert loss.endswith("A 2 to 0.05; B -1 to -1.") and speed.endswith("A 10 to 12.")
+    legend = re.findall(r'<i style="border-top: 2px (\w+) var\(--(\w+)\)"></i> (\w)', panels)
+    assert legend == [("solid", "series0", "A"), ("solid", "series1", "B")]
+    assert "legend" not in figures.curves("curves", {"A": lines})
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_dots_of_a_comparison(seeds: int) -> None:
     rows = example_comparison(seeds=seeds)["rows"]
-    svg = figures.comparison_dots(rows, "Logit adjustment")
-    assert {"Cross-entropy", "DiffuLT", "points against Logit adjustment"} <= texts(svg)
-    assert label(svg).endswith("Differences to Logit adjustment: DiffuLT +2.0.")
+    panels = figures.comparison_dots(rows, "Logit adjustment")
+    assert {"Cross-entropy", "DiffuLT", "points against Logit adjustment"} <= texts(panels)
+    assert labels(panels)[1:] == ["Differences to Logit adjustment: DiffuLT +2.0."]
     assert "points against" not in " ".join(texts(figures.comparison_dots(rows, None)))

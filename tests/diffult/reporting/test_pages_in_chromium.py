@@ -84,6 +84,19 @@ def test_a_page_fits_phone_and_desktop_and_is_legible(chromium: Any, file: Path,
     page.close()
 
 
+@pytest.mark.parametrize(("width", "beside"), [(360, False), (760, True)])
+def test_panels_stack_on_a_phone(chromium: Any, file: Path, width: int, beside: bool) -> None:
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    page.goto(file.as_uri())
+    places = "e => [...e.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().y)"
+    rows = page.evaluate(f"[...document.querySelectorAll('.panels')].map({places})")
+    assert rows and all((len(set(row)) == 1) == beside for row in rows)
+    assert page.evaluate("[...document.querySelectorAll('.panels')].every(e => e.scrollWidth <= e.clientWidth)")
+    sizes = "e => e.checkVisibility() ? e.getScreenCTM().a * parseFloat(e.style.fontSize) : 99"
+    assert min(page.evaluate(f"[...document.querySelectorAll('.panels text')].map({sizes})")) > 9  # pixels
+    page.close()
+
+
 def test_what_scrolls_is_reached_by_keyboard_and_has_a_name(chromium: Any, file: Path) -> None:
     page = chromium.new_page(viewport={"width": 360, "height": 800})
     page.goto(file.as_uri())
