@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from tqdm import tqdm
 
@@ -115,6 +116,7 @@ def gather(plan: Plan) -> dict[str, Any]:
     chosen = {"name": best["name"], "chosen_on": "validation" if best["validation"] else "test"} if best else None
     return {
         "seeds": complete, "classes": list(packed.classes), "counts": packed.counts.tolist(),
+        "test_counts": np.bincount(packed.test.labels, minlength=len(packed.classes)).tolist(),
         "groups": {"many": groups.many, "few": groups.few}, "split": "test", "baseline": chosen, "rows": compare(rows),
         "runs": [_cost(v, metrics[v.path] or {}) for v in plan.runs if v.seed in complete],
     }  # fmt: skip
