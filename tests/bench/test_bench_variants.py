@@ -75,6 +75,7 @@ def test_a_variant_shares_the_stages_it_does_not_touch(
         variants.measure(plan, 0, "variant", tmp_path)
 
 
+@pytest.mark.slow
 def test_variants_are_measured_once_and_share_the_model(tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text(

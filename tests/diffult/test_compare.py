@@ -128,6 +128,7 @@ def test_one_run_that_fails_does_not_lose_the_others(tmp_path, inside, monkeypat
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_interrupted_it_stops_its_runs(tmp_path):
     words = [sys.executable, "-m", "diffult.compare", "--preset", "digits-lt", "--run", str(tmp_path)]
     settings = [*SETTINGS, "--set", "extractor.steps=1000000"]
@@ -210,6 +211,7 @@ def test_the_ablation_adds_one_part_a_row(tmp_path):
     assert json.dumps([row.title for row in rows]).count("alone") == 3
 
 
+@pytest.mark.slow
 def test_own_images_are_compared_on_settings_that_are_proposed_once(tmp_path, inside):
     """Two classes of digits as PNGs; the plan is a preset beside the runs, which a second command goes on with."""
     digits = load_digits()
