@@ -112,7 +112,8 @@ def check_runs(results: Path) -> list[dict[str, Any]]:
                 continue
             config = load_preset(preset, [*settings, f"classifier.methods={run['methods']}"])
             flops = stage_flops(config, len(content["classes"]), run["generation"]["drawn"])
-            measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in flops]
+            known = [stage for stage in flops if stage in run["seconds"]]
+            measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in known]
     rows = []
     for preset, seed, stage, flops, seconds in measured:
         others = [f / s for p, _, other, f, s in measured if p != preset and other == stage]
