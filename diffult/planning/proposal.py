@@ -28,7 +28,7 @@ _PACK, _DIFFUSION, _DIFFUSION_MOST, _DRAW, _CLASSIFY, _USED = 0.15, 0.4, 0.5, 0.
 # Pixels, and the training images at a width that must be affordable: fewer learn less than a smaller size would show.
 _SIZES = ((8, 0, 32), (16, 0, 32), (32, 100_000, 32), (48, 1_000_000, 64), (64, 2_000_000, 64), (128, 50_000_000, 128))
 _WIDTHS = (32, 48, 64, 96, 128, 192)
-_METHODS = ["ce", "resample", "logit_adjust", "duplicates", "diffult", "diffult+logit_adjust"]
+_METHODS = ["ce", "resample", "logit_adjust", "duplicates", "diffult", "mix+logit_adjust"]
 _MANY_CLASSES = 20  # above, the extractor's label is wrong too often to be asked for
 
 

@@ -82,8 +82,7 @@ def test_raw_images_keep_every_bit(tmp_path: Path, shape: tuple[int, int, int]) 
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
-@pytest.mark.parametrize("shape", [(64, 128, 1), (32, 32, 3)])
+@pytest.mark.parametrize(("os_cache", "shape"), [(True, (64, 128, 1)), (False, (32, 32, 3))])
 def test_ffcv_itself_reads_what_is_written(tmp_path: Path, os_cache: bool, shape: tuple[int, int, int]) -> None:
     pytest.importorskip("ffcv")
     images, columns = random_set(3 * 1024, shape)  # grey: 25 MB in four pages of 8 MiB
