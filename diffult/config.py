@@ -150,18 +150,14 @@ class ClassifierConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _both_kinds_in_a_batch(self) -> Self:
-        mixing = any("synthetic_share" in find_method(name).reads for name in self.methods)
-        if mixing and not 0 < self.synthetic_images < self.batch_size:
-            raise ValueError(
-                f"synthetic_share = {self.synthetic_share} makes {self.synthetic_images} of {self.batch_size} images "
-                "synthetic: need at least one of either kind in a batch"
-            )
+        if self.batch_size < 2 and any("synthetic_share" in find_method(name).reads for name in self.methods):
+            raise ValueError("batch_size = 1: methods that mix by share need two images, one of either kind")
         return self
 
     @property
     def synthetic_images(self) -> int:
-        """Synthetic images in a batch of the methods that mix by share."""
-        return round(self.synthetic_share * self.batch_size)
+        """Synthetic images in a batch of the methods that mix by share, at least one of either kind."""
+        return min(max(round(self.synthetic_share * self.batch_size), 1), self.batch_size - 1)
 
 
 class GroupsConfig(StrictModel):

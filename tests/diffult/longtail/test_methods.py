@@ -151,10 +151,17 @@ def test_a_share_without_synthetic_images_is_the_natural_order(both):
     assert np.array_equal(np.sort(order.epoch(0, 3)), np.arange(42))
 
 
-@pytest.mark.parametrize("share", ["0.001", "0.999", "0", "1", "true", "'0.5'"])
+@pytest.mark.parametrize("share", ["0", "1", "true", "'0.5'"])
 def test_a_share_that_leaves_one_kind_out_is_refused(share):
     with pytest.raises(UserError, match=r"synthetic_share"):
-        classifier_config(f"synthetic_share={share}", "methods=['ce', 'diffult', 'mix']")
+        classifier_config(f"synthetic_share={share}", "methods=['mix']")
+    with pytest.raises(UserError, match=r"batch_size = 1: methods that mix by share need two images"):
+        classifier_config("batch_size=1", "methods=['mix']")
+
+
+@pytest.mark.parametrize(("batch", "share", "images"), [(64, 0.25, 16), (2, 0.25, 1), (64, 0.001, 1), (64, 0.999, 63)])
+def test_a_batch_holds_images_of_either_kind(batch, share, images):
+    assert classifier_config(f"batch_size={batch}", f"synthetic_share={share}").synthetic_images == images
 
 
 @pytest.mark.parametrize(
