@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Read when torch is imported, here and by every command that a test starts: at these sizes one thread is no slower, and
+# sums of several threads may differ by rounding between processes, where tests ask for equal bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():
