@@ -86,7 +86,7 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
         missing = [name for name in wave if not _up_to_date(run, folder / f"{name}.safetensors")]
         missing = world.gather(missing)[0]  # of the first process: it may already write the first of them
         loaders = {name: loader if find_method(name).synthetic else real_loader for name in missing}
-        trainings = [_training(run, *pair, world) for pair in loaders.items()]
+        trainings = [_training(run, packed, *pair, world) for pair in loaders.items()]
         for training in fit_all(trainings):
             if world.is_main:
                 name = training.checkpoint.name.removesuffix(".state.pt")
@@ -113,9 +113,9 @@ def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> N
     method.adapt(training.model, prior, validate)
 
 
-def _training(run: RunDir, name: str, loader: Loader, world: World) -> Training:
+def _training(run: RunDir, packed: Packed, name: str, loader: Loader, world: World) -> Training:
     config, method, images = run.config.classifier, find_method(name), loader.image_set
-    filling, num_classes, device = run.config.generate, len(run.packed().classes), loader.device
+    filling, num_classes, device = run.config.generate, len(packed.classes), loader.device
     train = TrainingSet(
         images.labels, images.synthetic, num_classes, config, filling.balance_to,
         partial(_soft_labels, run, images, num_classes, device), filling.dose,

@@ -91,14 +91,19 @@ def _grey(x: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
+def symmetric_beta(u: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """Numbers of Beta(alpha, alpha) from two uniform ones each, by the polar method (Bailey 1994 for Student's t, with
+    2 alpha degrees of freedom, whose t / sqrt(2 alpha + t^2) is 2 x - 1 of a symmetric beta number x):
+
+    w = u^(1 / alpha)    c = cos(2 pi v)    x = (1 + c sqrt((1 - w) / (w + (1 - w) c^2))) / 2
+    """
+    w, c = u ** (1 / alpha), torch.cos(2 * math.pi * v)
+    return ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # against rounding
+
+
 def mixup(images: Tensor, seed: int, positions: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Each image mixed with the one before it in the batch, the first with the last (Zhang et al. 2018, "mixup: Beyond
     empirical risk minimization", eq. 1, here with a share for each image).
-
-    The share is made of two uniform numbers u, v of the sample by the polar method (Bailey 1994 for Student's t, with
-    2 alpha degrees of freedom, whose t / sqrt(2 alpha + t^2) is 2 x - 1 of a symmetric beta number x):
-
-        w = u^(1 / alpha)    c = cos(2 pi v)    x = (1 + c sqrt((1 - w) / (w + (1 - w) c^2))) / 2
 
     Args:
         images: float [B, C, H, W], in a random order: the one before is a partner drawn by chance.
@@ -116,8 +121,7 @@ def mixup(images: Tensor, seed: int, positions: Tensor, alpha: float) -> tuple[T
     if not alpha > 0:
         raise ValueError(f"mixup needs alpha > 0, got {alpha}")
     u, v = uniform(signed(seed), positions >> 32, positions, 1, 2).unbind(1)  # step 1: `augment` takes those of step 0
-    w, c = u ** (1 / alpha), torch.cos(2 * math.pi * v)
-    share = ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # against rounding
+    share = symmetric_beta(u, v, alpha)
     return torch.lerp(images.roll(1, 0), images, share.to(images.dtype).view(-1, 1, 1, 1)), share
 
 

@@ -7,7 +7,6 @@ same in a batch of any size, on any process and after any restart.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from diffult.errors import UserError
 from diffult.longtail.methods import Mix
-from kernels.augment import mixup
+from kernels.augment import mixup, symmetric_beta
 from kernels.random import check_names, philox4x32, signed, uniform
 
 PolicyName = Literal["none", "randaugment", "autoaugment"]
@@ -141,7 +140,7 @@ def cutmix(images: Tensor, partners: Tensor, seed: int, positions: Tensor, alpha
     if not alpha > 0:
         raise ValueError(f"CutMix needs alpha > 0, got {alpha}")
     numbers = uniform(signed(seed), positions >> 32, positions, _CUTMIX, 4)
-    cut = torch.sqrt(1 - _symmetric_beta(numbers[:, 0], numbers[:, 1], alpha))
+    cut = torch.sqrt(1 - symmetric_beta(numbers[:, 0], numbers[:, 1], alpha))
     height, width = images.shape[-2:]
     sides = 2 * torch.floor(torch.stack([cut * height, cut * width], dim=1) / 2)  # even, as in the authors' code
     inside = _rectangles(numbers[:, 2:], sides, (height, width))
@@ -159,12 +158,6 @@ def mixed(images: Tensor, partners: Tensor, seed: int, positions: Tensor, mix: M
         chosen = uniform(signed(seed), positions >> 32, positions, _CHOSEN, 1)[:, 0] <= mix.probability
         result, share = torch.where(chosen.view(-1, 1, 1, 1), result, images), torch.where(chosen, share, 1.0)
     return result, share
-
-
-def _symmetric_beta(u: Tensor, v: Tensor, alpha: float) -> Tensor:
-    """Numbers of Beta(alpha, alpha) from two uniform ones each, as in `kernels.augment.mixup`."""
-    w, c = u ** (1 / alpha), torch.cos(2 * math.pi * v)
-    return ((1 + c * torch.sqrt((1 - w) / (w + (1 - w) * c**2))) / 2).clamp(0, 1)  # against rounding
 
 
 def _rectangles(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:

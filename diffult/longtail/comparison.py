@@ -108,14 +108,16 @@ def table(comparison: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] | Non
     return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
+def score(row: Mapping[str, Any]) -> float:
+    """Of a compared row: the mean top-1 on the validation images, on the test images where there are no others."""
+    return row["mean"]["top1"] if row["validation"] is None else row["validation"]
+
+
 def best_rows(comparison: Mapping[str, Any], number: int, always: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows that are best on the validation images, where there are such, and those named in `always`; the highest
     mean top-1 on the test images first."""
 
-    def order(row: Mapping[str, Any]) -> float:
-        return row["mean"]["top1"] if row["validation"] is None else row["validation"]
-
-    best = sorted(comparison["rows"], key=order, reverse=True)
+    best = sorted(comparison["rows"], key=score, reverse=True)
     chosen = best[:number] + [row for row in best[number:] if row["name"] in always]
     return sorted(chosen, key=lambda row: -row["mean"]["top1"])
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 EXPECTED = 0.05  # share of copies among images like the held-out ones
 MIN_HELD_OUT = 20  # images of a class: the nearest of so many is nearer than 95 %
 MIN_IMAGES_FOR_SCALE = 3  # two have one distance, which says little
-_WARN_SHARE, _WARN_SAMPLES = 0.5, 5  # more copies than this in a class of at least so many samples: hardly by chance
+_WARN_PERCENT, _WARN_SAMPLES = 50.0, 5  # more copies than this in a class of at least so many samples: hardly by chance
 _NUMBERS = 2**24  # of the images of a batch: 64 MiB as float32
 _ROWS = 1024
 _SCALE_ROWS = 256  # training images of a class that its scale is measured on
@@ -104,7 +104,7 @@ def copy_shares(copies: dict[str, Tensor], classes: Sequence[str]) -> dict[str, 
     mostly = [
         f"{name} ({hits} of {count})"
         for name, hits, count in zip(classes, found, samples, strict=True)
-        if count >= _WARN_SAMPLES and hits > _WARN_SHARE * count
+        if mostly_copies(percent(hits, count), count)
     ]
     if mostly:
         log.warning(
@@ -115,6 +115,11 @@ def copy_shares(copies: dict[str, Tensor], classes: Sequence[str]) -> dict[str, 
             ", ".join(mostly[:_NAMED]) + (", ..." if len(mostly) > _NAMED else ""),
         )
     return {"share": percent(sum(found), sum(samples)), "by_class": by_class, "expected": 100 * EXPECTED}
+
+
+def mostly_copies(share: float | None, samples: int) -> bool:
+    """Whether a class is warned of, from its percent of copies, None where not known, and its number of samples."""
+    return share is not None and share > _WARN_PERCENT and samples >= _WARN_SAMPLES
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffult.longtail.comparison import CONTROL
 from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS
 from diffult.reporting.content import RunContent
 from diffult.reporting.text import counted, number, signed
 
 BASE = "ce"  # differences in the table are to it
-CONTROL = "duplicates"
 ADDED = "Do synthetic images add anything to the best method without them?"
 REPEATED = "Do they beat simply repeating real images?"
 _SMALL = 50  # test images; of fewer, one is worth more than 2 points

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from diffult.longtail.comparison import CONTROL, score
 from diffult.longtail.metrics import COLUMNS, class_groups
 from diffult.reporting import figures
-from diffult.reporting.accuracy import ADDED, BASE, CONTROL, REPEATED, few_test_images, not_measured, scored, verdict
+from diffult.reporting.accuracy import ADDED, BASE, REPEATED, few_test_images, not_measured, scored, verdict
 from diffult.reporting.page import render_page
 from diffult.reporting.text import duration, listed, number, signed
 
@@ -27,7 +28,7 @@ def render(comparison: Mapping[str, Any]) -> str:
             "classes", "counts" and, where known, "test_counts" of each class, "groups" {"many", "few"}, "split" and
             "rows", as `diffult.compare` writes them.
     """
-    rows = sorted(comparison["rows"], key=lambda row: -_score(row))
+    rows = sorted(comparison["rows"], key=lambda row: -score(row))
     against = next((row["paired"]["against"] for row in rows if row["paired"]), None)
     titles = {row["name"]: row["title"] for row in rows}
     versions = dict(comparison["machine"])
@@ -86,14 +87,9 @@ def table_row(row: Row, baseline: str | None) -> dict[str, Any]:
     }
 
 
-def _score(row: Row) -> float:
-    """The mean top-1 on the validation images, on the test images where there are no others."""
-    return row["mean"]["top1"] if row["validation"] is None else row["validation"]
-
-
 def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
     """{"question", "answer"}: what a user asks first."""
-    order = sorted(rows, key=lambda row: -_score(row))
+    order = sorted(rows, key=lambda row: -score(row))
     where = "test" if order[0]["validation"] is None else "validation"
     answer = f"Highest on the {where} images{scored(order[0]['validation'])}: {_named(order[0])} on the test images."
     if len(order) > 1:
@@ -141,7 +137,7 @@ def _small(comparison: Mapping[str, Any]) -> str | None:
 def _by_size(rows: Sequence[Row], against: str | None, counts: Sequence[int]) -> Markup | None:
     """Of cross-entropy, the best method without synthetic images, the first with them and the duplicates; None where
     no accuracy by class was measured."""
-    synthetic = max((row for row in rows if row["synthetic"]), key=_score, default=rows[0])
+    synthetic = max((row for row in rows if row["synthetic"]), key=score, default=rows[0])
     chosen = dict.fromkeys((BASE, against or rows[0]["name"], synthetic["name"], CONTROL))
     by_name = {row["name"]: row for row in rows}
     values = {by_name[name]["title"]: by_name[name]["mean"]["by_class"] for name in chosen if name in by_name}

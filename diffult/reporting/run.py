@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from diffult.longtail.comparison import CONTROL
 from diffult.longtail.filter import FILTERS, Verdict
 from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import class_groups
@@ -15,7 +16,6 @@ from diffult.longtail.quota import quotas_to
 from diffult.reporting import figures
 from diffult.reporting.accuracy import (
     BASE,
-    CONTROL,
     accuracy_rows,
     confusion_share,
     few_test_images,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from diffult.longtail.copies import mostly_copies
 from diffult.longtail.filter import Verdict
 from diffult.reporting.content import RunContent
 from diffult.reporting.pictures import MAX_CLASSES, data_uri, evenly, first_images, image_column, image_strip
 from diffult.reporting.text import listed
 
 _PER_CLASS = 6  # real images of a class, and as many samples beside them
-_MOSTLY, _FEW = 50.0, 5  # a class is warned of with more percent of copies, of at least so many samples
 
 
 def generation_rows(
@@ -111,7 +111,7 @@ def copy_rows(content: RunContent) -> list[dict[str, Any]]:
         if kept[c]:
             medians = {name: _median(copies, name, content.samples.labels == c) for name in ("pixels", "features")}
             medians |= {name: _median(copies, name, held_out == c) for name in ("held_out_pixels", "held_out_features")}
-            mostly = share is not None and share > _MOSTLY and kept[c] >= _FEW
+            mostly = mostly_copies(share, int(kept[c]))
             rows.append(
                 {"name": packed.classes[c], "real": packed.counts[c], "share": share, "mostly": mostly} | medians
             )
