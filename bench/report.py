@@ -3,7 +3,7 @@
     python -m bench.report      # rewrites every table, and docs/roofline.png from the first machine of a page
 
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds:
-`comparison`, and its `best` rows beside the plain ones (`diffult.compare`), `steps` (`bench.variants`), `loaders`
+`comparison`, and its `best` rows beside the plain ones (`diffult.compare`), `variants` (`bench.variants`), `loaders`
 (`bench.loaders`), `speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check`
 (`bench.cost`), `growth` (`bench.growth`).
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -28,21 +27,6 @@ from diffult.runs.files import atomic_write, read_json, write_text
 
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/experiments.md"))
 _MARKED = re.compile(r"(<!-- bench:(\w+) (\S+) -->\n)(.*?)(<!-- bench:end -->)", re.DOTALL)
-
-
-def steps(results: dict[str, Any]) -> str:
-    """Variants of generation: means over the seeds."""
-    lines = [
-        "| | evaluations | Fréchet distance, few | correct labels, few | accepted | top-1 | few |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, runs in results["results"].items():
-        cells = [f"{runs[0]['nfe']}", f"{mean(run['frechet']['few'] for run in runs):.1f}"]
-        cells += [f"{mean(run['labelled']['few'] for run in runs):.0f} %"]
-        cells += [f"{mean(run['accepted'] for run in runs):.0f} %"]
-        cells += [f"{mean(run['validation']['diffult'][group] for run in runs):.1f}" for group in ("top1", "few")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def loaders(results: dict[str, Any]) -> str:
@@ -64,7 +48,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "best": lambda results: table(
         results, best_rows(results, 4, ("ce", "resample", "logit_adjust", "duplicates", "diffult"))
     ),
-    "steps": steps,
+    "variants": tables.variants_table,
     "loaders": loaders,
     "speed": tables.speed_table,
     "suite": tables.suite_table,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Callable
+from statistics import mean, median
 from typing import Any
 
 from bench.race import OURS, best_rival, our_best, ratios
+from diffult.longtail.comparison import student_interval
+from diffult.longtail.methods import find_method
 
 Content = dict[str, Any]
 _SHARES = (("tflop_per_s", "TFLOP/s", "share_of_compute"), ("gb_per_s", "GB/s", "share_of_copy"))
@@ -133,3 +136,73 @@ def growth_table(content: Content) -> str:
         for row in rows
     ]
     return _table(["work", "images", "images/s", "peak memory, MB"], lines)
+
+
+def variants_table(content: Content) -> str:
+    """One line a variant, means over its seeds (see `bench.variants`); differences to the first variant seed by seed,
+    with their 95 % interval, where there are several seeds. What was not measured has no column."""
+    results = {name: rows for name, rows in content["results"].items() if rows}
+    base = next(iter(results.values()))
+    columns: dict[str, Callable[[list[Content]], str]] = {
+        "training, s": lambda rows: _mean(rows, "diffusion_seconds"),
+        "samples/s (evaluations)": lambda rows: f"{_mean(rows, 'samples.images_per_s')} ({rows[0]['samples']['nfe']})",
+        "accepted, %": lambda rows: _mean(rows, "samples.accepted.mean"),
+        "copies, %": lambda rows: _mean(rows, "samples.copies.mean"),
+        "right labels, % (few)": lambda rows: _with_few(rows, "samples.labelled.mean", "samples.labelled.few"),
+        "Fréchet distance (few)": lambda rows: _with_few(rows, "samples.frechet.mean", "samples.frechet.few"),
+        "difference in Fréchet distance": lambda rows: _to_base(rows, base, "samples.frechet.mean", 2),
+        "CAS (few)": lambda rows: _with_few(rows, "cas.top1", "cas.few"),
+        "difference in CAS": lambda rows: _to_base(rows, base, "cas.top1", 1),
+        "gain": lambda rows: _signed(list(gains(rows).values()), 1),
+    }
+    cells = {title: [column(rows) for rows in results.values()] for title, column in columns.items()}
+    shown = {title: column for title, column in cells.items() if any(column)}
+    return _table(["", *shown], [list(row) for row in zip(results, *shown.values(), strict=True)])
+
+
+def gains(rows: list[Content]) -> dict[int, float]:
+    """By seed: top-1 of the best method with synthetic images less that of the best without, each the best by its mean
+    over the seeds; empty where a kind was not measured."""
+    top1 = {name: mean(_by_seed(rows, f"validation.{name}.top1").values()) for name in rows[0]["validation"] or {}}
+    kinds = [[name for name in top1 if find_method(name).synthetic is synthetic] for synthetic in (True, False)]
+    if not all(kinds):
+        return {}
+    best, control = (_by_seed(rows, f"validation.{max(kind, key=lambda name: top1[name])}.top1") for kind in kinds)
+    return {seed: best[seed] - control[seed] for seed in best}
+
+
+def _by_seed(rows: list[Content], path: str) -> dict[int, float]:
+    """The values at a path such as cas.top1, without those that are None or not measured."""
+    found = {}
+    for row in rows:
+        value: Any = row
+        for key in path.split("."):
+            value = None if value is None else value[key]
+        if value is not None:
+            found[row["seed"]] = value
+    return found
+
+
+def _mean(rows: list[Content], path: str) -> str:
+    values = _by_seed(rows, path).values()
+    return number(mean(values)) if values else ""
+
+
+def _with_few(rows: list[Content], path: str, few: str) -> str:
+    return f"{overall} ({_mean(rows, few) or '–'})" if (overall := _mean(rows, path)) else ""
+
+
+def _to_base(rows: list[Content], base: list[Content], path: str, digits: int) -> str:
+    """The difference in what both have measured at two seeds or more; empty for the base itself."""
+    mine, theirs = _by_seed(rows, path), _by_seed(base, path)
+    both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    return _signed(both, digits) if len(both) > 1 and rows is not base else ""
+
+
+def _signed(differences: list[float], digits: int) -> str:
+    """Mean and interval: +0.8 (-0.2 to +1.8)."""
+    if not differences:
+        return ""
+    low_high = student_interval(differences)
+    interval = " ({:+.{d}f} to {:+.{d}f})".format(*low_high, d=digits) if low_high else ""
+    return f"{mean(differences):+.{digits}f}{interval}"

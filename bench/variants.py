@@ -1,96 +1,189 @@
-"""Variants of a preset side by side: how good the samples are, how fast they come, and what the classifier gains.
+"""Variants of a preset's recipe side by side, on the validation images: how good the samples are, how fast they come
+and what a classifier gains.
 
-    python -m bench.variants bench/plans/steps-digits.toml
+    python -m bench.variants bench/plans/fashion-samplers.toml
 
-The file names the preset, the seeds, and for each variant the settings that it changes. Stages that read the same
-settings are shared: variants that differ in generation alone share one diffusion model, those that differ in its
-training one extractor. Every variant is a run of `diffult.run`, kept in runs/ and resumed where it was interrupted.
+The file is a `Plan`. Every variant is a run of `diffult.run`, kept in runs/variants/ and resumed where it was
+interrupted; a changed plan measures what it changes. Variants share the stages that read the same settings: those that
+differ in generation alone share one diffusion model, and all share the classifiers without synthetic images.
+
+    training, s       of the diffusion model
+    samples/s         drawn and judged by the filter; evaluations of the network for each
+    accepted          by the filter, of the first `per_class` candidates of every class; the next three are of these too
+    copies            of training images, of those accepted, as `diffult.evaluate` counts them
+    right labels      confirmed by a judge that was trained on the whole, balanced set
+    Fréchet distance  to the validation images in the judge's features, mean over classes
+    CAS               validation accuracy of a classifier trained on `cas_per_class` accepted samples of every class
+    gain              validation accuracy of the best method with synthetic images less that of the best without, the
+                      best by their mean over the seeds: the more methods, the more both are too high
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any
 
-import numpy as np
 import typer
+from pydantic import Field, ValidationError
 
-from bench.quality import quality, train_judge
+from bench.quality import by_group, classification_accuracy_score, sample_quality, train_judge
+from bench.tables import variants_table
 from diffult.cli import main
-from diffult.engine.device import machine
+from diffult.config import load_preset
+from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
-from diffult.evaluate import evaluate
-from diffult.longtail.metrics import class_groups
+from diffult.evaluate import accuracies_on
+from diffult.longtail.extractor import load_extractor
+from diffult.longtail.methods import SPECIFIC, in_waves
+from diffult.pack import pack
 from diffult.run import run_pipeline
-from diffult.runs.files import read_json, write_json
+from diffult.runs.files import metadata, read_json, write_json
 from diffult.runs.run_dir import RunDir
+from diffult.runs.stages import STAGES, Stage
+from diffult.strict_model import StrictModel
+from diffult.train_classifier import method_hash
+
+BASE = "base"
 
 
-def measure(plan: dict[str, Any], seed: int, name: str, folder: Path) -> dict[str, Any]:
-    """One variant at one seed: its metrics, its seconds, and the quality of its samples by group of classes."""
-    preset, overrides = plan["preset"], plan["variants"][name]
-    settings = [f"seed={seed}", f"data.seed={seed}", *plan.get("settings", [])]
-    run = RunDir.open(folder / f"{name}-{seed}", preset, [*settings, *overrides])
-    if (run.path / "measured.json").exists():
-        return read_json(run.path / "measured.json")
-    base = RunDir.open(folder / f"base-{seed}", preset, settings)
-    if run.path != base.path:
-        run.share(base)
-    run_pipeline(run)
+class Plan(StrictModel):
+    """What is compared. A variant without settings of its own, "base", is added where there is none."""
+
+    preset: str
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    settings: tuple[str, ...] = ()  # section.key=value, of all variants
+    per_class: int = Field(200, ge=2)  # candidates of each class that samples are judged by
+    cas_per_class: int = Field(500, ge=0)  # 0: no CAS
+    classifiers: bool = True  # whether the preset's methods are trained, for the gain
+    variants: dict[str, tuple[str, ...]]  # the settings of each
+
+
+def read_plan(file: Path) -> Plan:
+    """Raises UserError for what is no plan, or names settings that do not exist."""
+    try:
+        plan = Plan.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as TOML ({error})") from None
+    plan = plan.model_copy(update={"variants": {BASE: (), **plan.variants}})
+    for own in plan.variants.values():
+        load_preset(plan.preset, [*plan.settings, *own])
+    return plan
+
+
+def open_runs(plan: Plan, seed: int, folder: Path) -> dict[str, RunDir]:
+    """The runs of a seed by variant. What a changed plan makes outdated is redone."""
+    settings = [f"seed={seed}", f"data.seed={seed}", *plan.settings]
+    return {
+        name: RunDir(folder / f"{name}-{seed}", load_preset(plan.preset, [*settings, *own]))
+        for name, own in plan.variants.items()
+    }
+
+
+def share(run: RunDir, other: RunDir) -> None:
+    """Takes over what another run has finished with the same settings, single classifiers too."""
+    if run is other or run.config.data != other.config.data:
+        return
+    run.share(other)
+    if run.done("pack") is None:
+        return
+    for name in [name for wave in in_waves(run.config.classifier.methods) for name in wave]:
+        theirs, ours = (part.folder("classifier") / f"{name}.safetensors" for part in (other, run))
+        if metadata(ours).get("hash") != method_hash(run, name) == metadata(theirs).get("hash"):
+            ours.parent.mkdir(exist_ok=True)
+            ours.unlink(missing_ok=True)
+            ours.hardlink_to(theirs)
+
+
+def measure(plan: Plan, seed: int, name: str, folder: Path) -> dict[str, Any]:
+    """One variant at one seed; accuracies and shares in percent, each piece measured once.
+
+    Raises:
+        UserError: there are no validation images, or see `run_pipeline`.
+    """
+    runs = open_runs(plan, seed, folder)
+    run = runs[name]
+    for other in runs.values():
+        share(run, other)
+    pack(run)
     packed = run.packed()
     if packed.val is None:
-        raise UserError(f"{preset}: there are no validation images to compare samples with; set data.val_per_class")
-    judge = train_judge(preset, [f"data.seed={seed}"], folder / f"judge-{seed}")
-    seen = quality(run, judge, packed.val, plan["per_class"])
-    groups = class_groups(packed.counts, run.config.groups.many, run.config.groups.few)
-    metrics = evaluate(run)
-    result = {
-        "frechet": {group: float(np.mean(np.array(seen["frechet"])[mask])) for group, mask in groups.items()},
-        "labelled": {group: 100 * float(np.mean(np.array(seen["labelled"])[mask])) for group, mask in groups.items()},
-        "accepted": 100 * metrics["generation"]["accepted"] / max(metrics["generation"]["drawn"], 1),
-        "images_per_s": metrics["generation"]["images_per_s"],
-        "nfe": metrics["generation"]["nfe"],
-        "diffusion_seconds": metrics["seconds"]["diffusion"],
-        "validation": metrics["validation"],
+        raise UserError(f"{plan.preset}: there are no validation images to measure with; set data.val_per_class")
+    until: Stage = "classifier" if plan.classifiers else "diffusion"
+    if any(run.done(stage) is None for stage in STAGES[: STAGES.index(until) + 1]):
+        run_pipeline(run, until)
+    judge, held_out = train_judge(plan.preset, seed, folder.parent), packed.val
+
+    def judged(place: Path) -> dict[str, Any]:
+        extractor = load_extractor(judge.folder("extractor"), pick_device())
+        seen = sample_quality(run, extractor, plan.per_class, place)
+        return {key: by_group(value, packed, run) if isinstance(value, list) else value for key, value in seen.items()}
+
+    def scored(place: Path) -> dict[str, Any]:
+        return classification_accuracy_score(run, plan.cas_per_class, place)
+
+    classifier = run.config.classifier.model_dump(mode="json", exclude={"methods", *SPECIFIC})
+    reads = {
+        "generate": run.hash("generate"),
+        "held_out": run.require("pack")["held_out"]["val"],
+        "groups": run.config.groups.model_dump(),
     }
-    write_json(run.path / "measured.json", result)
-    return result
+    of_samples = reads | {"per_class": plan.per_class, "judge": judge.hash("extractor")}
+    of_cas = reads | {"per_class": plan.cas_per_class, "classifier": classifier}
+    of_methods = {"evaluate": run.hash("evaluate")}
+    return {
+        "seed": seed,
+        "diffusion_seconds": _logged_seconds(run.folder("diffusion"), run.config.diffusion.batch_size),
+        "samples": _once(run, "samples", of_samples, judged),
+        "cas": _once(run, "cas", of_cas, scored) if plan.cas_per_class else None,
+        "validation": _once(run, "methods", of_methods, lambda _: accuracies_on(run, packed, held_out))
+        if plan.classifiers
+        else None,
+    }
 
 
-def markdown(results: dict[str, list[dict[str, Any]]], method: str) -> str:
-    """A line a variant, means over its seeds; "few" is of the few-shot classes."""
-    lines = [
-        "| | training, s | evaluations | images/s | Fréchet, few | labelled right, few | accepted | top-1 | few |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, seeds in results.items():
-        row = [mean(r["diffusion_seconds"] for r in seeds), seeds[0]["nfe"], mean(r["images_per_s"] for r in seeds)]
-        row += [mean(r["frechet"]["few"] for r in seeds), mean(r["labelled"]["few"] for r in seeds)]
-        row += [mean(r["accepted"] for r in seeds)]
-        row += [mean(r["validation"][method][group] for r in seeds) for group in ("top1", "few")]
-        cells = [f"{row[0]:.0f}", f"{row[1]}", f"{row[2]:.0f}", f"{row[3]:.2f}"] + [f"{v:.1f}" for v in row[4:]]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _once(run: RunDir, name: str, reads: dict[str, Any], measured: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `measured(folder)` returns, kept in RUN/NAME/measured.json; what other settings left there is deleted."""
+    folder, digest = run.path / name, run.digest(reads)
+    file, started = folder / "measured.json", folder / "started.json"
+    with run.lock():
+        if not started.exists() or read_json(started).get("hash") != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(started, {"hash": digest})
+        if not file.exists():
+            write_json(file, measured(folder))
+    return read_json(file)
+
+
+def _logged_seconds(folder: Path, batch_size: int) -> float:
+    """Of a training, interruptions left out."""
+    seconds, step = 0.0, 0
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        seconds += (line["step"] - step) * batch_size / line["images_per_s"]
+        step = line["step"]
+    return seconds
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="TOML: preset, seeds, per_class and [variants].")],
+    file: Annotated[Path, typer.Argument(help="TOML: preset, seeds, [variants], and see bench/variants.py.")],
     folder: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/variants"),
     out: Annotated[Path, typer.Option(help="Folder of the results file.")] = Path("bench/results"),
 ) -> None:
     """Measure variants of a preset's recipe: samples, speed, and the classifier's gain on the validation images."""
-    plan = tomllib.loads(file.read_text())
-    plan["variants"] = {"base": [], **plan["variants"]}
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in plan["variants"]}
-    about = {"command": f"python -m bench.variants {file}", "machine": machine()}
-    for seed in plan["seeds"]:
-        for name in plan["variants"]:
-            results[name].append(measure(plan, seed, name, folder / file.stem))
-            write_json(out / f"{file.stem}.json", about | plan | {"results": results})
-    print(markdown({name: rows for name, rows in results.items() if rows}, "diffult"))
+    plan = read_plan(file)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.variants}
+    content = {"command": f"python -m bench.variants {file}", "machine": machine()} | plan.model_dump(mode="json")
+    for seed in plan.seeds:
+        for name, rows in results.items():
+            rows.append(measure(plan, seed, name, folder / file.stem))
+            write_json(out / f"{file.stem}.json", content | {"results": results})
+    print(variants_table({"results": results}))
     print(json.dumps({"results": str(out / f"{file.stem}.json")}))
 
 

@@ -53,12 +53,17 @@ def evaluate(run: RunDir) -> dict[str, Any]:
         )
         metrics |= _accuracies(run, packed, packed.test.labels, predicted)
         if packed.val is not None:
-            metrics["validation"] = _accuracies(run, packed, packed.val.labels, _predictions(run, packed.val))
+            metrics["validation"] = accuracies_on(run, packed, packed.val)
         metrics["copies"] = _copies(run, packed, copies)
         metrics["generation"] = records["generate"]["generation"]
         metrics["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
         write_json(file, metrics)
     return metrics
+
+
+def accuracies_on(run: RunDir, packed: Packed, images: ImageSet) -> dict[str, dict[str, Any]]:
+    """Of each trained method on held-out images: top-1, many / medium / few and "by_class", in percent."""
+    return _accuracies(run, packed, images.labels, _predictions(run, images))
 
 
 def _predictions(run: RunDir, images: ImageSet) -> dict[str, np.ndarray]:
@@ -89,11 +94,12 @@ def _copies(run: RunDir, packed: Packed, file: Path) -> dict[str, Any]:
     held_out = run.require("pack")["held_out"].get("val")
     digest = run.digest({"generate": run.hash("generate"), "held_out": held_out})
     if metadata(file).get("hash") != digest:
-        save_tensors(file, _measured_copies(run, packed), {"hash": digest})
+        save_tensors(file, measured_copies(run, packed, open_kept(run.folder("generate"))), {"hash": digest})
     return copy_shares(load_tensors(file)[0], packed.classes)
 
 
-def _measured_copies(run: RunDir, packed: Packed) -> dict[str, torch.Tensor]:
+def measured_copies(run: RunDir, packed: Packed, samples: ImageSet | None) -> dict[str, torch.Tensor]:
+    """What `diffult.longtail.copies.measure_copies` finds among samples of the run's diffusion model."""
     data, device = run.config.data, pick_device()
     rows, view = rows_at_a_time(data.image_size, data.channels), data.view(data.image_size)  # as diffusion sees them
     extractor, dtype = load_extractor(run.folder("extractor"), device), compute_dtype(run.config.precision, device)
@@ -101,8 +107,7 @@ def _measured_copies(run: RunDir, packed: Packed) -> dict[str, torch.Tensor]:
     def loader(images: ImageSet) -> Loader:
         return Loader(images, rows, device=device, crop=view)
 
-    generated = open_kept(run.folder("generate"))
-    kept, held_out = (None if images is None else loader(images) for images in (generated, packed.val))
+    kept, held_out = (None if images is None else loader(images) for images in (samples, packed.val))
     return measure_copies(loader(packed.train), kept, held_out, extractor, dtype, run.config.diffusion.flip)
 
 

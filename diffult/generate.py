@@ -79,11 +79,13 @@ def generate_stage(
             own = run.config.generate
             settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
             request = Request(settings, quotas_to(own.balance_to, packed.counts, own.dose), run.config.seed, compiled)
-            record["generation"] = _fill_folder(run.folder("generate"), run, request, world)
+            record["generation"] = fill_folder(run.folder("generate"), run, request, world)
     return run.require("generate")["generation"]
 
 
-def _fill_folder(folder: Path, run: RunDir, request: Request, world: World) -> dict[str, Any]:
+def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALONE) -> dict[str, Any]:
+    """Draws what is requested into a folder, or what an interrupted attempt left to draw. Returns the figures of
+    summary.json. Raises UserError if the folder holds samples of another request."""
     settings, classes = request.settings, run.packed().classes
     sampler = open_sampler(run, settings, request.seed, request.compiled)
     extractor = load_extractor(run.folder("extractor"), sampler.device)
@@ -347,7 +349,7 @@ def command(
     else:
         folder = out or run / "generated"
         with lock_folder(folder) if world.is_main else nullcontext():
-            result = _fill_folder(folder, run_dir, request, world)
+            result = fill_folder(folder, run_dir, request, world)
     if not world.is_main:
         return
     print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
