@@ -172,9 +172,10 @@ def invoke(*typed: str) -> str:
 
 @pytest.mark.slow
 def test_variants_are_measured_once_and_share_the_model(tmp_path: Path) -> None:
-    plan = tmp_path / "plan.toml"
+    plan, preset = tmp_path / "plan.toml", tmp_path / "digits.toml"
+    preset.write_text('extends = "digits-lt"\n[extractor]\nsteps = 12\n')  # of the judge too
     plan.write_text(
-        f'preset = "digits-lt"\nseeds = [0, 1]\nper_class = 4\ncas_per_class = 3\nsettings = {json.dumps(TINY)}\n'
+        f'preset = "{preset}"\nseeds = [0, 1]\nper_class = 4\ncas_per_class = 3\nsettings = {json.dumps(TINY)}\n'
         '[variants]\nshort = ["generate.steps=1"]\n'
     )
     typed = str(plan), "--folder", str(tmp_path / "runs"), "--out", str(tmp_path)
