@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from diffult.comments import with_comments
 from diffult.data.config import DataConfig
-from diffult.diffusion.samplers import SAMPLERS, SPACINGS
+from diffult.diffusion.samplers import SAMPLERS, SPACINGS, SigmaRange
 from diffult.diffusion.schedule import Prediction, ScheduleName
 from diffult.errors import UserError, nearest, one_of
 from diffult.longtail.filter import FILTERS
@@ -119,12 +119,30 @@ class GenerateConfig(StrictModel):
     sampler: SamplerName = "ddpm"
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
-    spacing: SpacingName = "time"  # of the steps: equal in time, or in log-SNR
+    spacing: SpacingName = "time"  # of the steps: equal in time, in log-SNR, or in sigma^(1/rho) from max to min
+    sigma_max: float = Field(80.0, gt=0)  # noise to signal, of spacing "sigma" alone, as are the next two
+    sigma_min: float = Field(0.002, gt=0)
+    rho: float = Field(7.0, gt=0)  # larger: closer together at the low end
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1)
     # What is dropped: see diffult.longtail.filter.
     filter: FilterName = "distance"
     max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
+
+    @model_validator(mode="after")
+    def _sigmas_fall(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min} is not below sigma_max = {self.sigma_max}")
+        return self
+
+    @property
+    def sigmas(self) -> SigmaRange:
+        return SigmaRange(self.sigma_max, self.sigma_min, self.rho)
+
+    @property
+    def unread(self) -> set[str]:
+        """Settings without effect beside the others."""
+        return set() if self.spacing == "sigma" else {"sigma_max", "sigma_min", "rho"}
 
     @property
     def evaluations(self) -> int:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 Solver = Callable[[list[int], torch.Tensor, float], torch.Tensor]
-Spacing = Callable[[torch.Tensor, int], list[int]]
+Spacing = Callable[[torch.Tensor, int, "SigmaRange"], list[int]]
 Evaluate = Callable[[torch.Tensor, int], torch.Tensor]
 Update = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]]
 
@@ -53,25 +54,56 @@ def timestep_grid(timesteps: int, steps: int) -> list[int]:
     return [round(timesteps * (steps - i) / steps) - 1 for i in range(steps)]
 
 
-def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
-    """`steps` falling timesteps from T - 1 to 0, equally spaced in log-SNR but for rounding (Lu et al. 2022, section
-    3.3); ValueError beyond 1..T."""
-    timesteps = len(alphas_cumprod)
+def log_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """log (a_t^2 / s_t^2) of every timestep, [T], falling: -2 log sigma, with sigma = s_t / a_t."""
+    return torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod)
+
+
+def nearest_timesteps(alphas_cumprod: torch.Tensor, wanted: torch.Tensor) -> list[int]:
+    """Falling timesteps, each the nearest in log-SNR to one of `wanted`, rising float64 [steps], or the next below the
+    one before it where that is taken; a timestep is left for each later one. ValueError unless there are 1 to T."""
+    timesteps, steps = len(alphas_cumprod), len(wanted)
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps = {steps} is not in 1..{timesteps}")
-    log_snr = torch.log(alphas_cumprod) - torch.log1p(-alphas_cumprod)
-    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
-    nearest = (log_snr[None, :] - wanted[:, None]).abs().argmin(1).tolist()
+    nearest = (log_snr(alphas_cumprod)[None, :] - wanted[:, None]).abs().argmin(1).tolist()
     grid: list[int] = []
     for i, t in enumerate(nearest):
         below = grid[-1] - 1 if grid else timesteps - 1
-        grid.append(max(min(t, below), steps - 1 - i))  # leaves a timestep for each later step
+        grid.append(max(min(t, below), steps - 1 - i))
     return grid
 
 
+def log_snr_grid(alphas_cumprod: torch.Tensor, steps: int) -> list[int]:
+    """`steps` falling timesteps from T - 1 to 0, equally spaced in log-SNR but for rounding (Lu et al. 2022, section
+    3.3); ValueError beyond 1..T."""
+    last, first = log_snr(alphas_cumprod)[[-1, 0]].tolist()
+    return nearest_timesteps(alphas_cumprod, torch.linspace(last, first, steps, dtype=torch.float64))
+
+
+class SigmaRange(NamedTuple):
+    """Noise levels sigma = s_t / a_t from `max` to `min`, the closer together at the low end the larger `rho`."""
+
+    max: float
+    min: float
+    rho: float
+
+
+def sigma_grid(alphas_cumprod: torch.Tensor, steps: int, sigmas: SigmaRange) -> list[int]:
+    """`steps` falling timesteps, nearest to noise levels whose rho-th root is equally spaced (Karras et al. 2022,
+    eq. 5); ValueError beyond 1..T.
+
+    The first need not be T - 1. Samples start there from standard normal noise all the same, which is exact for images
+    of mean 0 and variance 1 and otherwise off by a_t of their mean and a_t^2 of their variance: with sigma_max = 80,
+    1/80 and 1/6400.
+    """
+    roots = torch.linspace(sigmas.max ** (1 / sigmas.rho), sigmas.min ** (1 / sigmas.rho), steps, dtype=torch.float64)
+    return nearest_timesteps(alphas_cumprod, -2 * sigmas.rho * roots.log())
+
+
 SPACINGS: dict[str, Spacing] = {
-    "time": lambda alphas_cumprod, steps: timestep_grid(len(alphas_cumprod), steps),
-    "log_snr": log_snr_grid,
+    "time": lambda alphas_cumprod, steps, _: timestep_grid(len(alphas_cumprod), steps),
+    "log_snr": lambda alphas_cumprod, steps, _: log_snr_grid(alphas_cumprod, steps),
+    "sigma": sigma_grid,
 }
 
 

@@ -65,7 +65,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         settings, abar = self.settings, self.schedule.alphas_cumprod
-        self._grid = SPACINGS[settings.spacing](abar, settings.steps)
+        self._grid = SPACINGS[settings.spacing](abar, settings.steps, settings.sigmas)
         self._solver = SAMPLERS[settings.sampler](self._grid, abar, settings.eta)
         # The numbers of all steps go to the device now, so that no step waits for the host.
         self._coefficients = self._coefficient_table().to(self.device)

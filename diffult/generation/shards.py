@@ -39,7 +39,7 @@ SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
 def manifest(settings: GenerateConfig, quotas: np.ndarray, seed: int, weights: Mapping[str, Path]) -> dict[str, Any]:
     """What determines the samples; the batch size does not, and may change between attempts. weights: safetensors
     files of the networks by name."""
-    sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to", "dose"})
+    sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to", "dose"} | settings.unread)
     fingerprints = {name: _fingerprint(file) for name, file in weights.items()}
     return fingerprints | sampling | {"seed": seed, "quotas": quotas.tolist()}
 

@@ -95,6 +95,7 @@ def test_override_and_differences():
         ("digits-lt", ["diffusion=3"], r"diffusion: .*got 3"),
         ("digits-lt", ["diffusion.steps"], r"expected section.key=value"),
         ("digits-lt", ["generate.steps=5000"], r"generate.steps = 5000 exceeds"),
+        ("digits-lt", ["generate.sigma_max=0.001"], r"generate: sigma_min = 0.002 is not below sigma_max = 0.001"),
         ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
         ("digits-lt", ["groups.few=50"], r"groups: few = 50 and many = 25 overlap"),
         ("digits-lt", ["classifier.image_size=16"], r"classifier.image_size = 16 exceeds the stored 8"),

@@ -8,7 +8,7 @@ import torch
 from plain_solver import solve
 
 from diffult.config import GenerateConfig
-from diffult.diffusion.samplers import SAMPLERS, ddim, ddpm, log_snr_grid, timestep_grid
+from diffult.diffusion.samplers import SAMPLERS, SigmaRange, ddim, ddpm, log_snr_grid, sigma_grid, timestep_grid
 from diffult.diffusion.schedule import Schedule
 from diffult.generation.sampler import Sampler
 from kernels.random import normal
@@ -110,6 +110,29 @@ def test_log_snr_grid_is_equally_spaced_where_timesteps_allow():
         assert all(a > b for a, b in itertools.pairwise(grid))
     with pytest.raises(ValueError, match="steps = 1001"):
         log_snr_grid(abar, 1001)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "expected"),
+    [((40, 0.05, 3), [983, 965, 905, 611, 24]), ((80, 0.02, 7), [991, 969, 844, 271, 6])],
+)
+def test_sigma_grid_is_nearest_to_the_levels_of_karras(sigmas, expected):
+    abar = Schedule("cosine", 1000).alphas_cumprod
+    assert sigma_grid(abar, 5, SigmaRange(*sigmas)) == expected
+    high, low, rho = sigmas
+    for i, t in enumerate(expected):  # eq. 5 of Karras et al. 2022
+        wanted = (high ** (1 / rho) + i / 4 * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        assert abs(math.sqrt((1 - abar[t]) / abar[t]) / wanted - 1) < 0.1
+
+
+def test_sigma_grid_falls_where_levels_share_a_timestep():
+    abar = Schedule("cosine", 1000).alphas_cumprod
+    assert sigma_grid(abar, 4, SigmaRange(1e-3, 1e-4, 7)) == [3, 2, 1, 0]  # all below the least noise there is
+    assert sigma_grid(abar, 4, SigmaRange(1e9, 1e8, 7)) == [999, 998, 997, 996]
+    assert sigma_grid(abar, 1000, SigmaRange(80, 0.002, 7)) == list(range(999, -1, -1))
+    assert sigma_grid(abar, 1, SigmaRange(80, 0.002, 7)) == [991]
+    with pytest.raises(ValueError, match="steps = 1001"):
+        sigma_grid(abar, 1001, SigmaRange(80, 0.002, 7))
 
 
 def test_guidance_takes_two_evaluations_a_step():
