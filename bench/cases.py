@@ -26,9 +26,10 @@ from bench.contestants import (
     peer_draw,
 )
 from bench.race import Call, Work, race
-from diffult.config import Config, GenerateConfig, load_preset
+from diffult.config import Config, load_preset
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
+from diffult.generation.config import GenerateConfig
 from diffult.models.cost import forward_flops
 from diffult.planning.cost import step_flops
 

@@ -18,11 +18,12 @@ import torch
 
 from bench import peers
 from bench.race import Call
-from diffult.config import Config, GenerateConfig
+from diffult.config import Config
 from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import compute_dtype, pick_device
+from diffult.generation.config import GenerateConfig
 from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.statistics import ClassStatistics

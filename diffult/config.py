@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,10 +18,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from diffult.comments import with_comments
 from diffult.data.config import DataConfig
-from diffult.diffusion.samplers import SAMPLERS, SPACINGS, SigmaRange
 from diffult.diffusion.schedule import Prediction, ScheduleName
-from diffult.errors import UserError, nearest, one_of
-from diffult.longtail.filter import FILTERS
+from diffult.errors import UserError, nearest
+from diffult.generation.config import GenerateConfig
 from diffult.longtail.methods import find_method, method_name
 from diffult.models.config import UNetConfig
 from diffult.strict_model import StrictModel
@@ -105,49 +103,7 @@ class DiffusionConfig(StrictModel):
     on_divergence: Literal["stop", "go_back"] = "stop"
 
 
-SamplerName = Annotated[str, AfterValidator(partial(one_of, SAMPLERS))]
-SpacingName = Annotated[str, AfterValidator(partial(one_of, SPACINGS))]
-FilterName = Annotated[str, AfterValidator(partial(one_of, FILTERS))]
 MethodName = Annotated[str, AfterValidator(method_name)]
-
-
-class GenerateConfig(StrictModel):
-    """How many samples, and how they are drawn and judged."""
-
-    balance_to: int = Field(ge=0)  # N_t: a class with fewer real images is filled up to so many
-    dose: float = Field(1.0, gt=0)  # times the samples that a class lacks
-    sampler: SamplerName = "ddpm"
-    steps: int = Field(1000, ge=1)
-    eta: float = Field(0.0, ge=0, le=1)  # ddim alone
-    spacing: SpacingName = "time"  # of the steps: equal in time, in log-SNR, or in sigma^(1/rho) from max to min
-    sigma_max: float = Field(80.0, gt=0)  # noise to signal, of spacing "sigma" alone, as are the next two
-    sigma_min: float = Field(0.002, gt=0)
-    rho: float = Field(7.0, gt=0)  # larger: closer together at the low end
-    guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
-    batch_size: int = Field(64, ge=1)
-    # What is dropped: see diffult.longtail.filter.
-    filter: FilterName = "distance"
-    max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
-
-    @model_validator(mode="after")
-    def _sigmas_fall(self) -> Self:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min = {self.sigma_min} is not below sigma_max = {self.sigma_max}")
-        return self
-
-    @property
-    def sigmas(self) -> SigmaRange:
-        return SigmaRange(self.sigma_max, self.sigma_min, self.rho)
-
-    @property
-    def unread(self) -> set[str]:
-        """Settings without effect beside the others."""
-        return set() if self.spacing == "sigma" else {"sigma_max", "sigma_min", "rho"}
-
-    @property
-    def evaluations(self) -> int:
-        """Of the network for one sample; a step with guidance takes two."""
-        return self.steps * (1 + (self.guidance > 0))
 
 
 class ExtractorConfig(TrainingConfig):
@@ -210,6 +166,11 @@ class Config(StrictModel):
     def _sections_fit(self) -> Self:
         if self.generate.steps > self.diffusion.timesteps:
             raise ValueError(f"generate.steps = {self.generate.steps} exceeds diffusion.timesteps")
+        if self.generate.timesteps and self.generate.timesteps[0] >= self.diffusion.timesteps:
+            raise ValueError(
+                f"generate.timesteps: {self.generate.timesteps[0]} is not below diffusion.timesteps = "
+                f"{self.diffusion.timesteps}"
+            )
         if self.extractor.image_size > self.data.image_size:
             raise ValueError(f"extractor.image_size = {self.extractor.image_size} exceeds data.image_size")
         stored = self.data.image_size if self.data.storage == "raw" else self.data.max_short_side

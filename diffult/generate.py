@@ -24,12 +24,12 @@ import torch
 import typer
 
 from diffult.cli import SetOption, main
-from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError, one_of
 from diffult.generation.candidates import draw_candidates
+from diffult.generation.config import GenerateConfig
 from diffult.generation.export import FORMATS
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
@@ -47,7 +47,7 @@ from diffult.runs.stages import Stage
 log = logging.getLogger(__name__)
 BUNDLED = "digits-lt"
 # --fast: the knee of the measured tables in docs/experiments.md
-FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 10, "spacing": "log_snr", "guidance": 0.0}
+FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 10, "spacing": "log_snr", "timesteps": (), "guidance": 0.0}
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
     """The run's own settings, overridden by --fast, and both by single options that are not None."""
     values = run.config.generate.model_dump() | (FAST if fast else {})
     values |= {key: value for key, value in given.items() if value is not None}
+    if given["steps"] is not None:  # other than those that the run lists
+        values["timesteps"] = ()
     _check_name("--sampler", SAMPLERS, values["sampler"])
     if values["steps"] > run.config.diffusion.timesteps:
         raise UserError(f"--steps {values['steps']}: the model has {run.config.diffusion.timesteps} timesteps")

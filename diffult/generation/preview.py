@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffult.config import DiffusionConfig, GenerateConfig
+from diffult.config import DiffusionConfig
+from diffult.generation.config import GenerateConfig
 from diffult.generation.sampler import Sampler
 from diffult.reporting.pictures import MAX_CLASSES, ArraySamples, evenly, sample_grid
 from diffult.runs.files import atomic_write

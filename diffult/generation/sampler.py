@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from diffult.config import Config, GenerateConfig
+from diffult.config import Config
 from diffult.diffusion.samplers import SAMPLERS, SPACINGS, sample
 from diffult.diffusion.schedule import Prediction, Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import compute_dtype
 from diffult.errors import UserError
+from diffult.generation.config import GenerateConfig
 from diffult.models.cost import forward_flops
 from diffult.models.unet import UNet
 from kernels.augment import denormalise
@@ -65,7 +66,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         settings, abar = self.settings, self.schedule.alphas_cumprod
-        self._grid = SPACINGS[settings.spacing](abar, settings.steps, settings.sigmas)
+        spaced = SPACINGS[settings.spacing]
+        self._grid = list(settings.timesteps) or spaced(abar, settings.steps, settings.sigmas)
         self._solver = SAMPLERS[settings.sampler](self._grid, abar, settings.eta)
         # The numbers of all steps go to the device now, so that no step waits for the host.
         self._coefficients = self._coefficient_table().to(self.device)

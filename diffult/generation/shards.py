@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from diffult.config import GenerateConfig
 from diffult.errors import DamagedError, UserError
 from diffult.generation.candidates import CandidateBatch
+from diffult.generation.config import GenerateConfig
 from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
 from ffcv_writers import ImageSet, open_set, write

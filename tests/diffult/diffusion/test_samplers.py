@@ -7,9 +7,9 @@ import pytest
 import torch
 from plain_solver import solve
 
-from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS, SigmaRange, ddim, ddpm, log_snr_grid, sigma_grid, timestep_grid
 from diffult.diffusion.schedule import Schedule
+from diffult.generation.config import GenerateConfig
 from diffult.generation.sampler import Sampler
 from kernels.random import normal
 

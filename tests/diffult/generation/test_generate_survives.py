@@ -291,7 +291,7 @@ MEMORY = """
 import os, sys
 from pathlib import Path
 import numpy as np, torch
-from diffult.config import GenerateConfig
+from diffult.generation.config import GenerateConfig
 from diffult.diffusion.schedule import Schedule
 from diffult.generation import shards
 from diffult.generation.fill import fill

@@ -11,12 +11,12 @@ from plain_solver import solve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffult.config import GenerateConfig
 from diffult.diffusion.samplers import SAMPLERS, timestep_grid
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.generate import command, open_sampler, open_store
 from diffult.generation.candidates import accepted
+from diffult.generation.config import GenerateConfig
 from diffult.generation.fill import _shares, fill, speed
 from diffult.generation.sampler import Sampler
 from diffult.generation.shards import open_kept

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffult.config import GenerateConfig
 from diffult.engine.distributed import ALONE, World
 from diffult.generate import open_sampler
+from diffult.generation.config import GenerateConfig
 from diffult.generation.preview import Preview
 from diffult.reporting.pictures import ArraySamples, sample_grid
 from diffult.runs.files import load_tensors
