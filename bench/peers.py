@@ -233,9 +233,12 @@ def sample(
     elif name == "ddpm":
         scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True, **shared)
     else:
-        scheduler = diffusers.DPMSolverMultistepScheduler(thresholding=True, final_sigmas_type="zero", **shared)
+        kind = "sde-dpmsolver++" if name == "dpm++sde" else "dpmsolver++"
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            algorithm_type=kind, thresholding=True, final_sigmas_type="zero", **shared
+        )
         scheduler._threshold_sample = lambda x0: x0.clamp(-1, 1)  # its own sorts all pixels to the same end
-    if name == "dpm++":  # its own grid leaves out the noisiest timesteps of the cosine schedule
+    if name.startswith("dpm++"):  # its own grid leaves out the noisiest timesteps of the cosine schedule
         scheduler.set_timesteps(timesteps=timestep_grid(schedule.timesteps, steps), device=x.device)
     else:
         scheduler.set_timesteps(steps, device=x.device)

@@ -153,14 +153,31 @@ def dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.
 
     Arguments and result as in `ddim`; eta is unused. The first and the last step are of first order.
     """
+    return _multistep(grid, alphas_cumprod, 0.0)
+
+
+def sde_dpm_solver_pp(grid: list[int], alphas_cumprod: torch.Tensor, eta: float = 0.0) -> torch.Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix C): the reverse SDE, and otherwise as `dpm_solver_pp`.
+
+    Its first order is `ddim` with eta = 1.
+    """
+    return _multistep(grid, alphas_cumprod, 1.0)
+
+
+def _multistep(grid: list[int], alphas_cumprod: torch.Tensor, noise: float) -> torch.Tensor:
+    """Over a step h of the half log-SNR lambda = log(a / s), with D the clean image extrapolated to its middle:
+
+    x_next = (s_next / s) e^(-noise h) x + a_next (1 - e^(-(1 + noise) h)) D + s_next sqrt(1 - e^(-2 noise h)) z
+    """
     levels, rows, h_previous = _levels(alphas_cumprod, grid), [], math.inf
     for (a, s), (a_next, s_next) in itertools.pairwise(levels):
         h = math.log(a_next / s_next) - math.log(a / s)
         weight = h / (2 * h_previous)
-        c_direction = -a_next * math.expm1(-h)  # of (1 + weight) x0 - weight x0_previous
-        rows.append((s_next / s, c_direction * (1 + weight), -c_direction * weight, 0.0))
+        c_direction = -a_next * math.expm1(-(1 + noise) * h)  # of D = (1 + weight) x0 - weight x0_previous
+        c_x, c_noise = s_next / s * math.exp(-noise * h), s_next * math.sqrt(-math.expm1(-2 * noise * h))
+        rows.append((c_x, c_direction * (1 + weight), -c_direction * weight, c_noise))
         h_previous = h
     return _coefficients(rows)
 
 
-SAMPLERS: dict[str, Solver] = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
+SAMPLERS: dict[str, Solver] = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp, "dpm++sde": sde_dpm_solver_pp}

@@ -77,7 +77,9 @@ def test_the_peers_training_step_learns_one_batch(fused):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-@pytest.mark.parametrize(("name", "timesteps"), [("ddim", 1000), ("dpm++", 1000), ("ddpm", 20)])  # all timesteps
+@pytest.mark.parametrize(  # ancestral steps at all timesteps
+    ("name", "timesteps"), [("ddim", 1000), ("dpm++", 1000), ("dpm++sde", 1000), ("ddpm", 20)]
+)
 def test_the_peers_samplers_follow_the_closed_form(name, timesteps):
     """A network that knows the clean image x0: the samplers must end there, whatever the noise."""
     x0 = torch.full((2, 3, 4, 4), 0.5)

@@ -94,7 +94,7 @@ def test_equals_float64(triton_kernels, monkeypatch, shape, guided, previous, wi
     assert_close(got, exact)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++", "dpm++sde"])
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_every_prediction_and_solver_is_such_coefficients(triton_kernels, prediction, sampler):
     """Whole trajectories of a made-up network, guided and clipped, against the textbook's way there in float64."""

@@ -60,26 +60,36 @@ def test_order_of_convergence(solver, order):
     assert all(abs(rate - order) < 0.35 for rate in rates), (errors, rates)
 
 
-@pytest.mark.parametrize(("solver", "eta"), [("ddpm", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
-def test_order_of_convergence_in_distribution(solver, eta):
-    """With noise the samples of a Gaussian stay Gaussian: the error of their deviation, without drawing any."""
+@pytest.mark.parametrize(
+    ("solver", "eta", "order"), [("ddpm", 0.0, 1), ("ddim", 0.5, 1), ("ddim", 1.0, 1), ("dpm++sde", 0.0, 2)]
+)
+def test_order_of_convergence_in_distribution(solver, eta, order):
+    """With noise the samples of a Gaussian stay Gaussian, together with the x0 of the step before: the error of their
+    deviation, and how much is left of a shift of the mean at the start, without drawing any."""
     timesteps = 100_000
     abar = torch.sigmoid(2 * torch.linspace(-3, 2.5, timesteps, dtype=torch.float64).flip(0))
     start, end = timesteps - 1, 20_000
+    at_start, at_end = (float(abar[t]) * STD**2 + 1 - float(abar[t]) for t in (start, end))  # variances
+    left = math.sqrt(float(abar[start] / abar[end])) * at_end / at_start  # of a reverse SDE with full noise
     errors = []
     for steps in (32, 64, 128):
         grid = [round(start + (end - start) * i / steps) for i in range(steps + 1)]
-        variance = float(abar[start]) * STD**2 + 1 - float(abar[start])
-        for t, (c_x, c_x0, _, c_noise) in zip(grid[:-1], SAMPLERS[solver](grid, abar, eta).tolist(), strict=False):
+        covariance = torch.tensor([[at_start, 0], [0, 0]], dtype=torch.float64)
+        shift = torch.tensor([1, 0], dtype=torch.float64)
+        rows = SAMPLERS[solver](grid, abar, eta).tolist()
+        for t, (c_x, c_x0, c_previous, c_noise) in zip(grid[:-1], rows, strict=False):
             slope = float(gaussian_denoiser(abar)(1.0, t) - gaussian_denoiser(abar)(0.0, t))
-            variance = (c_x + c_x0 * slope) ** 2 * variance + c_noise**2
-        exact = float(abar[end]) * STD**2 + 1 - float(abar[end])
-        errors.append(abs(math.sqrt(variance) - math.sqrt(exact)))
+            step = torch.tensor([[c_x + c_x0 * slope, c_previous], [slope, 0]], dtype=torch.float64)
+            shift, covariance = step @ shift, step @ covariance @ step.T
+            covariance[0, 0] += c_noise**2
+        errors.append(abs(float(covariance[0, 0]) ** 0.5 - at_end**0.5))
+        if eta != 0.5:
+            assert float(shift[0]) == pytest.approx(left, abs=1e-12)  # exact, however few the steps
     rates = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
-    assert all(abs(rate - 1) < 0.35 for rate in rates), (errors, rates)
+    assert all(abs(rate - order) < 0.35 for rate in rates), (errors, rates)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++", "dpm++sde"])
 def test_samples_have_the_mean_and_deviation_of_the_data(solver):
     abar = Schedule("cosine", 1000).alphas_cumprod
     g = torch.Generator().manual_seed(0)
@@ -91,7 +101,7 @@ def test_samples_have_the_mean_and_deviation_of_the_data(solver):
         return torch.randn(20_000, generator=g, dtype=torch.float64)
 
     rows = SAMPLERS[solver](grid, abar, 0.0)
-    out = solve(denoise, x, grid, rows, noise if solver == "ddpm" else no_noise)
+    out = solve(denoise, x, grid, rows, noise if float(rows[0, 3]) else no_noise)
     assert float(out.mean()) == pytest.approx(MEAN, abs=0.015)
     assert float(out.std()) == pytest.approx(STD, abs=0.03)
 
@@ -199,8 +209,34 @@ def test_dpm_solver_pp_2m_step_is_the_papers():
     assert torch.equal(out, x0[2])
 
 
+def test_sde_dpm_solver_pp_2m_step_is_the_papers():
+    """Lu et al. 2022, appendix C, in its notation: the first step of first order, then D1 = (x0 - x0_previous) / r."""
+    abar = Schedule("cosine", 1000).alphas_cumprod
+    grid = [800, 500, 300]
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    lam = (alpha / sigma).log()
+    x, *x0 = (torch.randn(5, dtype=torch.float64) for _ in range(4))
+    z = {step: torch.randn(5, dtype=torch.float64) for step in (1, 2)}
+    seen = []
+
+    def denoise(value, t):
+        seen.append(value)
+        return x0[grid.index(t)]
+
+    solve(denoise, x, grid, SAMPLERS["dpm++sde"](grid, abar, 0.0), z.__getitem__)
+    expected, h_before = [x], None
+    for i, (s, t) in enumerate(itertools.pairwise(grid)):
+        h = lam[t] - lam[s]
+        d1 = (x0[i] - x0[i - 1]) / (h_before / h) if i else 0 * x
+        drift = alpha[t] * (1 - torch.exp(-2 * h)) * (x0[i] + d1 / 2)
+        noise = sigma[t] * torch.sqrt(1 - torch.exp(-2 * h)) * z[i + 1]
+        expected.append(sigma[t] / sigma[s] * torch.exp(-h) * expected[-1] + drift + noise)
+        h_before = h
+    torch.testing.assert_close(seen, expected)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("solver", list(SAMPLERS))
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_the_last_step_returns_the_clean_image_itself(solver, steps, eta):
     abar = Schedule("linear", 1000).alphas_cumprod
@@ -208,7 +244,8 @@ def test_the_last_step_returns_the_clean_image_itself(solver, steps, eta):
     assert rows.shape == (steps, 4) and rows.dtype == torch.float64
     assert rows[-1].tolist() == [0, 1, 0, 0]
     assert rows[0, 2] == 0  # there is no x0 before the first
-    assert bool((rows[:-1, 3] > 0).all()) == (solver == "ddpm" or (solver == "ddim" and eta > 0) or steps == 1)
+    noisy = solver in ("ddpm", "dpm++sde") or (solver == "ddim" and eta > 0)
+    assert bool((rows[:-1, 3] > 0).all()) == (noisy or steps == 1)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 1000])
@@ -232,7 +269,7 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5, 3.0])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_the_engine_draws_what_the_solver_says_in_float64(sampler, guidance):
     schedule, shape, steps, beyond = Schedule("cosine", 1000), (3, 8, 6), 5, []
     labels, indices = torch.tensor([3, 1, 8]), torch.tensor([0, 7, 2])
@@ -312,13 +349,20 @@ def test_ddpm_is_diffusers(schedule, noisy, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [8, 20])
-def test_dpm_solver_pp_2m_is_diffusers(schedule, steps, noisy):
+@pytest.mark.parametrize("kind", ["", "sde"])
+def test_dpm_solver_pp_2m_is_diffusers(schedule, steps, kind, noisy, monkeypatch):
     """Its last step, down to sigma = 0, is of first order as ours. On the cosine schedule its own grid leaves out the
     timesteps of lambda below lambda_min_clipped; here it gets ours."""
     abar, grid = Schedule(schedule, 1000).alphas_cumprod, timestep_grid(1000, steps)
-    scheduler = peer("DPMSolverMultistepScheduler", abar, solver_order=2, final_sigmas_type="zero")
+    settings = {"algorithm_type": "sde-dpmsolver++"} if kind else {}
+    scheduler = peer("DPMSolverMultistepScheduler", abar, solver_order=2, final_sigmas_type="zero", **settings)
     scheduler.set_timesteps(timesteps=grid)
+    drawn = iter(noisy[1:])
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor", lambda *_, **__: next(drawn)
+    )
     denoise = gaussian_denoiser(abar)
     theirs = solve_with(scheduler, denoise, noisy[0])
-    ours = solve(denoise, noisy[0], grid, SAMPLERS["dpm++"](grid, abar, 0.0), no_noise)
+    noise = noisy.__getitem__ if kind else no_noise
+    ours = solve(denoise, noisy[0], grid, SAMPLERS[f"dpm++{kind}"](grid, abar, 0.0), noise)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

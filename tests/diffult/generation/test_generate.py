@@ -57,7 +57,7 @@ def kept(folder: Path) -> tuple[list[tuple[int, int]], np.ndarray]:
     return names, samples.take(np.arange(len(samples)))
 
 
-@pytest.mark.parametrize(("sampler", "guidance"), [("dpm++", 0.0), ("ddpm", 1.0), ("ddim", 0.0)])
+@pytest.mark.parametrize(("sampler", "guidance"), [("dpm++", 0.0), ("dpm++sde", 0.0), ("ddpm", 1.0), ("ddim", 0.0)])
 def test_the_same_samples_whatever_the_batch_size(tiny_run, tmp_path, sampler, guidance):
     settings = {"sampler": sampler, "guidance": guidance, "steps": 3}
     results = [draw(tiny_run, tmp_path / str(size), size, **settings) for size in (7, 64, 256)]
@@ -215,6 +215,15 @@ def test_without_a_compiler_compiling_ends_in_one_line(tiny_run, tmp_path, monke
     torch._dynamo.reset()
     with pytest.raises(UserError, match=r"--compile: .*No working C\+\+ compiler found; it needs g\+\+"):
         command(run=tiny_run.path, fast=True, steps=2, per_class=1, out=tmp_path / "out", compile_=True)
+
+
+def test_other_steps_than_the_run_lists_are_spaced(tiny_run):
+    listed = ["generate.steps=2", "generate.timesteps=[900, 300]"]
+    run = RunDir.open(tiny_run.path, overrides=listed)
+    nothing = dict.fromkeys(("sampler", "steps", "guidance", "batch_size"))
+    assert verb._settings(run, False, nothing).timesteps == (900, 300)
+    assert verb._settings(run, False, nothing | {"steps": 3}).timesteps == ()
+    assert verb._settings(run, True, nothing).timesteps == ()
 
 
 def test_dry_run_writes_nothing_and_tells_time_and_disk(tiny_run, caplog, capsys):

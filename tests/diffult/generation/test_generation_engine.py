@@ -79,6 +79,13 @@ def test_a_real_network_draws_what_a_plain_computation_says(name, guidance):
     assert (drawn.double() - grey).abs().max() < 0.51  # rounding to whole grey levels
 
 
+def test_listed_timesteps_are_drawn_at():
+    unet, spaced = network("one level"), {"spacing": "sigma", "sigma_max": 40.0, "sigma_min": 0.05, "rho": 3.0}
+    listed = engine(unet, sampler="dpm++", steps=5, timesteps=(983, 965, 905, 611, 24)).draw(LABELS, INDICES)
+    assert torch.equal(listed, engine(unet, sampler="dpm++", steps=5, **spaced).draw(LABELS, INDICES))
+    assert not torch.equal(listed, engine(unet, sampler="dpm++", steps=5).draw(LABELS, INDICES))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_work_reported_is_the_work_done(name):
     sampler = engine(network(name), steps=5, guidance=1.0)
@@ -142,7 +149,7 @@ def test_live_line():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++", "dpm++sde"])
 def test_recorded_evaluations_are_those_of_the_network(tiny_run, sampler, monkeypatch):
     """The first evaluations run as they are, the fourth is recorded, the others are replayed."""
     settings = tiny_run.config.generate.model_copy(update={"sampler": sampler, "steps": 6, "guidance": 1.0})
