@@ -34,6 +34,7 @@ from diffult.longtail.classification import (
 from diffult.longtail.copies import copy_shares
 from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.longtail.filter import FILTERS, Verdict
+from diffult.longtail.frechet import frechet_distance
 from diffult.longtail.losses import CrossEntropy
 from diffult.longtail.metrics import accuracies, class_accuracies, class_groups
 from diffult.models.resnet import Classifier, build_classifier
@@ -55,22 +56,6 @@ def train_judge(preset: str, seed: int, folder: Path) -> RunDir:
     pack(run)
     train_extractor(run)
     return run
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features, float [N, F] and [M, F] (Heusel et
-    al. 2017): |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). Few samples bias it upwards: compare values of the
-    same N and M."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    root = _root(np.cov(a, rowvar=False))
-    cross = _root(root @ np.cov(b, rowvar=False) @ root)  # has the trace of (C_a C_b)^(1/2), and is symmetric
-    spread = np.trace(np.cov(a, rowvar=False)) + np.trace(np.cov(b, rowvar=False)) - 2 * np.trace(cross)
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread)
-
-
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def sample_quality(run: RunDir, judge: Extractor, per_class: int, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import typer
 
 from diffult.cli import SetOption, main
 from diffult.diffusion.samplers import SAMPLERS
-from diffult.engine.device import compute_dtype, peak_flops, pick_device
+from diffult.engine.device import peak_flops
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError, one_of
 from diffult.generation.candidates import draw_candidates
@@ -34,20 +34,28 @@ from diffult.generation.export import FORMATS
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore, manifest, open_kept
+from diffult.generation.timesteps import trial_names
 from diffult.longtail.extractor import load_extractor
 from diffult.longtail.filter import FILTERS
 from diffult.longtail.quota import Quota, quotas_to
-from diffult.models.unet import load_unet
 from diffult.reporting.pictures import NO_SAMPLES, sample_grid
 from diffult.reporting.text import duration
 from diffult.runs.files import atomic_write, lock_folder, write_json
 from diffult.runs.run_dir import RunDir
+from diffult.runs.sampler import TRIALS, open_sampler
 from diffult.runs.stages import Stage
 
 log = logging.getLogger(__name__)
 BUNDLED = "digits-lt"
 # --fast: the knee of the measured tables in docs/experiments.md
-FAST: dict[str, Any] = {"sampler": "dpm++", "steps": 10, "spacing": "log_snr", "timesteps": (), "guidance": 0.0}
+FAST: dict[str, Any] = {
+    "sampler": "dpm++",
+    "steps": 10,
+    "spacing": "log_snr",
+    "timesteps": (),
+    "search": 0,
+    "guidance": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def generate_stage(
     packed = run.packed()
     run.require("extractor")
     run.require("diffusion")
-    with run.stage("generate", world) as record:
+    with run.stage("generate", world, keep=lambda file: file.name == TRIALS) as record:
         if record is not None:
             own = run.config.generate
             settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
@@ -87,7 +95,8 @@ def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALON
     """Draws what is requested into a folder, or what an interrupted attempt left to draw. Returns the figures of
     summary.json. Raises UserError if the folder holds samples of another request."""
     settings, classes = request.settings, run.packed().classes
-    sampler = open_sampler(run, settings, request.seed, request.compiled)
+    sampler = open_sampler(run, settings, request.seed, request.compiled, folder, world)
+    settings = sampler.settings  # with the timesteps that were searched
     extractor = load_extractor(run.folder("extractor"), sampler.device)
     for first in (True, False):  # the first writes the manifest and sets damaged shards aside; then all read the same
         if world.is_main == first:
@@ -111,19 +120,6 @@ def open_store(
     diffusion, extractor = run.folder("diffusion") / "ema.safetensors", run.folder("extractor") / "weights.safetensors"
     weights = {"diffusion": diffusion, "extractor": extractor}
     return ShardStore(folder, manifest(settings, quotas, seed, weights), rank)
-
-
-def open_sampler(run: RunDir, settings: GenerateConfig, seed: int, compiled: bool = False) -> Sampler:
-    """A finished run's diffusion model, ready to draw on this machine; compiled on CUDA in any case.
-
-    Raises:
-        UserError: the stage is not finished, or a file is damaged.
-    """
-    run.require("diffusion")
-    device = pick_device()
-    dtype = compute_dtype(run.config.precision, device)
-    unet = load_unet(run.folder("diffusion") / "ema.safetensors", device, dtype)
-    return Sampler.for_run(run.config, unet, settings, seed, compiled or device.type == "cuda")
 
 
 # Options
@@ -240,6 +236,9 @@ def _print_cost(run: RunDir, request: Request) -> None:
     begun = time.perf_counter()
     draw()
     rate = request.settings.batch_size / (time.perf_counter() - begun)
+    if request.settings.search:
+        trials = request.settings.search * len(trial_names(len(run.packed().classes))[0])
+        size += f"; {duration(trials / rate)} at the most to search timesteps"
     print(
         f"{size}; {speed(rate, sampler.flops(), peak_flops(sampler.device))}: {duration(samples / rate)} if all "
         f"pass, {duration(request.settings.max_draws * samples / rate)} at the most"
@@ -248,7 +247,8 @@ def _print_cost(run: RunDir, request: Request) -> None:
 
 def _trial(run: RunDir, request: Request) -> tuple[Sampler, Callable[[], object]]:
     """A sampler, and a function that draws and judges a batch for nothing; compiling and recording are done."""
-    sampler = open_sampler(run, request.settings, request.seed, request.compiled)
+    settings = request.settings.model_copy(update={"search": 0})
+    sampler = open_sampler(run, settings, request.seed, request.compiled)
     extractor, filter = load_extractor(run.folder("extractor"), sampler.device), FILTERS[request.settings.filter]
     indices = np.arange(request.settings.batch_size)
     draw = partial(draw_candidates, sampler, extractor, filter, 0 * indices, indices)

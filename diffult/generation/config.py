@@ -31,6 +31,9 @@ class GenerateConfig(StrictModel):
     sigma_min: float = Field(0.002, gt=0)
     rho: float = Field(7.0, gt=0)  # larger: closer together at the low end
     timesteps: tuple[int, ...] = ()  # falling, one for each of the steps, in place of the spacing; (): spaced
+    # Lists of timesteps tried with the trained model before drawing, the spacing's first, for the one whose samples are
+    # nearest to real images; 0: no search.
+    search: int = Field(0, ge=0)
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1)
     # What is dropped: see diffult.longtail.filter.
@@ -49,6 +52,10 @@ class GenerateConfig(StrictModel):
                     f"{len(self.timesteps)} timesteps, but steps = {self.steps}: set steps to {len(self.timesteps)}, "
                     "or timesteps to [] for spaced ones"
                 )
+            if self.search:
+                raise ValueError(
+                    f"timesteps are listed, but search = {self.search}: set search to 0 or timesteps to []"
+                )
         return self
 
     @property
@@ -57,9 +64,9 @@ class GenerateConfig(StrictModel):
 
     @property
     def unread(self) -> set[str]:
-        """Settings without effect beside the others."""
+        """Settings of the timesteps that play no part beside the others; a search is over when it comes to drawing."""
         sigmas = set() if self.spacing == "sigma" and not self.timesteps else {"sigma_max", "sigma_min", "rho"}
-        return sigmas | ({"spacing"} if self.timesteps else {"timesteps"})
+        return sigmas | {"search", "spacing" if self.timesteps else "timesteps"}
 
     @property
     def evaluations(self) -> int:

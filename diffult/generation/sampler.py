@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -65,16 +66,34 @@ class Sampler:
         )  # fmt: skip
 
     def __post_init__(self) -> None:
+        self._prepare_steps()
+        # A graph for each shape: a doubled batch must not make the batch size variable.
+        self._network = torch.compile(self.unet, dynamic=False) if self.compiled else self.unet
+        # On CUDA a recorded graph for each evaluation: one for a whole draw would grow with the steps.
+        self._evaluate = CUDAGraphRunner(self._network, self.device)
+
+    def _prepare_steps(self) -> None:
         settings, abar = self.settings, self.schedule.alphas_cumprod
         spaced = SPACINGS[settings.spacing]
         self._grid = list(settings.timesteps) or spaced(abar, settings.steps, settings.sigmas)
         self._solver = SAMPLERS[settings.sampler](self._grid, abar, settings.eta)
         # The numbers of all steps go to the device now, so that no step waits for the host.
         self._coefficients = self._coefficient_table().to(self.device)
-        # A graph for each shape: a doubled batch must not make the batch size variable.
-        self._network = torch.compile(self.unet, dynamic=False) if self.compiled else self.unet
-        # On CUDA a recorded graph for each evaluation: one for a whole draw would grow with the steps.
-        self._evaluate = CUDAGraphRunner(self._network, self.device)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Falling, one for each step."""
+        return list(self._grid)
+
+    def at(self, timesteps: list[int], seed: int | None = None) -> Sampler:
+        """A sampler at other timesteps, and with other noise if a seed is given, on the same network, which is not
+        compiled or recorded again."""
+        other = copy(self)
+        listed = {"timesteps": tuple(timesteps), "steps": len(timesteps), "search": 0}
+        other.settings = self.settings.model_copy(update=listed)
+        other.seed = self.seed if seed is None else seed
+        other._prepare_steps()
+        return other
 
     def _coefficient_table(self) -> torch.Tensor:
         """The coefficients of `denoise_step` for each step, float32 [steps, 8]; x0 is clipped to [-1, 1]."""

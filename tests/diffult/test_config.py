@@ -100,6 +100,11 @@ def test_override_and_differences():
         ("digits-lt", ["generate.timesteps=[9, 9]", "generate.steps=2"], r"timesteps = \[9, 9\] do not fall"),
         ("digits-lt", ["generate.timesteps=[9, -1]", "generate.steps=2"], r"\[9, -1\] do not fall, or not to 0"),
         ("digits-lt", ["generate.timesteps=[1000, 9]", "generate.steps=2"], r"1000 is not below diffusion.timesteps"),
+        (
+            "digits-lt",
+            ["generate.timesteps=[9, 5]", "generate.steps=2", "generate.search=9"],
+            r"timesteps are listed, but search = 9: set it to 0",
+        ),
         ("digits-lt", ["generate.timesteps=[9, x]", "generate.steps=2"], r"generate.timesteps: .*got '\[9, x\]'"),
         ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
         ("digits-lt", ["groups.few=50"], r"groups: few = 50 and many = 25 overlap"),

@@ -12,7 +12,7 @@ from diffult.runs.files import load_tensors
 from diffult.runs.run_dir import RunDir
 
 # float32: bfloat16 rounds sums of other parts by too much. No dropout, which alone is not keyed by the sample.
-SETTINGS = [*TINY, "precision=float32", "unet.dropout=0.0"]
+SETTINGS = [*TINY, "precision=float32", "unet.dropout=0.0", "generate.search=3"]
 
 
 @pytest.mark.timeout(280)
@@ -32,5 +32,8 @@ def test_a_whole_run_in_two_processes_is_that_of_one(tmp_path):
     assert {key: one["generation"][key] for key in ("drawn", "accepted", "nfe")} == {
         key: two["generation"][key] for key in ("drawn", "accepted", "nfe")
     }
+    searched = [json.loads((tmp_path / run / "generate" / "timesteps.json").read_text()) for run in ("one", "two")]
+    for a, b in zip(*(content["trials"] for content in searched), strict=True):
+        assert a["timesteps"] == b["timesteps"] and a["distance"] == pytest.approx(b["distance"], rel=0.02)
     for method in ("ce", "diffult"):
         assert two[method]["top1"] == pytest.approx(one[method]["top1"], abs=1.0)  # 7 of 719 test images
