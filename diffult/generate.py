@@ -1,6 +1,7 @@
 """Stage generate: draw samples and judge them until every class has its quota of accepted ones.
 
-Writes generate/synthetic.beton, candidates.safetensors, manifest.json, summary.json and grid.png.
+Writes generate/synthetic.beton, candidates.safetensors, manifest.json, summary.json and grid.png; where the timesteps
+are searched first (generate.search), timesteps.json.
 """
 
 from __future__ import annotations

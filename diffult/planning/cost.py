@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion.objective import stride
+from diffult.generation.timesteps import trial_names
 from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
 from diffult.models.cost import parameters
@@ -150,12 +151,13 @@ def step_flops(config: Config, classes: int) -> dict[str, float]:
 
 def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
-    extractor, classifier = config.extractor, config.classifier
+    extractor, classifier, generate = config.extractor, config.classifier, config.generate
+    trials = generate.search * len(trial_names(classes)[0])
     recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "generate": candidates * config.generate.evaluations * evaluation_flops(config, classes),
+        "generate": (trials + candidates) * generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
     flops["extractor"] *= 1 + (extractor.sam > 0)  # a second pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +58,17 @@ def _search(run: RunDir, sampler: Sampler, folder: Path | None, world: World) ->
     files = [place / TRIALS for place in (run.folder("generate"), folder) if place is not None]
     known = {name: distance for file in files for name, distance in read_trials(file, key).items()}
     known = world.gather(known)[0]
-
     if folder is None:
+        return search(sampler, partial(_refuse, run), files[0], key, known, world)
+    extractor = load_extractor(run.folder("extractor"), sampler.device)
+    # Not the run's own seed: kept samples are of noise that the search has never seen.
+    seed = int(np.random.SeedSequence((run.config.seed, 0x57E9)).generate_state(1, np.uint64)[0])
+    distance = trial_distance(sampler, extractor, _real_features(run, extractor, sampler), seed, world)
+    return search(sampler, distance, files[1], key, known, world)
 
-        def distance(_: list[int]) -> float:
-            raise UserError(
-                f"{run.path}: has not searched its timesteps; run python -m diffult.generate --run {run.path}"
-            )
 
-    else:
-        extractor = load_extractor(run.folder("extractor"), sampler.device)
-        # Not the run's own seed: kept samples are of noise that the search has never seen.
-        seed = int(np.random.SeedSequence((run.config.seed, 0x57E9)).generate_state(1, np.uint64)[0])
-        distance = trial_distance(sampler, extractor, _real_features(run, extractor, sampler), seed, world)
-    return search(sampler, distance, files[-1], key, known, world)
+def _refuse(run: RunDir, timesteps: list[int]) -> float:
+    raise UserError(f"{run.path}: has not searched its timesteps; run python -m diffult.generate --run {run.path}")
 
 
 def _real_features(run: RunDir, extractor: Extractor, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
