@@ -103,7 +103,7 @@ def test_override_and_differences():
         (
             "digits-lt",
             ["generate.timesteps=[9, 5]", "generate.steps=2", "generate.search=9"],
-            r"timesteps are listed, but search = 9: set it to 0",
+            r"timesteps are listed, but search = 9: set search to 0",
         ),
         ("digits-lt", ["generate.timesteps=[9, x]", "generate.steps=2"], r"generate.timesteps: .*got '\[9, x\]'"),
         ("digits-lt", ["generate.max_draws=inf"], r"generate.max_draws: .*finite"),
