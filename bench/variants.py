@@ -115,7 +115,8 @@ def measure(plan: Plan, seed: int, name: str, folder: Path) -> dict[str, Any]:
     packed = run.packed()
     if packed.val is None:
         raise UserError(f"{plan.preset}: there are no validation images to measure with; set data.val_per_class")
-    until: Stage = "classifier" if plan.classifiers else "diffusion"
+    until: Stage = "generate" if run.config.generate.search else "diffusion"  # whose first work is the search
+    until = "classifier" if plan.classifiers else until
     if any(run.done(stage) is None for stage in STAGES[: STAGES.index(until) + 1]):
         run_pipeline(run, until)
     judge, held_out = train_judge(plan.preset, seed, folder.parent), packed.val
