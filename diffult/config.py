@@ -86,7 +86,7 @@ class DiffusionConfig(StrictModel):
     aid_share: float = Field(1.0, gt=0, le=1)  # of the batch, as above
     aid_steps: float = Field(1.0, gt=0, le=1)  # of the steps: L_AID is in every 1/share-th
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    batches: Literal["natural", "class_balanced"] = "natural"
+    batches: Literal["natural", "square_root", "class_balanced"] = "natural"
     flip: bool = False  # mirror left-right with probability 1/2, without a label
     augment_probability: float = Field(0.0, ge=0, le=1)  # adaptive augmentation with its 9-number label
     augment_flips: bool = False  # mirroring among the adaptive augmentations

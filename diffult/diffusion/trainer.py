@@ -22,7 +22,7 @@ from diffult.errors import UserError
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import forward_flops
 from diffult.models.unet import build_unet
-from ffcv_writers import Batch, ClassBalanced, Loader, Natural
+from ffcv_writers import Batch, ClassBalanced, Loader, Natural, Order, Weighted
 from kernels.adamw_ema import AdamWEma
 
 
@@ -63,8 +63,8 @@ def build_trainer(
     model = build_unet(config, len(counts)).to(device, dtype).train()
     optimizer = AdamWEma(model, weight_decay=settings.weight_decay)
     network = torch.compile(model) if device.type == "cuda" else model  # compiling gains nothing on a CPU
-    balanced = settings.batches == "class_balanced"
-    share = torch.ones_like(counts) / len(counts) if balanced else counts / counts.sum()
+    power = {"natural": 0.0, "square_root": 0.5, "class_balanced": 1.0}[settings.batches]
+    share = counts ** (1 - power) / (counts ** (1 - power)).sum()
     schedule = Schedule(settings.schedule, settings.timesteps, device)
     # Not the run's own seed: samples are drawn from noise that training has never seen.
     seed = int(np.random.SeedSequence((config.seed, 0xD1FF)).generate_state(1, np.uint64)[0])
@@ -75,7 +75,10 @@ def build_trainer(
     if rest or not micro_batch:
         raise UserError(f"diffusion.accumulate = {settings.accumulate} does not divide {size} images")
     loader = Loader(packed.train, size, device=device, crop=config.data.view(config.data.image_size))
-    order = ClassBalanced(packed.train.labels) if balanced else Natural(len(packed.train))
+    labels = packed.train.labels
+    order: Order = Natural(len(labels)) if power == 0 else ClassBalanced(labels)
+    if power == 0.5:
+        order = Weighted(np.bincount(labels)[labels] ** -0.5)
 
     def batches(start: int) -> Iterator[Batch]:
         for draws in order.steps(config.seed, size, start, settings.steps, rank=world.rank, world=world.size):
