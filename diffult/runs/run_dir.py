@@ -140,9 +140,15 @@ class RunDir:
         held_out = (self.done("pack") or {}).get("held_out", {})
         if stage in ("evaluate", "report"):
             settings["held_out"] = held_out
-        elif stage == "classifier" and any(find_method(name).adapt for name in self.config.classifier.methods):
-            settings["validation"] = held_out.get("val")  # what trains does not read the held-out images
+        elif self._reads_validation(stage):
+            settings["validation"] = held_out.get("val")
         return self.digest(settings)
+
+    def _reads_validation(self, stage: Stage) -> bool:
+        """Whether the validation images matter to what the stage makes."""
+        if stage == "classifier" and any(find_method(name).adapt for name in self.config.classifier.methods):
+            return True
+        return self.config.diffusion.early_stopping and stage in ("diffusion", "generate", "classifier")
 
     def digest(self, settings: Any) -> str:
         """Of these settings and the packed training images."""
