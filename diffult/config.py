@@ -84,11 +84,20 @@ class DiffusionConfig(StrictModel):
     aid_share: float = Field(1.0, gt=0, le=1)  # of the batch, as above
     aid_steps: float = Field(1.0, gt=0, le=1)  # of the steps: L_AID is in every 1/share-th
     label_dropout: float = Field(0.1, ge=0, lt=1)
-    batches: Literal["natural", "class_balanced"] = "natural"
+    # Classes as often as they have images, as often as the square root of that, or all alike.
+    batches: Literal["natural", "square_root", "class_balanced"] = "natural"
     flip: bool = False  # mirror left-right with probability 1/2, without a label
     augment_probability: float = Field(0.0, ge=0, le=1)  # adaptive augmentation with its 9-number label
     augment_flips: bool = False  # mirroring among the adaptive augmentations
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1)  # with early stopping the most there are
+    # Steps between checks of the averaged weights on held-out images: see diffult.generation.checks. 0: none.
+    check_every: int = Field(0, ge=0)
+    # Training ends when the held-out loss has not improved for `patience` checks, or more than `max_copies` of the
+    # samples are copies (5 % of new real images would be); the weights are those of the best check. Best at a rate that
+    # stays constant.
+    early_stopping: bool = False
+    patience: int = Field(5, ge=1)
+    max_copies: float = Field(0.25, gt=0, le=1)
     batch_size: int = Field(ge=1)  # of a step, over all processes
     accumulate: int = Field(1, ge=1)  # parts that a process cuts its share of the batch into, to save memory
     learning_rate: float = Field(2e-4, gt=0)
@@ -101,6 +110,16 @@ class DiffusionConfig(StrictModel):
     # A loss that is no number, or L_DDPM ten times that of the first step: stop, or go back to the last checkpoint
     # once, at half the rate.
     on_divergence: Literal["stop", "go_back"] = "stop"
+
+    @model_validator(mode="after")
+    def _stops_by_checks(self) -> Self:
+        if self.early_stopping and not self.check_every:
+            raise ValueError("early_stopping needs check_every, such as a twentieth of the steps")
+        return self
+
+    @property
+    def uses_extractor(self) -> bool:
+        return self.aid or self.check_every > 0
 
 
 MethodName = Annotated[str, AfterValidator(method_name)]

@@ -1,7 +1,8 @@
 """Stage diffusion: the class-conditional diffusion model, from random weights, on the long-tailed set alone.
 
 Writes diffusion/ema.safetensors, the averaged weights that samples are drawn with, metrics.jsonl, and a grid of samples
-at every checkpoint. Under torchrun the processes share the batch; the model is the same but for rounding.
+at every checkpoint. With diffusion.early_stopping it ends when the model no longer improves on held-out images. Under
+torchrun the processes share the batch; the model is the same but for rounding.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from diffult.data.packing import Packed
 from diffult.diffusion.trainer import Trainer, build_trainer
 from diffult.engine.device import compute_dtype, peak_flops, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
+from diffult.engine.early_stopping import EarlyStopping
 from diffult.engine.loop import Callback, LoopConfig, LRBackoff, train_loop
 from diffult.engine.tensorboard import TensorBoardCallback
+from diffult.generation.checks import ModelChecks, early_stopping
 from diffult.generation.preview import Preview, preview_settings
 from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor, load_extractor
@@ -53,8 +56,8 @@ def train_diffusion(run: RunDir, world: World = ALONE, tensorboard: bool = False
 
 
 def _extractor(run: RunDir) -> Extractor | None:
-    """phi0 if L_AID needs it."""
-    if not run.config.diffusion.aid:
+    """phi0 if L_AID or the checks need it."""
+    if not run.config.diffusion.uses_extractor:
         return None
     run.require("extractor")
     return load_extractor(run.folder("extractor"), pick_device())
@@ -80,13 +83,41 @@ def _train(
     preview = _preview(run, trainer, packed.classes) if world.is_main else None
     callbacks = [*callbacks, preview] if preview else callbacks
     go_back = lr_backoff if config.on_divergence == "go_back" else None
-    train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks)
+    check = _early_stopping(run, trainer, packed, extractor, world)
+    train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks, check)
     if preview:
         preview.write()
-        weights = trainer.optimizer.ema_state_dict()
+        weights = (check and check.best) or trainer.optimizer.ema_state_dict()
         save_unet(folder / "ema.safetensors", weights, run.config, len(packed.classes), digest)
-    record["images"] = config.steps * config.batch_size
+    record["steps"] = check.step if check else config.steps
+    record["images"] = record["steps"] * config.batch_size
     record["learning_rate_factor"] = lr_backoff.factor
+    if check and check.best:
+        record["stopped"] = check.reason or f"diffusion.steps = {config.steps}"
+        record["best_step"] = check.best_step
+        log.info(
+            "diffusion: ended at step %d: %s; the weights are those of step %d, %s %.4g",
+            check.step, record["stopped"], check.best_step, check.what, check.best_score,
+        )  # fmt: skip
+
+
+def _early_stopping(
+    run: RunDir, trainer: Trainer, packed: Packed, extractor: Extractor | None, world: World
+) -> EarlyStopping | None:
+    """The checks of the model in training; None where there are none."""
+    config = run.config.diffusion
+    if not config.check_every:
+        return None
+    if packed.val is None:
+        log.warning(
+            "diffusion: no validation images to check the model with, so it trains all of its %d steps; "
+            "data.val_per_class keeps some",
+            config.steps,
+        )
+        return None
+    assert extractor is not None  # config.uses_extractor
+    checks = ModelChecks(run.config, packed, extractor, trainer.optimizer, trainer.micro_batch, world)
+    return early_stopping(checks, config)
 
 
 def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
@@ -125,8 +156,9 @@ def print_cost(run: RunDir, world: World) -> None:
     if device.type == "cuda":
         memory += f"; {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB at the peak"
     if world.is_main:
+        most = "at most " if config.early_stopping else ""
         print(
-            f"{config.steps} steps of {config.batch_size} images, {seconds:.3f} s each: about "
+            f"{most}{config.steps} steps of {config.batch_size} images, {seconds:.3f} s each: about "
             f"{duration(config.steps * seconds)}; {memory}"
         )
 

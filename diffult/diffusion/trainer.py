@@ -22,8 +22,10 @@ from diffult.errors import UserError
 from diffult.longtail.extractor import Extractor
 from diffult.models.cost import forward_flops
 from diffult.models.unet import build_unet
-from ffcv_writers import Batch, ClassBalanced, Loader, Natural
+from ffcv_writers import Batch, ClassBalanced, Loader, Natural, Order, Weighted
 from kernels.adamw_ema import AdamWEma
+
+_FREQUENCY = {"natural": 1.0, "square_root": 0.5, "class_balanced": 0.0}  # of a class in batches: count ** this
 
 
 @dataclass
@@ -51,20 +53,21 @@ def build_trainer(
     that the optimizer keeps in step.
 
     Args:
-        extractor: phi0, for L_AID; None where diffusion.aid is off.
+        extractor: phi0, for L_AID; not used where diffusion.aid is off.
 
     Raises:
         UserError: the processes, or the micro-batches, do not divide the batch.
     """
     settings, device = config.diffusion, pick_device()
+    extractor = extractor if settings.aid else None
     dtype = compute_dtype(config.precision, device)
     counts = torch.from_numpy(packed.counts).to(device, torch.float32)
     torch.manual_seed(config.seed)
     model = build_unet(config, len(counts)).to(device, dtype).train()
     optimizer = AdamWEma(model, weight_decay=settings.weight_decay)
     network = torch.compile(model) if device.type == "cuda" else model  # compiling gains nothing on a CPU
-    balanced = settings.batches == "class_balanced"
-    share = torch.ones_like(counts) / len(counts) if balanced else counts / counts.sum()
+    frequency = counts ** _FREQUENCY[settings.batches]
+    share = frequency / frequency.sum()
     schedule = Schedule(settings.schedule, settings.timesteps, device)
     # Not the run's own seed: samples are drawn from noise that training has never seen.
     seed = int(np.random.SeedSequence((config.seed, 0xD1FF)).generate_state(1, np.uint64)[0])
@@ -75,7 +78,7 @@ def build_trainer(
     if rest or not micro_batch:
         raise UserError(f"diffusion.accumulate = {settings.accumulate} does not divide {size} images")
     loader = Loader(packed.train, size, device=device, crop=config.data.view(config.data.image_size))
-    order = ClassBalanced(packed.train.labels) if balanced else Natural(len(packed.train))
+    order = _order(settings.batches, packed.train.labels)
 
     def batches(start: int) -> Iterator[Batch]:
         for draws in order.steps(config.seed, size, start, settings.steps, rank=world.rank, world=world.size):
@@ -113,6 +116,13 @@ def build_trainer(
         return steps[with_aid](batch.images, batch.labels, batch.position, on_device)
 
     return Trainer(model, optimizer, batches, step, _step_flops(config, model, extractor), device, micro_batch)
+
+
+def _order(batches: str, labels: np.ndarray) -> Order:
+    """The order of the images, each class as often as _FREQUENCY says."""
+    if batches == "square_root":
+        return Weighted(np.bincount(labels)[labels] ** -0.5)
+    return ClassBalanced(labels) if batches == "class_balanced" else Natural(len(labels))
 
 
 def _step_flops(config: Config, model: nn.Module, extractor: Extractor | None) -> dict[str, float]:

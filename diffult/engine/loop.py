@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -72,6 +72,20 @@ class LRBackoff:
         self.factor = state["factor"]
 
 
+class Check(Protocol):
+    """Judges a training on the way and may end it. Called by every process, which must all come to the same."""
+
+    every: int  # steps between calls; the last step calls it too
+    reason: str  # why training ends after this step; empty: it goes on
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        """Called after `step` steps; returns values to be logged."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class DivergenceError(Exception):
     """The loss is not finite, or many times what it was."""
 
@@ -99,9 +113,10 @@ def train_loop(
     parts: Mapping[str, Any],
     lr_backoff: LRBackoff | None = None,
     callbacks: Sequence[Callback] = (),
+    check: Check | None = None,
 ) -> None:
     """Runs `train_steps` to its end."""
-    for _ in train_steps(config, batches, step, parts, lr_backoff, callbacks):
+    for _ in train_steps(config, batches, step, parts, lr_backoff, callbacks, check):
         pass
 
 
@@ -112,6 +127,7 @@ def train_steps(
     parts: Mapping[str, Any],
     lr_backoff: LRBackoff | None = None,
     callbacks: Sequence[Callback] = (),
+    check: Check | None = None,
 ) -> Iterator[int]:
     """Runs `step(i, batch)` for i in 0..steps-1, from the checkpoint on if there is one. Yields the number of steps
     done after each, so that several loops can take turns.
@@ -123,16 +139,19 @@ def train_steps(
         lr_backoff: if given, a loss that diverges sends the loop back to its last checkpoint, once, at a lower rate.
         callbacks: called after each reading of the loss that is good, before the checkpoint is written; on the process
             that writes alone.
+        check: if given, may end the loop before its last step; saved and restored with `parts`.
 
     Raises:
         UserError: the checkpoint is damaged or of another configuration, or the loss diverged; the last good checkpoint
             is kept.
     """
-    state = parts if lr_backoff is None else {**parts, "lr_backoff": lr_backoff}
+    own = {"lr_backoff": lr_backoff, "check": check}
+    state = {**parts, **{name: part for name, part in own.items() if part is not None}}
     start, first = _resume(config, state)
     while True:
         try:
-            yield from _run(config, start, first, batches(start), step, state, callbacks if config.writes else ())
+            seen_by = callbacks if config.writes else ()
+            yield from _run(config, start, first, batches(start), step, state, seen_by, check)
             return
         except DivergenceError as error:
             found = config.checkpoint if config.checkpoint.exists() else None
@@ -168,6 +187,7 @@ def _run(
     step: Callable[[int, Batch], Losses],
     parts: Mapping[str, Any],
     callbacks: Sequence[Callback],
+    check: Check | None,
 ) -> Iterator[int]:
     logged, since = start, time.perf_counter()
     bar = tqdm(
@@ -176,6 +196,8 @@ def _run(
     )  # fmt: skip
     with bar:
         for i, batch in zip(range(start, config.steps), batches, strict=False):
+            if check is not None and check.reason:
+                return
             seed_step(*config.seed, i)
             losses = step(i, batch)
             if math.isnan(first):  # before any update: by the first reading the training may have exploded already
@@ -183,12 +205,16 @@ def _run(
             bar.update()
             done = i + 1
             saves = done % config.every == 0 or done == config.steps
-            if saves or done % _LOG_EVERY == 0:
+            judged = check is not None and (done % check.every == 0 or done == config.steps)
+            if saves or judged or done % _LOG_EVERY == 0:
                 values = {name: value.item() for name, value in losses.items()}
-                _check(values, config.monitor, first, done)
+                _refuse_divergence(values, config.monitor, first, done)
                 now = time.perf_counter()
                 speed = _speed(config, (done - logged) / (now - since))
-                logged, since = done, now
+                if check is not None and judged:
+                    values |= check(done)
+                    saves |= bool(check.reason)
+                logged, since = done, time.perf_counter()
                 bar.set_postfix_str(_line(speed | values), refresh=False)
                 if config.writes and config.metrics is not None:
                     with config.metrics.open("a") as file:
@@ -200,7 +226,7 @@ def _run(
             yield done
 
 
-def _check(values: Mapping[str, float], monitor: str, first: float, step: int) -> None:
+def _refuse_divergence(values: Mapping[str, float], monitor: str, first: float, step: int) -> None:
     """Raises DivergenceError for a loss that is not finite, or many times the first one."""
     if not all(map(math.isfinite, values.values())) or values[monitor] > _EXPLODED * first:
         losses = ", ".join(f"{name} {value:.3g}" for name, value in values.items())

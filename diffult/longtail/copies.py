@@ -109,7 +109,7 @@ def copy_shares(copies: dict[str, Tensor], classes: Sequence[str]) -> dict[str, 
     if mostly:
         log.warning(
             "most synthetic images of %d of %d classes are copies of training images: %s; train the diffusion model "
-            "for fewer steps (diffusion.steps)",
+            "for fewer steps (diffusion.steps), or until it stops by itself (diffusion.early_stopping)",
             len(mostly),
             len(classes),
             ", ".join(mostly[:_NAMED]) + (", ..." if len(mostly) > _NAMED else ""),
@@ -168,7 +168,7 @@ def nearest(
 
     def embed(x: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(dtype, train.device):
-            return x.flatten(1) / (2 * x[0].numel() ** 0.5), extractor.features(x).float()
+            return _pixels(x), extractor.features(x).float()
 
     for label in tqdm(np.unique(labels), title, unit="class", dynamic_ncols=True):
         members, of_class = np.flatnonzero(labels == label), np.flatnonzero(train.image_set.labels == label)
@@ -203,6 +203,38 @@ def _stream(
         pixels = torch.minimum(pixels, distance)
         features = torch.minimum(features, _least(fx, fr, excluded)[0])
     return row, pixels, features
+
+
+@torch.inference_mode()
+def copies_among(
+    images: Tensor, labels: np.ndarray, train: Loader, thresholds: np.ndarray, mirrored: bool
+) -> np.ndarray:
+    """Which images are copies, bool [N].
+
+    Args:
+        images: uint8 [N, H, W, C], of the size of the training images, on their device.
+        labels: int64 [N].
+        train: as for `measure_copies`.
+        thresholds: float [num_classes], from there.
+        mirrored: as there.
+    """
+    copies = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        of_class = labels == label
+        x = normalise(images[torch.from_numpy(of_class)])
+        x = torch.stack([_pixels(y) for y in ([x, x.flip(3)] if mirrored else [x])])
+        nearest = torch.full((x.shape[1],), torch.inf, device=x.device)
+        for batch in train.batches(np.flatnonzero(train.image_set.labels == label)):
+            r = _pixels(normalise(batch.images))
+            excluded = torch.zeros(x.shape[1], len(r), dtype=torch.bool, device=x.device)
+            nearest = torch.minimum(nearest, _least(x, r, excluded)[0])
+        copies[of_class] = nearest.cpu().numpy() < thresholds[label]
+    return copies
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Images, float [B, C, H, W] in [-1, 1], as points whose Euclidean distance is the one in pixels, [B, D]."""
+    return x.flatten(1) / (2 * x[0].numel() ** 0.5)
 
 
 def _least(x: Tensor, r: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:

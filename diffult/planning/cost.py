@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffult.config import Config, TrainingConfig
 from diffult.diffusion.objective import stride
+from diffult.generation.checks import CHECK_SHARE
 from diffult.generation.timesteps import trial_names
 from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
@@ -160,6 +161,7 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
         "generate": (trials + candidates) * generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
+    flops["diffusion"] *= 1 + CHECK_SHARE * (config.diffusion.check_every > 0)
     flops["extractor"] *= 1 + (extractor.sam > 0)  # a second pass
     flops["classifier"] *= trained_share(classifier.methods) * (1 + (classifier.sam > 0))
     return flops

@@ -256,6 +256,38 @@ def curves(name: str, trainings: Mapping[str, Sequence[Mapping[str, Any]]]) -> M
     return panels + Markup('<ul class="legend">{}</ul>').format(entries) if len(trainings) > 1 else panels
 
 
+def checks(name: str, lines: Sequence[Mapping[str, Any]]) -> Markup:
+    """What the checks of a diffusion training found, in two panels: losses, and percent.
+
+    Args:
+        lines: of a metrics file; those of a check have {"step", "held_out_loss", "train_loss", "cas"} and mostly
+            "copies".
+    """
+
+    def panel(words: str, values: Mapping[str, str]) -> Markup:
+        known = {key: [line for line in lines if key in line] for key in values}
+        known = {key: found for key, found in known.items() if found}
+
+        def plot(figure: Figure) -> None:
+            axes = figure.subplots()
+            for place, (key, found) in enumerate(known.items()):
+                steps, heights = ([line[column] for line in found] for column in ("step", key))
+                axes.plot(steps, heights, ".-", color=COLOURS[f"series{place}"], linewidth=1.3, label=values[key])
+            axes.set(xlabel="step", title=words)
+            axes.grid(axis="y")
+            axes.legend()
+
+        ends = "; ".join(f"{values[key]} {found[0][key]:.3g} to {found[-1][key]:.3g}" for key, found in known.items())
+        return draw(
+            f"{name}-{words.split()[0]}", f"{words} over the steps, first to last check: {ends}.", plot, 2.7, PANEL
+        )
+
+    return side_by_side(
+        panel("loss at fixed noise", {"held_out_loss": "held-out images", "train_loss": "training images"}),
+        panel("percent", {"cas": "right on held-out images (linear head)", "copies": "copies"}),
+    )
+
+
 def comparison_dots(rows: Sequence[Mapping[str, Any]], against: str | None) -> Markup:
     """Top-1 of each method, a dot a seed and the mean with its deviation; beside it the paired difference and interval.
 

@@ -29,6 +29,12 @@ from diffult.reporting.pictures import MAX_CLASSES, evenly
 from diffult.reporting.samples import copy_rows, copy_warning, gallery, generation_rows, verdict_shares
 from diffult.reporting.text import duration
 
+_CURVES = "Loss, and images a second, at each reading."
+_CHECKS = (
+    "The averaged weights at each check. Loss at fixed noise, each class counted alike: a gap that grows is "
+    "memorisation. Of some samples the share of copies, and how many held-out images a linear head trained on them "
+    "gets right."
+)
 LONG_TABLE = 40  # more rows than this are folded
 
 
@@ -118,8 +124,16 @@ def _distances(content: RunContent) -> Markup | None:
 
 
 def _curves(content: RunContent) -> list[dict[str, Any]]:
-    """A figure for each network; the classifiers share one."""
+    """A figure for each network; the classifiers share one. Another for the diffusion model's checks, if any."""
     trainings = content.trainings
     groups = {stage: {stage: trainings[stage]} for stage in ("extractor", "diffusion") if stage in trainings}
     groups["classifier"] = {find_method(name).title: trainings[name] for name in content.methods if name in trainings}
-    return [{"title": stage, "picture": figures.curves(f"curves-{stage}", g)} for stage, g in groups.items() if g]
+    pictures = []
+    for stage, group in groups.items():
+        if group:
+            picture = figures.curves(f"curves-{stage}", group)
+            pictures.append({"title": stage, "picture": picture, "caption": _CURVES})
+        if stage == "diffusion" and any("held_out_loss" in line for line in group[stage]):
+            picture = figures.checks("checks", group[stage])
+            pictures.append({"title": "diffusion, checks", "picture": picture, "caption": _CHECKS})
+    return pictures

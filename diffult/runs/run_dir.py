@@ -145,10 +145,15 @@ class RunDir:
         return self.digest(settings)
 
     def _reads_validation(self, stage: Stage) -> bool:
-        """Besides the stages that measure: where they choose timesteps, or adapt a method."""
-        adapted = any(find_method(name).adapt for name in self.config.classifier.methods)
-        searched = self.config.generate.search > 0
-        return (stage in ("generate", "classifier") and searched) or (stage == "classifier" and adapted)
+        """Whether the validation images matter to what the stage makes, or an earlier one that it reads."""
+        config = self.config
+        reading: dict[Stage, bool] = {
+            "diffusion": config.diffusion.early_stopping,
+            "generate": config.generate.search > 0,
+            "classifier": any(find_method(name).adapt for name in config.classifier.methods),
+        }
+        stages = list(reading)
+        return stage in reading and any(reading[s] for s in stages[: stages.index(stage) + 1])
 
     def digest(self, settings: Any) -> str:
         """Of these settings and the packed training images."""

@@ -34,7 +34,7 @@ def upstream(config: Config, stage: Stage) -> tuple[Stage, ...]:
     sources: dict[Stage, tuple[Stage, ...]] = {
         "pack": (),
         "extractor": ("pack",),
-        "diffusion": ("pack", "extractor") if config.diffusion.aid else ("pack",),
+        "diffusion": ("pack", "extractor") if config.diffusion.uses_extractor else ("pack",),
         "generate": ("extractor", "diffusion"),
         "classifier": ("pack", "generate"),
         "evaluate": ("classifier",),

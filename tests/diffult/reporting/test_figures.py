@@ -86,6 +86,22 @@ def labels(panels: str) -> list[str]:
     return [svg.attrib["aria-label"] for svg in drawn]
 
 
+def test_checks_show_losses_and_percent() -> None:
+    check = {"held_out_loss": 0.25, "train_loss": 0.24, "cas": 80.0}
+    found = [
+        {"step": 50, "loss": 1.0},
+        {"step": 60} | check,
+        {"step": 90} | check | {"held_out_loss": 0.2, "cas": 91.0},
+    ]
+    losses, percent = ElementTree.fromstring(figures.checks("checks", found))
+    assert "held-out images 0.25 to 0.2; training images 0.24 to 0.24" in losses.attrib["aria-label"]
+    assert "right on held-out images (linear head) 80 to 91" in percent.attrib["aria-label"]
+    shown = ElementTree.tostring(percent, encoding="unicode")
+    assert "copies" not in shown  # not known
+    known = [line | {"copies": 5.0} for line in found]
+    assert "copies 5 to 5" in figures.checks("checks", known)
+
+
 def test_curves_of_several_trainings_share_a_figure() -> None:
     lines = [{"step": 50, "loss": 2.0, "images_per_s": 10.0}, {"step": 100, "loss": 0.05, "images_per_s": 12.0}]
     panels = figures.curves("curves", {"A": lines, "B": [{"step": 50, "loss": -1.0}]})
