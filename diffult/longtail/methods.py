@@ -279,8 +279,17 @@ def _head_retrained(name: str, method: Method) -> Method:
         raise ValueError(f"{name} has a head for each expert: cRT retrains one alone")
     phase = Phase(real_balanced if method.synthetic else resampled, share=_HEAD_STEPS)
     return replace(
-        method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="new head", heads="linear"
+        method, title=f"{method.title} + cRT", phases=(phase,), start=name, trains="new head", heads="linear", mix=None
     )
+
+
+def _mixes(title: str, mix: Mix) -> Modifier:
+    def modify(name: str, method: Method) -> Method:
+        if method.mix or not method.phases or method.trains != "all":
+            raise ValueError(f"{name} mixes images already or trains a head alone: {title} has no place in it")
+        return replace(method, title=f"{method.title} + {title}", mix=mix)
+
+    return modify
 
 
 MODIFIERS: dict[str, Modifier] = {
@@ -290,6 +299,8 @@ MODIFIERS: dict[str, Modifier] = {
     "logit_adjust_real": _loss("logit adjustment of real images", {cross_entropy: logit_adjusted_real}),
     "focal": _loss("focal loss", {cross_entropy: focal}),
     "class_balanced": _loss("class-balanced weights", {cross_entropy: class_balanced}),
+    "mixup": _mixes("mixup", Mix("mixup", 1.0)),
+    "cutmix": _mixes("CutMix", Mix("cutmix", 1.0, 0.5)),
     "soft": _softened,
     "crt": _head_retrained,
 }

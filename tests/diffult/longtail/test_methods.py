@@ -120,11 +120,17 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
         ("two_heads+soft", "two_heads does not train one head on synthetic images"),
         ("ce+soft", "ce does not train one head on synthetic images"),
         ("ride+crt", "ride has a head for each expert"),
+        ("cmo+mixup", "cmo mixes images already"),
+        ("mislas+cutmix", "mislas mixes images already or trains a head alone"),
     ],
 )
 def test_a_modifier_that_does_not_fit_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         classifier_config(f"methods=['{name}']")
+
+
+def test_a_head_is_retrained_on_images_that_are_not_mixed():
+    assert find_method("ce+cutmix").mix and not find_method("ce+cutmix+crt").mix
 
 
 def test_a_method_is_a_row(monkeypatch, both, tmp_path):
@@ -165,7 +171,17 @@ def test_a_batch_holds_images_of_either_kind(batch, share, images):
 
 
 @pytest.mark.parametrize(
-    "method", ["focal", "class_balanced", "ldam_drw", "ride", "two_heads", "mix+logit_adjust_real", "mixup"]
+    "method",
+    [
+        "focal",
+        "class_balanced",
+        "ldam_drw",
+        "ride",
+        "two_heads",
+        "mix+logit_adjust_real",
+        "mixup",
+        "mix+logit_adjust+mixup",
+    ],
 )
 def test_methods_train(both, tmp_path, method):
     """On their heads, with their losses: every weight moves and stays finite."""
