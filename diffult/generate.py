@@ -51,8 +51,11 @@ BUNDLED = "digits-lt"
 # --fast: the knee of the measured tables in docs/experiments.md
 FAST: dict[str, Any] = {
     "sampler": "dpm++",
-    "steps": 10,
-    "spacing": "log_snr",
+    "steps": 5,
+    "spacing": "sigma",
+    "sigma_max": 40.0,
+    "sigma_min": 0.05,
+    "rho": 3.0,
     "timesteps": (),
     "search": 0,
     "guidance": 0.0,
