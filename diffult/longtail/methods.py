@@ -283,6 +283,15 @@ def _head_retrained(name: str, method: Method) -> Method:
     )
 
 
+def _head_trained_on(name: str, method: Method) -> Method:
+    """MiSLAS's second stage (Zhong et al. 2021), after any training of one linear head."""
+    if method.heads != "linear" or method.trains != "all" or not method.phases:
+        raise ValueError(f"{name} does not train a network with one linear head: MiSLAS trains such a head on")
+    phase = Phase(real_balanced if method.synthetic else resampled, smoothed_by_class, _HEAD_STEPS)
+    title = f"{method.title} + MiSLAS's head"
+    return replace(method, title=title, phases=(phase,), start=name, trains="head", mix=None)
+
+
 def _mixes(title: str, mix: Mix) -> Modifier:
     def modify(name: str, method: Method) -> Method:
         if method.mix or not method.phases or method.trains != "all":
@@ -303,6 +312,7 @@ MODIFIERS: dict[str, Modifier] = {
     "cutmix": _mixes("CutMix", Mix("cutmix", 1.0, 0.5)),
     "soft": _softened,
     "crt": _head_retrained,
+    "mislas": _head_trained_on,
 }
 
 

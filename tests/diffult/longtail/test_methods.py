@@ -120,6 +120,7 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
         ("two_heads+soft", "two_heads does not train one head on synthetic images"),
         ("ce+soft", "ce does not train one head on synthetic images"),
         ("ride+crt", "ride has a head for each expert"),
+        ("ldam_drw+mislas", "ldam_drw does not train a network with one linear head"),
         ("cmo+mixup", "cmo mixes images already"),
         ("mislas+cutmix", "mislas mixes images already or trains a head alone"),
     ],
@@ -127,6 +128,12 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
 def test_a_modifier_that_does_not_fit_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         classifier_config(f"methods=['{name}']")
+
+
+def test_mislas_is_its_second_stage_after_mixup():
+    by_parts, whole = find_method("mixup+mislas"), METHODS["mislas"]
+    assert (by_parts.phases, by_parts.start, by_parts.trains) == (whole.phases, whole.start, whole.trains)
+    assert find_method("mix+mixup+mislas").phases[0].draw is real_balanced
 
 
 def test_a_head_is_retrained_on_images_that_are_not_mixed():
