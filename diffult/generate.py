@@ -288,7 +288,7 @@ def _run_bundled(path: Path, until: Stage, world: World) -> None:
 def command(
     run: Annotated[Path | None, typer.Option(help=f"Run directory; default: the bundled runs/{BUNDLED}.")] = None,
     set_: SetOption = None,
-    fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M), 10 steps, no guidance.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M), 5 steps, no guidance.")] = False,
     balance_to: Annotated[
         int | None, typer.Option(min=0, help="Fill every class up to N images; default: the run's.")
     ] = None,

@@ -231,7 +231,7 @@ def test_dry_run_writes_nothing_and_tells_time_and_disk(tiny_run, caplog, capsys
     with caplog.at_level("INFO"):
         command(run=tiny_run.path, fast=True, balance_to=100, dry_run=True)
     assert sorted(tiny_run.path.rglob("*")) == before
-    assert f"{1000 - 201} samples, 10 evaluations each (dpm++, 10 steps)" in caplog.text
+    assert f"{1000 - 201} samples, 5 evaluations each (dpm++, 5 steps)" in caplog.text
     told = capsys.readouterr().out
     assert told.startswith(f"{799 * 64 / 2**20:.1f} MiB of kept images; ")
     assert "drawn/s" in told and "TFLOP/s" in told and "if all pass" in told
