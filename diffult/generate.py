@@ -1,7 +1,8 @@
 """Stage generate: draw samples and judge them until every class has its quota of accepted ones.
 
 Writes generate/synthetic.beton, candidates.safetensors, manifest.json, summary.json and grid.png; where the timesteps
-are searched first (generate.search), timesteps.json.
+are searched first (generate.search), timesteps.json; where pixel levels are matched to the training images
+(generate.match_histogram), levels.safetensors.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from diffult.reporting.pictures import NO_SAMPLES, sample_grid
 from diffult.reporting.text import duration
 from diffult.runs.files import atomic_write, lock_folder, write_json
 from diffult.runs.run_dir import RunDir
-from diffult.runs.sampler import TRIALS, open_sampler
+from diffult.runs.sampler import LEVELS, TRIALS, open_sampler
 from diffult.runs.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def generate_stage(
     packed = run.packed()
     run.require("extractor")
     run.require("diffusion")
-    with run.stage("generate", world, keep=lambda file: file.name == TRIALS) as record:
+    with run.stage("generate", world, keep=lambda file: file.name in (TRIALS, LEVELS)) as record:
         if record is not None:
             own = run.config.generate
             settings = own.model_copy(update={"batch_size": batch_size or own.batch_size})
@@ -123,6 +124,8 @@ def open_store(
     """The shards in `folder`. Raises UserError if another model or other settings made them."""
     diffusion, extractor = run.folder("diffusion") / "ema.safetensors", run.folder("extractor") / "weights.safetensors"
     weights = {"diffusion": diffusion, "extractor": extractor}
+    if settings.match_histogram:
+        weights["levels"] = folder / LEVELS
     return ShardStore(folder, manifest(settings, quotas, seed, weights), rank)
 
 
@@ -251,7 +254,7 @@ def _print_cost(run: RunDir, request: Request) -> None:
 
 def _trial(run: RunDir, request: Request) -> tuple[Sampler, Callable[[], object]]:
     """A sampler, and a function that draws and judges a batch for nothing; compiling and recording are done."""
-    settings = request.settings.model_copy(update={"search": 0})
+    settings = request.settings.model_copy(update={"search": 0, "match_histogram": False})
     sampler = open_sampler(run, settings, request.seed, request.compiled)
     extractor, filter = load_extractor(run.folder("extractor"), sampler.device), FILTERS[request.settings.filter]
     indices = np.arange(request.settings.batch_size)

@@ -33,6 +33,7 @@ TINY = [
     "generate.batch_size=8",
     "generate.max_draws=3",
     "generate.filter=distance",  # a hardly trained extractor sees no classes in hardly trained samples
+    "generate.match_histogram=false",  # samples are as the networks draw them
     "classifier.steps=8",
     "classifier.methods=['ce', 'diffult']",
     "data.val_per_class=5",

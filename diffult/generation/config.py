@@ -34,6 +34,8 @@ class GenerateConfig(StrictModel):
     # Lists of timesteps tried with the trained model before drawing, the spacing's first, for the one whose samples are
     # nearest to real images; 0: no search.
     search: int = Field(0, ge=0)
+    # Samples get the pixel levels of the training images: see diffult.generation.levels.
+    match_histogram: bool = False
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1)
     # What is dropped: see diffult.longtail.filter.

@@ -10,6 +10,7 @@ import time
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from diffult.config import Config
@@ -19,6 +20,7 @@ from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.engine.device import compute_dtype
 from diffult.errors import UserError
 from diffult.generation.config import GenerateConfig
+from diffult.generation.levels import match
 from diffult.models.cost import forward_flops
 from diffult.models.unet import UNet
 from kernels.augment import denormalise
@@ -40,6 +42,8 @@ class Sampler:
         seed: of the noise.
         dtype: the network's compute type.
         compiled: the network goes through torch.compile.
+        levels: uint8 [C, 256], what the pixel levels of each channel become, see `diffult.generation.levels`; None:
+            they stay.
     """
 
     unet: UNet
@@ -52,6 +56,7 @@ class Sampler:
     dtype: torch.dtype
     device: torch.device
     compiled: bool = False
+    levels: torch.Tensor | None = None
 
     @classmethod
     def for_run(
@@ -67,6 +72,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self._prepare_steps()
+        self._prepared = False
         # A graph for each shape: a doubled batch must not make the batch size variable.
         self._network = torch.compile(self.unet, dynamic=False) if self.compiled else self.unet
         # On CUDA a recorded graph for each evaluation: one for a whole draw would grow with the steps.
@@ -87,11 +93,12 @@ class Sampler:
 
     def at(self, timesteps: list[int], seed: int | None = None) -> Sampler:
         """A sampler at other timesteps, and with other noise if a seed is given, on the same network, which is not
-        compiled or recorded again."""
+        compiled or recorded again. Its samples keep their levels."""
         other = copy(self)
         listed = {"timesteps": tuple(timesteps), "steps": len(timesteps), "search": 0}
         other.settings = self.settings.model_copy(update=listed)
         other.seed = self.seed if seed is None else seed
+        other.levels = None
         other._prepare_steps()
         return other
 
@@ -104,11 +111,14 @@ class Sampler:
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Runs the network once, so that it is compiled before any clock runs, and logs how long that took.
+        """Runs the network once, so that it is compiled before any clock runs, and logs how long that took. A second
+        call does nothing.
 
         Raises:
             UserError: the network does not compile on this CPU, for example without a C++ compiler.
         """
+        if self._prepared:
+            return
         begun = time.perf_counter()
         try:
             labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
@@ -122,6 +132,7 @@ class Sampler:
             torch.cuda.synchronize(self.device)
         if self.compiled:
             log.info("network compiled in %.1f s", time.perf_counter() - begun)
+        self._prepared = True
 
     def flops(self) -> int:
         """Work of the network for one sample, in FLOP."""
@@ -145,7 +156,15 @@ class Sampler:
             )
 
         noise = normal(self.seed, labels, indices, numbers[0], self.shape)
-        return denormalise(sample(noise, self._grid, self._solver, evaluate, update))
+        drawn = denormalise(sample(noise, self._grid, self._solver, evaluate, update))
+        return drawn if self.levels is None else match(drawn, self.levels)
+
+    def draw_all(self, labels: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+        """As `draw`, any number of samples, int64 [N] each, in batches of one shape."""
+        size = self.settings.batch_size
+        names = [torch.from_numpy(np.pad(part, (0, -len(part) % size))).to(self.device) for part in (labels, indices)]
+        batches = zip(*(part.split(size) for part in names), strict=True)
+        return torch.cat([self.draw(*batch) for batch in batches])[: len(labels)]
 
     def _predict(self, x: torch.Tensor, t: int, labels: torch.Tensor) -> torch.Tensor:
         """The network's output [B, C, H, W]; with guidance [2B, C, H, W] from one doubled batch, whose second half has

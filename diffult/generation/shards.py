@@ -36,10 +36,13 @@ log = logging.getLogger(__name__)
 SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
 
 
+_ELSEWHERE = {"batch_size", "balance_to", "dose", "match_histogram"}  # in the quotas and the weights, or nowhere
+
+
 def manifest(settings: GenerateConfig, quotas: np.ndarray, seed: int, weights: Mapping[str, Path]) -> dict[str, Any]:
     """What determines the samples; the batch size does not, and may change between attempts. weights: safetensors
-    files of the networks by name."""
-    sampling = settings.model_dump(mode="json", exclude={"batch_size", "balance_to", "dose"} | settings.unread)
+    files by name, of the networks and of the levels that a histogram is matched by."""
+    sampling = settings.model_dump(mode="json", exclude=_ELSEWHERE | settings.unread)
     fingerprints = {name: _fingerprint(file) for name, file in weights.items()}
     return fingerprints | sampling | {"seed": seed, "quotas": quotas.tolist()}
 

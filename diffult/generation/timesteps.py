@@ -19,6 +19,7 @@ from diffult.diffusion.samplers import SigmaRange, sigma_grid
 from diffult.diffusion.timestep_search import search_timesteps
 from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
+from diffult.generation.levels import HistogramMatching, match
 from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.frechet import class_frechet_distance
@@ -71,7 +72,12 @@ def search(
 
 
 def trial_distance(
-    sampler: Sampler, extractor: Extractor, real: tuple[Tensor, Tensor], seed: int, world: World = ALONE
+    sampler: Sampler,
+    extractor: Extractor,
+    real: tuple[Tensor, Tensor],
+    seed: int,
+    world: World = ALONE,
+    matching: HistogramMatching | None = None,
 ) -> Callable[[list[int]], float]:
     """How far the samples at some timesteps are from real images: `class_frechet_distance` in the extractor's features,
     always of the same samples, of which each process draws its share.
@@ -79,13 +85,14 @@ def trial_distance(
     Args:
         real: features, float [N, F], and labels, int64 [N], of real images of every class.
         seed: of the samples' noise.
+        matching: of the samples' levels, for each list anew.
     """
     labels, indices = trial_names(int(real[1].max()) + 1)
     share = slice(world.rank, None, world.size)
     real_features, real_labels = (part.cpu().numpy() for part in real)
 
     def distance(timesteps: list[int]) -> float:
-        mine = _features(sampler.at(timesteps, seed), extractor, labels[share], indices[share])
+        mine = _features(sampler.at(timesteps, seed), extractor, labels[share], indices[share], matching)
         drawn = np.empty((len(labels), mine.shape[1]), np.float32)
         for rank, features in enumerate(world.gather(mine)):
             drawn[rank :: world.size] = features
@@ -102,15 +109,21 @@ def trial_names(num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def _features(sampler: Sampler, extractor: Extractor, labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Of the samples of these names, int64 [N] each: float32 [N, F]. All batches have one shape."""
-    size, parts = sampler.settings.batch_size, []
-    names = [torch.from_numpy(np.pad(part, (0, -len(part) % size))).to(sampler.device) for part in (labels, indices)]
-    for batch in zip(*(part.split(size) for part in names), strict=True):
-        drawn = normalise(sampler.draw(*batch))  # as they will be stored: in whole grey levels
+def _features(
+    sampler: Sampler,
+    extractor: Extractor,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    matching: HistogramMatching | None = None,
+) -> np.ndarray:
+    """Of the samples of these names, int64 [N] each: float32 [N, F]."""
+    drawn, parts = sampler.draw_all(labels, indices), []
+    if matching is not None:
+        drawn = match(drawn, matching.levels(drawn, labels))
+    for batch in drawn.split(sampler.settings.batch_size):
         with autocast(sampler.dtype, sampler.device):
-            parts.append(extractor.features(drawn).float())
-    return torch.cat(parts)[: len(labels)].cpu().numpy()
+            parts.append(extractor.features(normalise(batch)).float())  # as they will be stored: in whole grey levels
+    return torch.cat(parts).cpu().numpy()
 
 
 def read_trials(file: Path, key: str) -> Distances:

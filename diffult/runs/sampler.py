@@ -1,9 +1,12 @@
-"""A finished run's sampler: its diffusion model at the timesteps that its settings give or have searched."""
+"""A finished run's sampler: its diffusion model at the timesteps that its settings give or have searched, with the
+pixel levels of its samples matched to the training images where its settings ask for it."""
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
 from diffult.generation.config import GenerateConfig
+from diffult.generation.levels import HistogramMatching, match, pilot_names, read_levels, write_levels
 from diffult.generation.sampler import Sampler
 from diffult.generation.timesteps import read_trials, search, trial_distance
 from diffult.longtail.classification import extract_features
@@ -21,7 +25,9 @@ from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import digest
 from ffcv_writers import Loader
 
+log = logging.getLogger(__name__)
 TRIALS = "timesteps.json"  # in a folder of samples: the lists of timesteps that were tried
+LEVELS = "levels.safetensors"  # in a folder of samples: what their pixel levels became
 _ENOUGH = 2  # validation images of each class, for a spread
 
 
@@ -30,15 +36,16 @@ def open_sampler(
     settings: GenerateConfig,
     seed: int,
     compiled: bool = False,
-    search_in: Path | None = None,
+    folder: Path | None = None,
     world: World = ALONE,
 ) -> Sampler:
     """A finished run's diffusion model, ready to draw on this machine; compiled on CUDA in any case. Its settings have
     the timesteps that it draws at listed, where a search was asked for.
 
     Args:
-        search_in: a folder that this process has locked: timesteps are searched there, by every process of `world`. The
-            lists that the run's stage generate has tried are known; None: it has tried all that are needed.
+        folder: that this process has locked: what is searched and fitted before drawing goes there, by every process of
+            `world`. What the run's stage generate has searched and fitted is known; None: it has tried all lists of
+            timesteps that are needed.
 
     Raises:
         UserError: the stage is not finished, a file is damaged, or there is a list to try and no folder.
@@ -48,11 +55,17 @@ def open_sampler(
     dtype = compute_dtype(run.config.precision, device)
     unet = load_unet(run.folder("diffusion") / "ema.safetensors", device, dtype)
     sampler = Sampler.for_run(run.config, unet, settings, seed, compiled or device.type == "cuda")
-    return _search(run, sampler, search_in, world) if settings.search else sampler
+    if settings.search:
+        sampler = _search(run, sampler, folder, world)
+    if settings.match_histogram:
+        sampler.levels = _levels(run, sampler, folder, world).to(device)
+    return sampler
 
 
 def _search(run: RunDir, sampler: Sampler, folder: Path | None, world: World) -> Sampler:
-    read = sampler.settings.model_dump(include={"sampler", "eta", "guidance"})  # lists of all lengths share a file
+    read = _solver(sampler.settings)  # lists of all lengths share a file
+    if sampler.settings.match_histogram:
+        read["match_histogram"] = True
     held_out = run.require("pack")["held_out"].get("val")
     key = digest(run.hash("extractor"), run.hash("diffusion"), held_out, read)
     files = [place / TRIALS for place in (run.folder("generate"), folder) if place is not None]
@@ -61,10 +74,55 @@ def _search(run: RunDir, sampler: Sampler, folder: Path | None, world: World) ->
     if folder is None:
         return search(sampler, partial(_refuse, run), files[0], key, known, world)
     extractor = load_extractor(run.folder("extractor"), sampler.device)
-    # Not the run's own seed: kept samples are of noise that the search has never seen.
-    seed = int(np.random.SeedSequence((run.config.seed, 0x57E9)).generate_state(1, np.uint64)[0])
-    distance = trial_distance(sampler, extractor, _real_features(run, extractor, sampler), seed, world)
+    matching = _matching(run, sampler, world) if sampler.settings.match_histogram else None
+    real = _real_features(run, extractor, sampler)
+    distance = trial_distance(sampler, extractor, real, _own_seed(run), world, matching)
     return search(sampler, distance, files[1], key, known, world)
+
+
+def _levels(run: RunDir, sampler: Sampler, folder: Path | None, world: World) -> torch.Tensor:
+    """What the levels of this model's samples become, uint8 [C, 256]: as in the folder, else as the run's stage
+    generate had it, else fitted. It depends on the model and its solver, not on how many samples of which class and
+    seed are asked for, so that a sample is the same in every folder."""
+    key = digest(run.hash("diffusion"), _solver(sampler.settings), sampler.timesteps)
+    own, shared = None if folder is None else folder / LEVELS, run.folder("generate") / LEVELS
+    known = None if own is None else read_levels(own, key)
+    levels = world.gather(read_levels(shared, key) if known is None else known)[0]
+    if levels is None:
+        levels = _fit(run, sampler, world)
+    if own is not None and known is None and world.is_main:
+        write_levels(own, key, levels)
+    return levels
+
+
+def _fit(run: RunDir, sampler: Sampler, world: World) -> torch.Tensor:
+    """The table for a few samples of each class; each process draws its share of them."""
+    sampler.prepare()
+    names = pilot_names(len(run.packed().classes))
+    labels, indices = (part[world.rank :: world.size] for part in names)
+    drawn = sampler.at(sampler.timesteps, _own_seed(run)).draw_all(labels, indices)
+    levels = _matching(run, sampler, world).levels(drawn, labels)
+    moved = (match(drawn, levels).int() - drawn).abs().float().mean()
+    log.info("histogram matched by %d samples: pixels move by %.1f of 255 levels on average", len(names[0]), moved)
+    return levels.cpu()
+
+
+def _matching(run: RunDir, sampler: Sampler, world: World) -> HistogramMatching:
+    """To the training images, as the diffusion model sees them."""
+    packed, data = run.packed(), run.config.data
+    view = data.view(data.image_size)
+    images = Loader(packed.train, run.config.diffusion.batch_size, device=sampler.device, crop=view)
+    return HistogramMatching.to(images, len(packed.classes), world)
+
+
+def _solver(settings: GenerateConfig) -> dict[str, Any]:
+    """What samples depend on beside their timesteps."""
+    return settings.model_dump(include={"sampler", "eta", "guidance"})
+
+
+def _own_seed(run: RunDir) -> int:
+    """Not the run's own: kept samples are of noise that neither the search nor the fit has seen."""
+    return int(np.random.SeedSequence((run.config.seed, 0x57E9)).generate_state(1, np.uint64)[0])
 
 
 def _refuse(run: RunDir, timesteps: list[int]) -> float:

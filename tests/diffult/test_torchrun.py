@@ -12,7 +12,7 @@ from diffult.runs.files import load_tensors
 from diffult.runs.run_dir import RunDir
 
 # float32: bfloat16 rounds sums of other parts by too much. No dropout, which alone is not keyed by the sample.
-SETTINGS = [*TINY, "precision=float32", "unet.dropout=0.0", "generate.search=2"]
+SETTINGS = [*TINY, "precision=float32", "unet.dropout=0.0", "generate.search=2", "generate.match_histogram=true"]
 
 
 @pytest.mark.timeout(280)

@@ -29,6 +29,7 @@ from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, lock_folder
 from diffult.runs.run_dir import RunDir
+from diffult.runs.sampler import LEVELS
 from ffcv_writers import Loader
 
 CLASSES = tuple("0123456789")
@@ -270,6 +271,7 @@ def test_three_processes_keep_what_one_keeps(tiny_run, tmp_path):
     """Same names, same verdicts, and at one batch size the same bits."""
     run = Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
     options = ["--run", str(run), "--fast", "--steps", "2", "--per-class", "9", "--batch-size", "4"]
+    options += ["--set", "generate.match_histogram=true"]
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "--"]
     results = []
     for name, start in (("one", []), ("three", torchrun)):
@@ -277,10 +279,12 @@ def test_three_processes_keep_what_one_keeps(tiny_run, tmp_path):
         out = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
         assert out.returncode == 0, out.stderr[-2000:]
         summary = json.loads((tmp_path / name / "summary.json").read_text())
-        results.append((summary["by_class"], *kept(tmp_path / name)))
+        results.append(
+            (summary["by_class"], *kept(tmp_path / name), load_tensors(tmp_path / name / LEVELS)[0]["levels"])
+        )
         assert not list((tmp_path / name).glob("shard-*"))
     assert results[0][:2] == results[1][:2]
-    assert np.array_equal(results[0][2], results[1][2])
+    assert np.array_equal(results[0][2], results[1][2]) and torch.equal(results[0][3], results[1][3])
 
 
 def test_a_sample_is_found_in_the_shards_of_every_process(tmp_path):
