@@ -289,9 +289,10 @@ def _batch(size: int, speeds: Speeds) -> int:
 def _generate(draft: _Draft, amounts: Amounts, speeds: Speeds, seconds: float, side: int, channels: int) -> float:
     """N_t, sampler and filter; returns the seconds that drawing takes at the most."""
     counts = amounts.counts
-    draft.put("generate.sampler", "dpm++")
-    steps = draft.put("generate.steps", 10)
-    draft.put("generate.spacing", "log_snr")
+    draft.put("generate.sampler", "dpm++sde")
+    steps = draft.put("generate.steps", 8)
+    for key, value in {"spacing": "sigma", "sigma_max": 40.0, "sigma_min": 0.05, "rho": 3.0}.items():
+        draft.put(f"generate.{key}", value)
     draft.put("generate.batch_size", 64 if side < 16 else 128)
     evaluation = unet_cost(_shape_of(draft), side, channels, len(counts)).flops
     candidates = seconds * speeds.sample / (steps * evaluation)
