@@ -49,7 +49,7 @@ from diffult.runs.stages import Stage
 
 log = logging.getLogger(__name__)
 BUNDLED = "digits-lt"
-# --fast: the knee of the measured tables in docs/experiments.md
+# --fast: the fewest evaluations that were no worse than the ten before, in docs/experiments.md
 FAST: dict[str, Any] = {
     "sampler": "dpm++",
     "steps": 5,

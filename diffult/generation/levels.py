@@ -6,7 +6,7 @@ the share of v itself, whose middle stands for all of it. The map never falls, a
 have; where both histograms are equal it changes nothing. In either histogram all classes weigh the same.
 
 Samples have a haze, such as levels 1 to 5 where the background of real images is black, and more of it the finer the
-solver. Networks that see samples beside real images notice it before they notice anything else.
+solver (docs/experiments.md).
 """
 
 from __future__ import annotations

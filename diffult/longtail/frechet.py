@@ -19,9 +19,8 @@ def class_frechet_distance(drawn: np.ndarray, labels: np.ndarray, real: np.ndarr
     each class and one covariance, that within classes. The mean over classes of the squared distance of means, plus the
     term of covariances.
 
-    A class of five images has no covariance of its own, and the shared one is known from all of them. Of covariances
-    shared, diagonal, shrunk or of each class, the shared ones put samplers most nearly into the order that a judge of
-    hundreds of unseen images a class does, from 5 validation images a class as from 100.
+    A class of five images has no covariance of its own, and the shared one is known from all of them; docs/experiments.md
+    compares the two.
 
     Args:
         drawn: float [N, F], features of samples, and `labels`, int64 [N], their classes.
