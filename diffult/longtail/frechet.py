@@ -19,8 +19,7 @@ def class_frechet_distance(drawn: np.ndarray, labels: np.ndarray, real: np.ndarr
     each class and one covariance, that within classes. The mean over classes of the squared distance of means, plus the
     term of covariances.
 
-    A class of five images has no covariance of its own, and the shared one is known from all of them; docs/experiments.md
-    compares the two.
+    A class of five images has no covariance of its own; the shared one is known from all of them.
 
     Args:
         drawn: float [N, F], features of samples, and `labels`, int64 [N], their classes.
