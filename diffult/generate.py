@@ -35,7 +35,7 @@ from diffult.generation.config import GenerateConfig
 from diffult.generation.export import FORMATS
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
-from diffult.generation.shards import ShardStore, manifest, open_kept
+from diffult.generation.shards import ShardStore, manifest, open_kept, refuse_other
 from diffult.generation.timesteps import trial_names
 from diffult.longtail.extractor import load_extractor
 from diffult.longtail.filter import FILTERS
@@ -100,7 +100,8 @@ def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALON
     """Draws what is requested into a folder, or what an interrupted attempt left to draw. Returns the figures of
     summary.json. Raises UserError if the folder holds samples of another request."""
     settings, classes = request.settings, run.packed().classes
-    sampler = open_sampler(run, settings, request.seed, request.compiled, folder, world)
+    check = partial(_check_folder, folder, run, request)
+    sampler = open_sampler(run, settings, request.seed, request.compiled, folder, world, check)
     settings = sampler.settings  # with the timesteps that were searched
     extractor = load_extractor(run.folder("extractor"), sampler.device)
     for first in (True, False):  # the first writes the manifest and sets damaged shards aside; then all read the same
@@ -122,11 +123,25 @@ def open_store(
     folder: Path, run: RunDir, settings: GenerateConfig, quotas: np.ndarray, seed: int, rank: int = 0
 ) -> ShardStore:
     """The shards in `folder`. Raises UserError if another model or other settings made them."""
-    diffusion, extractor = run.folder("diffusion") / "ema.safetensors", run.folder("extractor") / "weights.safetensors"
-    weights = {"diffusion": diffusion, "extractor": extractor}
+    levels = {"levels": folder / LEVELS} if settings.match_histogram else {}
+    return ShardStore(folder, manifest(settings, quotas, seed, _networks(run) | levels), rank)
+
+
+def _check_folder(folder: Path, run: RunDir, request: Request, settings: GenerateConfig) -> None:
+    """As `open_store`, before anything is searched or fitted: a refused request leaves the folder as it was."""
+    if not (folder / "manifest.json").exists():
+        return
+    unknown = {"timesteps": "to be searched"} if settings.search else {}
     if settings.match_histogram:
-        weights["levels"] = folder / LEVELS
-    return ShardStore(folder, manifest(settings, quotas, seed, weights), rank)
+        unknown["levels"] = "to be fitted"
+    refuse_other(folder, manifest(settings, request.quotas, request.seed, _networks(run)), unknown)
+
+
+def _networks(run: RunDir) -> dict[str, Path]:
+    return {
+        "diffusion": run.folder("diffusion") / "ema.safetensors",
+        "extractor": run.folder("extractor") / "weights.safetensors",
+    }
 
 
 # Options
@@ -244,7 +259,7 @@ def _print_cost(run: RunDir, request: Request) -> None:
     draw()
     rate = request.settings.batch_size / (time.perf_counter() - begun)
     if request.settings.search:
-        trials = request.settings.search * len(trial_names(len(run.packed().classes))[0])
+        trials = request.settings.search * len(trial_names(np.arange(len(run.packed().classes)))[0])
         size += f"; {duration(trials / rate)} at the most to search timesteps"
     print(
         f"{size}; {speed(rate, sampler.flops(), peak_flops(sampler.device))}: {duration(samples / rate)} if all "

@@ -66,9 +66,10 @@ class GenerateConfig(StrictModel):
 
     @property
     def unread(self) -> set[str]:
-        """Settings of the timesteps that play no part beside the others; a search is over when it comes to drawing."""
-        sigmas = set() if self.spacing == "sigma" and not self.timesteps else {"sigma_max", "sigma_min", "rho"}
-        return sigmas | {"search", "spacing" if self.timesteps else "timesteps"}
+        """Settings of the timesteps that play no part beside the others; a search lists them before any is drawn at."""
+        listed = bool(self.timesteps or self.search)
+        sigmas = set() if self.spacing == "sigma" and not listed else {"sigma_max", "sigma_min", "rho"}
+        return sigmas | {"search", "spacing" if listed else "timesteps"}
 
     @property
     def evaluations(self) -> int:

@@ -93,7 +93,7 @@ class Sampler:
 
     def at(self, timesteps: list[int], seed: int | None = None) -> Sampler:
         """A sampler at other timesteps, and with other noise if a seed is given, on the same network, which is not
-        compiled or recorded again. Its samples keep their levels."""
+        compiled or recorded again. Its samples are as drawn, not matched."""
         other = copy(self)
         listed = {"timesteps": tuple(timesteps), "steps": len(timesteps), "search": 0}
         other.settings = self.settings.model_copy(update=listed)

@@ -55,6 +55,22 @@ def _fingerprint(weights: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def refuse_other(folder: Path, manifest: dict[str, Any], unknown: Mapping[str, str] | None = None) -> None:
+    """Raises UserError if the folder holds samples that another manifest determines. unknown: why a value is not in
+    this manifest yet, by key; any value that is there will do."""
+    file = folder / "manifest.json"
+    if not file.exists():
+        return
+    before = read_json(file)
+    manifest = manifest | {key: before.get(key, why) for key, why in (unknown or {}).items()}
+    for key in manifest | before:
+        if before.get(key) != manifest.get(key):
+            raise UserError(
+                f"{folder}: holds samples made otherwise ({key}: {before.get(key)}, now {manifest.get(key)}); "
+                "choose another --out or delete the folder"
+            )
+
+
 def open_kept(folder: Path) -> ImageSet | None:
     """The kept samples of a finished run in the order (class, index), None if there are none. Raises UserError if the
     file is damaged."""
@@ -80,16 +96,9 @@ class ShardStore:
         self._candidates = folder / "candidates.safetensors"
         self._pending: list[CandidateBatch] = []
         self._opened = self._written = time.monotonic()
-        file = folder / "manifest.json"
-        if not file.exists():
-            write_json(file, manifest)
-        before = read_json(file)
-        for key in manifest | before:
-            if before.get(key) != manifest.get(key):
-                raise UserError(
-                    f"{folder}: holds samples made otherwise ({key}: {before.get(key)}, now {manifest.get(key)}); "
-                    "choose another --out or delete the folder"
-                )
+        refuse_other(folder, manifest)
+        if not (folder / "manifest.json").exists():
+            write_json(folder / "manifest.json", manifest)
         if rank == 0:
             self._clean()
 

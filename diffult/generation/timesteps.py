@@ -83,13 +83,13 @@ def trial_distance(
     always of the same samples, of which each process draws its share.
 
     Args:
-        real: features, float [N, F], and labels, int64 [N], of real images of every class.
+        real: features, float [N, F], and labels, int64 [N], of real images; samples are of their classes.
         seed: of the samples' noise.
         matching: of the samples' levels, for each list anew.
     """
-    labels, indices = trial_names(int(real[1].max()) + 1)
-    share = slice(world.rank, None, world.size)
     real_features, real_labels = (part.cpu().numpy() for part in real)
+    labels, indices = trial_names(np.unique(real_labels))
+    share = slice(world.rank, None, world.size)
 
     def distance(timesteps: list[int]) -> float:
         mine = _features(sampler.at(timesteps, seed), extractor, labels[share], indices[share], matching)
@@ -101,9 +101,9 @@ def trial_distance(
     return distance
 
 
-def trial_names(num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Class and index, int64 [N] each, of the samples that a list is judged by."""
-    classes = evenly(np.arange(num_classes), _CLASSES)
+def trial_names(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class and index, int64 [N] each, of the samples of these classes, int64 [C], that a list is judged by."""
+    classes = evenly(classes, _CLASSES)
     per_class = min(_PER_CLASS, _SAMPLES // len(classes))
     return np.repeat(classes, per_class), np.tile(np.arange(per_class), len(classes))
 

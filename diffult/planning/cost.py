@@ -153,7 +153,7 @@ def step_flops(config: Config, classes: int) -> dict[str, float]:
 def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
     extractor, classifier, generate = config.extractor, config.classifier, config.generate
-    trials = generate.search * len(trial_names(classes)[0])
+    trials = generate.search * len(trial_names(np.arange(classes))[0])
     recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * classifier_flops(config, extractor, classes),

@@ -4,6 +4,7 @@ pixel levels of its samples matched to the training images where its settings as
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
@@ -28,7 +30,7 @@ from ffcv_writers import Loader
 log = logging.getLogger(__name__)
 TRIALS = "timesteps.json"  # in a folder of samples: the lists of timesteps that were tried
 LEVELS = "levels.safetensors"  # in a folder of samples: what their pixel levels became
-_ENOUGH = 2  # validation images of each class, for a spread
+_ENOUGH = 2  # validation images of a class that a search judges samples by, for a spread
 
 
 def open_sampler(
@@ -38,6 +40,7 @@ def open_sampler(
     compiled: bool = False,
     folder: Path | None = None,
     world: World = ALONE,
+    check: Callable[[GenerateConfig], None] = lambda settings: None,
 ) -> Sampler:
     """A finished run's diffusion model, ready to draw on this machine; compiled on CUDA in any case. Its settings have
     the timesteps that it draws at listed, where a search was asked for.
@@ -46,17 +49,22 @@ def open_sampler(
         folder: that this process has locked: what is searched and fitted before drawing goes there, by every process of
             `world`. What the run's stage generate has searched and fitted is known; None: it has tried all lists of
             timesteps that are needed.
+        check: raises UserError where the folder is for samples of other settings. It is asked before anything is
+            searched, and again, with the timesteps that were found, before anything is fitted.
 
     Raises:
-        UserError: the stage is not finished, a file is damaged, or there is a list to try and no folder.
+        UserError: the stage is not finished, a file is damaged, there is a list to try and no folder, or too few
+            validation images to judge it by.
     """
     run.require("diffusion")
     device = pick_device()
     dtype = compute_dtype(run.config.precision, device)
     unet = load_unet(run.folder("diffusion") / "ema.safetensors", device, dtype)
     sampler = Sampler.for_run(run.config, unet, settings, seed, compiled or device.type == "cuda")
+    check(settings)
     if settings.search:
         sampler = _search(run, sampler, folder, world)
+        check(sampler.settings)
     if settings.match_histogram:
         sampler.levels = _levels(run, sampler, folder, world).to(device)
     return sampler
@@ -66,6 +74,10 @@ def _search(run: RunDir, sampler: Sampler, folder: Path | None, world: World) ->
     read = _solver(sampler.settings)  # lists of all lengths share a file
     if sampler.settings.match_histogram:
         read["match_histogram"] = True
+    packed = run.packed()
+    classes = _judged(run, packed)
+    if len(classes) < len(packed.classes):
+        read["classes"] = classes.tolist()
     held_out = run.require("pack")["held_out"].get("val")
     key = digest(run.hash("extractor"), run.hash("diffusion"), held_out, read)
     files = [place / TRIALS for place in (run.folder("generate"), folder) if place is not None]
@@ -75,7 +87,7 @@ def _search(run: RunDir, sampler: Sampler, folder: Path | None, world: World) ->
         return search(sampler, partial(_refuse, run), files[0], key, known, world)
     extractor = load_extractor(run.folder("extractor"), sampler.device)
     matching = _matching(run, sampler, world) if sampler.settings.match_histogram else None
-    real = _real_features(run, extractor, sampler)
+    real = _real_features(run, extractor, sampler, packed, classes)
     distance = trial_distance(sampler, extractor, real, _own_seed(run), world, matching)
     return search(sampler, distance, files[1], key, known, world)
 
@@ -129,12 +141,27 @@ def _refuse(run: RunDir, timesteps: list[int]) -> float:
     raise UserError(f"{run.path}: has not searched its timesteps; run python -m diffult.generate --run {run.path}")
 
 
-def _real_features(run: RunDir, extractor: Extractor, sampler: Sampler) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features, float32 [N, F], and labels, int64 [N], of the validation images; of the training images where there are
-    too few."""
-    packed, config, data = run.packed(), run.config.extractor, run.config.data
-    enough = packed.val is not None and np.bincount(packed.val.labels, minlength=len(packed.classes)).min() >= _ENOUGH
-    images = packed.val if packed.val is not None and enough else packed.train
+def _judged(run: RunDir, packed: Packed) -> np.ndarray:
+    """The classes, int64 [C], that have validation images enough to judge samples by. Training images would not do: the
+    nearest samples to those are copies of them. Raises UserError if there is no such class."""
+    held_out = np.zeros(0, np.int64) if packed.val is None else packed.val.labels
+    classes = np.flatnonzero(np.bincount(held_out, minlength=len(packed.classes)) >= _ENOUGH)
+    if not len(classes):
+        raise UserError(
+            f"{run.path}: generate.search = {run.config.generate.search}, but no class has {_ENOUGH} validation images "
+            "to judge samples by; set data.val_per_class to 2 or more, or generate.search to 0"
+        )
+    return classes
+
+
+def _real_features(
+    run: RunDir, extractor: Extractor, sampler: Sampler, packed: Packed, classes: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, float32 [N, F], and labels, int64 [N], of the validation images of these classes."""
+    config, data = run.config.extractor, run.config.data
+    assert packed.val is not None  # there are classes
     view = data.view(config.image_size, config.image_size / data.image_size)  # as of samples
-    loader = Loader(images, config.batch_size, device=sampler.device, crop=view)
-    return extract_features(extractor.network, loader, sampler.dtype)
+    loader = Loader(packed.val, config.batch_size, device=sampler.device, crop=view)
+    features, labels = extract_features(extractor.network, loader, sampler.dtype)
+    judged = torch.isin(labels, torch.from_numpy(classes).to(labels.device))
+    return features[judged], labels[judged]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,11 +97,71 @@ def test_a_distance_is_that_of_the_samples_in_the_extractors_features(searching)
     assert distance == pytest.approx(class_frechet_distance(features[0], labels, features[1], val.labels), rel=0.02)
 
 
-def test_too_few_validation_images_leave_the_search_to_the_training_images(searching, monkeypatch):
-    extractor = load_extractor(searching.folder("extractor"), torch.device("cpu"))
-    sampler = open_sampler(searching, searching.config.generate.model_copy(update={"search": 0}), 0)
+def test_classes_with_too_few_validation_images_are_not_judged(searching, monkeypatch):
     packed = searching.packed()
-    for enough, images in ((5, packed.val), (6, packed.train)):
-        monkeypatch.setattr(sampler_of_run, "_ENOUGH", enough)
-        features, labels = sampler_of_run._real_features(searching, extractor, sampler)
-        assert np.array_equal(labels.numpy(), images.labels) and len(features) == len(images)
+    labels = packed.val.labels.copy()
+    labels[np.flatnonzero(labels == 3)[1:]] = 4  # one image of class 3, and none of class 9
+    labels[labels == 9] = 8
+    packed.val.labels = labels
+    monkeypatch.setattr(RunDir, "packed", lambda run: packed)
+    compared, real = [], timesteps.class_frechet_distance
+    monkeypatch.setattr(
+        timesteps, "class_frechet_distance", lambda *sets: compared.append((sets[1], sets[3])) or real(*sets)
+    )
+    generate_stage(searching)
+    drawn, held_out = compared[0]
+    enough = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert np.array_equal(drawn, np.repeat(enough, 4))
+    assert np.array_equal(np.bincount(held_out), np.where(np.isin(np.arange(9), enough), np.bincount(labels), 0))
+
+    # what was tried is for these classes alone: with none left, and with all, it is of no use
+    packed.val.labels = np.arange(len(labels)) // 5
+    monkeypatch.setattr(sampler_of_run, "trial_distance", no_more)
+    settings = searching.config.generate
+    with pytest.raises(AssertionError, match="was tried again"):
+        open_sampler(searching, settings, 0, folder=searching.folder("generate"))
+    for val in (None, packed.val):
+        monkeypatch.setattr(sampler_of_run, "_ENOUGH", 6)
+        monkeypatch.setattr(RunDir, "packed", lambda run, val=val: replace(packed, val=val))
+        with pytest.raises(
+            UserError, match=r"no class has 6 validation images .* set data\.val_per_class to 2 or more"
+        ):
+            open_sampler(searching, settings, 0, folder=searching.folder("generate"))
+
+
+def test_a_refused_request_leaves_the_folder_as_it_was(searching, tmp_path, monkeypatch):
+    run = {"run": searching.path, "set_": [*SEARCH, "generate.match_histogram=true"], "per_class": 1}
+    out = tmp_path / "out"
+    command(**run, out=out)
+    files = contents(out)
+    assert {"timesteps.json", "levels.safetensors", "manifest.json", "synthetic.beton"} <= files.keys()
+
+    def refused(message, **options):
+        with pytest.raises(UserError, match=rf"out: holds samples made otherwise \({message}"):
+            command(**run | options, out=out)
+        assert contents(out) == files
+
+    with monkeypatch.context() as patch:  # refused before the search, and before the fit where there is none
+        patch.setattr(sampler_of_run, "trial_distance", no_more)
+        refused(r"sampler: dpm\+\+, now ddim", sampler="ddim")
+        refused("seed: 0, now 5", seed=5)
+        refused("steps: 3, now 2", set_=[*run["set_"], "generate.search=0"], steps=2)
+        refused("levels: .*, now None", set_=SEARCH)
+
+    # timesteps that only the search finds: the lists it tried are added, the levels stay
+    found = tuple(json.loads(files["manifest.json"])["timesteps"])
+    other = (found[0], found[1], found[2] + 1)
+    monkeypatch.setattr(
+        sampler_of_run, "search", lambda sampler, *_: sampler.at(list(other if sampler.settings.search == 9 else found))
+    )
+    refused("timesteps: ", set_=[*run["set_"], "generate.search=9"])
+
+    (out / "summary.json").unlink()
+    (out / "grid.png").unlink()
+    command(**run, out=out)  # resumes: nothing is drawn again
+    kept = ("synthetic.beton", "candidates.safetensors", "manifest.json", "levels.safetensors", "timesteps.json")
+    assert [contents(out)[name] for name in kept] == [files[name] for name in kept]
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
