@@ -163,10 +163,10 @@ def _once(run: RunDir, name: str, reads: dict[str, Any], measured: Callable[[Pat
 
 
 def _logged_seconds(folder: Path, batch_size: int) -> float:
-    """Of a training, interruptions left out."""
+    """Of a training with its checks, interruptions left out."""
     seconds, step = 0.0, 0
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        seconds += (line["step"] - step) * batch_size / line["images_per_s"]
+        seconds += (line["step"] - step) * batch_size / line["images_per_s"] + line.get("check_seconds", 0)
         step = line["step"]
     return seconds
 

@@ -62,7 +62,7 @@ def method_hash(run: RunDir, name: str) -> str:
     general = {"method": name, "seed": config.seed, "precision": config.precision, "classifier": own}
     if method.start:
         general["start"] = method_hash(run, method.start)
-    if method.adapt:
+    if method.adapt or (method.synthetic and run.reads_validation("generate")):
         general["validation"] = run.require("pack")["held_out"].get("val")
     return run.digest(reads(config, "generate" if method.synthetic else "pack") | general)
 

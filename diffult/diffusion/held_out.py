@@ -15,7 +15,9 @@ from ffcv_writers import Loader
 from kernels.diffuse import diffuse
 
 
-def fixed_items(labels: np.ndarray, per_class: int, timesteps: int) -> tuple[np.ndarray, np.ndarray]:
+def fixed_items(
+    labels: np.ndarray, classes: np.ndarray, per_class: int, timesteps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Which images are noised to which timesteps: `per_class` items of each class, class by class.
 
     The timesteps of a class lie in the middle of as many equal parts of [0, T), moved a little from class to class, so
@@ -23,18 +25,19 @@ def fixed_items(labels: np.ndarray, per_class: int, timesteps: int) -> tuple[np.
     more shows some of them, evenly chosen.
 
     Args:
-        labels: int64 [N], of the images; each class has at least one.
+        labels: int64 [N], of the images.
+        classes: int64 [K], those that count; each has at least one image.
 
     Returns:
-        Rows of the images and timesteps, int64 [num_classes * per_class] each.
+        Rows of the images and timesteps, int64 [K * per_class] each.
     """
-    classes, place = int(labels.max()) + 1, np.arange(per_class)
+    place = np.arange(per_class)
     rows, t = [], []
-    for label in range(classes):
+    for number, label in enumerate(classes):
         members = np.flatnonzero(labels == label)
         count = len(members)
         rows.append(members[place * count // per_class if count > per_class else place % count])
-        t.append(((place + (label + 0.5) / classes) * timesteps / per_class).astype(np.int64))
+        t.append(((place + (number + 0.5) / len(classes)) * timesteps / per_class).astype(np.int64))
     return np.concatenate(rows), np.concatenate(t)
 
 
@@ -49,6 +52,7 @@ class FixedNoiseLoss:
     def __init__(
         self,
         images: Loader,
+        classes: np.ndarray,
         per_class: int,
         config: DiffusionConfig,
         schedule: Schedule,
@@ -59,11 +63,12 @@ class FixedNoiseLoss:
         """
         Args:
             images: the set on the model's device, in batches that the model has memory for.
+            classes: int64 [K], those that count, the same for sets to be compared; each has images.
             dtype: of x_t.
             world: the processes that share the items.
         """
         self.images, self.config, self.schedule, self.seed, self.dtype = images, config, schedule, seed, dtype
-        rows, timesteps = fixed_items(images.image_set.labels, per_class, schedule.timesteps)
+        rows, timesteps = fixed_items(images.image_set.labels, classes, per_class, schedule.timesteps)
         self.items = np.arange(len(rows))[world.rank :: world.size]
         self.rows = rows[self.items]
         self._timesteps = torch.from_numpy(timesteps).to(images.device)

@@ -23,7 +23,7 @@ def save_checkpoint(path: Path, step: int, first_loss: float, config_hash: str, 
 
 
 def load_checkpoint(path: Path, config_hash: str, parts: Mapping[str, Any]) -> tuple[int, float]:
-    """Loads a checkpoint into `parts`.
+    """Loads a checkpoint into `parts`. One that it lacks stays new: settings that no hash reads may add it later.
 
     Returns:
         The steps done and the monitored loss of the first step; 0 and NaN if there is no checkpoint.
@@ -40,5 +40,6 @@ def load_checkpoint(path: Path, config_hash: str, parts: Mapping[str, Any]) -> t
             "restore config.toml, or delete the checkpoint to start this stage anew"
         )
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name in state:
+            part.load_state_dict(state[name])
     return state["step"], state.get("first", math.nan)

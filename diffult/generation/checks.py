@@ -3,6 +3,7 @@ teach."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
@@ -27,10 +28,10 @@ from ffcv_writers import ImageSet, Loader
 from kernels.adamw_ema import AdamWEma
 from kernels.augment import normalise
 
+log = logging.getLogger(__name__)
 # Of the training's evaluations of the network, a step's backward counted as two, so many are made in checks.
 CHECK_SHARE = 0.04
 _MOST_ITEMS, _MOST_SAMPLES = 4096, 1024  # of a check, where there are fewer classes
-_MOST_EVALUATIONS = 20  # for one sample; a slower sampler is replaced by that of the previews
 SCORED = "held-out loss"
 
 
@@ -67,19 +68,22 @@ class ModelChecks:
         device, self.classes, diffusion = optimizer.ema.device, len(packed.classes), config.diffusion
         self.dtype, self.mirrored = compute_dtype(config.precision, device), diffusion.flip
         self.unet = build_unet(config, self.classes).eval().requires_grad_(False).to(device, self.dtype)
-        own, (items, samples) = config.generate, check_sizes(config, self.classes)
-        settings = own if own.evaluations <= _MOST_EVALUATIONS else preview_settings(diffusion.timesteps)
-        self.sampler = Sampler.for_run(config, self.unet, settings, config.seed)
+        items, samples = check_sizes(config, self.classes)
+        # Not the seed of training or of `generate`: noise that the model has not seen, and samples that are not kept.
+        seeds = np.random.SeedSequence((config.seed, 0x4E1D)).generate_state(2, np.uint64)
+        seed, drawn_seed = map(int, seeds)
+        self.sampler = Sampler.for_run(config, self.unet, preview_settings(diffusion.timesteps), drawn_seed)
         self.labels, self.indices = (part.flatten() for part in np.indices((self.classes, samples)))
 
         def loader(image_set: ImageSet, rows: int) -> Loader:
             return Loader(image_set, rows, device=device, crop=config.data.view(config.data.image_size))
 
         schedule = Schedule(diffusion.schedule, diffusion.timesteps, device)
-        # Not the seed of training or of samples: noise that the model has not seen.
-        seed = int(np.random.SeedSequence((config.seed, 0x4E1D)).generate_state(1, np.uint64)[0])
+        classes = np.unique(packed.val.labels)
         self.losses = {
-            name: FixedNoiseLoss(loader(images, batch_size), items, diffusion, schedule, seed, self.dtype, world)
+            name: FixedNoiseLoss(
+                loader(images, batch_size), classes, items, diffusion, schedule, seed, self.dtype, world
+            )
             for name, images in {"held_out_loss": packed.val, "train_loss": packed.train}.items()
         }
         rows = rows_at_a_time(config.data.image_size, config.data.channels)
@@ -90,13 +94,14 @@ class ModelChecks:
             self.features_labels = packed.val.labels
             copies = measure_copies(self.train, None, held_out, extractor, self.dtype, self.mirrored)
             thresholds = copies["threshold"].numpy()
+            _warn_without(thresholds)
         self.thresholds = world.gather(thresholds)[0]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """The values by name: "held_out_loss" and "train_loss", see `FixedNoiseLoss`; "copies", percent of the samples,
-        not there where too few validation images are to compare with; "cas", percent, see `probe_accuracy`; and
-        "check_seconds"."""
+        """The values by name: "held_out_loss" and "train_loss", see `FixedNoiseLoss`; "copies", percent of the samples
+        of the classes that have a threshold (`copy_thresholds`), not there where none has; "cas", percent, see
+        `probe_accuracy`; and "check_seconds"."""
         begun = time.perf_counter()
         self.unet.load_state_dict(self.optimizer.ema_state_dict())
         losses = {name: loss(self.unet) for name, loss in self.losses.items()}
@@ -107,8 +112,9 @@ class ModelChecks:
                 total, items = np.sum([part[name] for part, _ in everyone], axis=0)
                 values[name] = float(total / items)
             labels, features, copies = map(np.concatenate, zip(*(part for _, part in everyone), strict=True))
-            if not np.isnan(self.thresholds).any():
-                values["copies"] = 100.0 * float(copies.mean())
+            known = ~np.isnan(self.thresholds[labels])
+            if known.any():
+                values["copies"] = 100.0 * float(copies[known].mean())
             held_out = self.features.cpu().numpy()
             values["cas"] = probe_accuracy(features, labels, held_out, self.features_labels, self.classes)
             values["check_seconds"] = round(time.perf_counter() - begun, 3)
@@ -130,11 +136,24 @@ class ModelChecks:
         return labels, torch.cat(features)[:count].cpu().numpy(), copies
 
 
+def _warn_without(thresholds: np.ndarray) -> None:
+    """Logs a warning where copies in some classes, or in all, cannot be told."""
+    missing = int(np.isnan(thresholds).sum())
+    if missing:
+        log.warning(
+            "diffusion: copies in %d of %d classes are not counted, so diffusion.max_copies %s: too few validation "
+            "images; data.val_per_class keeps more",
+            missing,
+            len(thresholds),
+            "has no effect" if missing == len(thresholds) else "is about the others",
+        )
+
+
 def check_sizes(config: Config, classes: int) -> tuple[int, int]:
     """Items of each of the two losses and samples, of one class and in one check."""
     diffusion = config.diffusion
     half = CHECK_SHARE * 3 * diffusion.check_every * diffusion.batch_size / 2
-    evaluations = min(config.generate.evaluations, _MOST_EVALUATIONS)
+    evaluations = preview_settings(diffusion.timesteps).evaluations
     items, samples = min(half / 2, _MOST_ITEMS), min(half / evaluations, _MOST_SAMPLES)
     return max(1, int(items / classes)), max(1, int(samples / classes))
 

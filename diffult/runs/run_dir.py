@@ -140,11 +140,11 @@ class RunDir:
         held_out = (self.done("pack") or {}).get("held_out", {})
         if stage in ("evaluate", "report"):
             settings["held_out"] = held_out
-        elif self._reads_validation(stage):
+        elif self.reads_validation(stage):
             settings["validation"] = held_out.get("val")
         return self.digest(settings)
 
-    def _reads_validation(self, stage: Stage) -> bool:
+    def reads_validation(self, stage: Stage) -> bool:
         """Whether the validation images matter to what the stage makes, or an earlier one that it reads."""
         config = self.config
         reading: dict[Stage, bool] = {

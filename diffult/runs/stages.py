@@ -30,11 +30,12 @@ _UNREAD = {
 
 
 def upstream(config: Config, stage: Stage) -> tuple[Stage, ...]:
-    """The stages whose results a stage reads."""
+    """The stages whose results change what a stage makes."""
+    diffusion = config.diffusion
     sources: dict[Stage, tuple[Stage, ...]] = {
         "pack": (),
         "extractor": ("pack",),
-        "diffusion": ("pack", "extractor") if config.diffusion.uses_extractor else ("pack",),
+        "diffusion": ("pack", "extractor") if diffusion.aid or diffusion.early_stopping else ("pack",),
         "generate": ("extractor", "diffusion"),
         "classifier": ("pack", "generate"),
         "evaluate": ("classifier",),
@@ -43,13 +44,22 @@ def upstream(config: Config, stage: Stage) -> tuple[Stage, ...]:
     return sources[stage]
 
 
+def _unread(config: Config) -> dict[str, set[str]]:
+    """_UNREAD, and what plays no part beside the other settings."""
+    checks = set() if config.diffusion.early_stopping else {"check_every", "patience", "max_copies"}
+    return _UNREAD | {
+        "diffusion": _UNREAD["diffusion"] | checks,
+        "generate": _UNREAD["generate"] | config.generate.unread - {"search"},
+    }
+
+
 def reads(config: Config, stage: Stage) -> dict[str, Any]:
     """The settings that a stage and everything upstream of it read, by section.
 
     Values that equal their defaults are left out, so that a setting that a later version adds does not invalidate
     existing runs: a default never changes, a preset may.
     """
-    everything = config.model_dump(mode="json", exclude_defaults=True, exclude=_UNREAD)
+    everything = config.model_dump(mode="json", exclude_defaults=True, exclude=_unread(config))
     own = {key: everything[key] for key in _SETTINGS[stage] if key in everything}
     for source in upstream(config, stage):
         own = reads(config, source) | own

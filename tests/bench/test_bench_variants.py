@@ -215,6 +215,12 @@ def measured(seed: int, frechet: float, cas: float | None, methods: dict[str, fl
     }  # fmt: skip
 
 
+def test_the_time_of_a_training_counts_its_checks(tmp_path: Path) -> None:
+    lines = [{"step": 10, "images_per_s": 40.0}, {"step": 20, "images_per_s": 20.0, "check_seconds": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert variants._logged_seconds(tmp_path, 8) == pytest.approx(2 + 4 + 1.5)
+
+
 def test_the_table_pairs_seeds() -> None:
     base = [measured(s, 2.0, cas, None) for s, cas in enumerate((70.0, 72.0, 80.0))]
     better = [measured(s, 1.0 + s, cas, None) for s, cas in enumerate((73.0, 74.0, 87.0))]

@@ -18,13 +18,22 @@ T = 50
 
 
 def test_items_cover_time_evenly_in_each_class_and_over_all():
-    rows, t = fixed_items(LABELS, 4, T)
+    rows, t = fixed_items(LABELS, np.arange(3), 4, T)
     assert LABELS[rows].tolist() == np.repeat([0, 1, 2], 4).tolist()
     assert rows[:4].tolist() == [0, 2, 6, 7]  # spread over the images of the class: its 1st, 2nd, 4th and 5th
     assert rows[4:8].tolist() == [1, 5, 1, 5] and set(rows[8:]) == {3}
     for part in t.reshape(3, 4):
         assert [int(x // (T / 4)) for x in part] == [0, 1, 2, 3]
     assert len(set(t.tolist())) == 12 and t.min() >= 0 and t.max() < T
+
+
+@pytest.mark.parametrize("present", [[0, 2], [0, 1], [1]])
+def test_of_a_set_that_lacks_classes_the_others_are_asked_as_of_one_with_all(present):
+    present = np.array(present)
+    few = LABELS[np.isin(LABELS, present)]
+    (rows, t), (all_rows, all_t) = (fixed_items(labels, present, 4, T) for labels in (few, LABELS))
+    assert few[rows].tolist() == LABELS[all_rows].tolist() == np.repeat(present, 4).tolist()
+    assert t.tolist() == all_t.tolist() and len(set(t.tolist())) == 4 * len(present)
 
 
 def model(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -42,10 +51,10 @@ def test_the_loss_is_that_of_a_loop_in_float64(tmp_path, prediction, min_snr):
     schedule = Schedule("cosine", T)
 
     def measured(world: World = ALONE) -> tuple[float, int]:
-        return FixedNoiseLoss(loader, 4, config, schedule, 7, torch.float32, world)(model)
+        return FixedNoiseLoss(loader, np.arange(3), 4, config, schedule, 7, torch.float32, world)(model)
 
     by_class = np.zeros(3)
-    for item, (row, t) in enumerate(zip(*fixed_items(LABELS, 4, T), strict=True)):
+    for item, (row, t) in enumerate(zip(*fixed_items(LABELS, np.arange(3), 4, T), strict=True)):
         place = torch.tensor([item])
         eps = reference_normal(7, place >> 32, place, 0, (1, 4, 4))[0].numpy().astype(np.float64)
         x0 = images[row].transpose(2, 0, 1) / 127.5 - 1

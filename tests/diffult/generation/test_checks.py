@@ -17,7 +17,8 @@ from diffult.config import load_preset
 from diffult.engine import loop
 from diffult.errors import UserError
 from diffult.generation import checks
-from diffult.generation.checks import check_sizes
+from diffult.generation.checks import ModelChecks, check_sizes
+from diffult.generation.preview import preview_settings
 from diffult.longtail.copies import copies_among
 from diffult.longtail.linear_probe import probe_accuracy
 from diffult.run import run_pipeline
@@ -177,6 +178,90 @@ def test_too_many_copies_end_it(new, monkeypatch):
     assert (record["steps"], record["best_step"]) == (2, 2)
 
 
+@pytest.fixture
+def with_validation(monkeypatch, tmp_path):
+    """Lets runs read other validation images: those of their own for which `chosen(labels)` is true."""
+    packed = RunDir.packed
+
+    def with_validation(chosen) -> None:
+        def packed_again(run):
+            found = packed(run)
+            kept, file = np.flatnonzero(chosen(found.val.labels)), tmp_path / "val.beton"
+            images = [b for batch in Loader(found.val, 8).batches(kept) for b in batch.images.numpy()]
+            write(file, images, labels=found.val.labels[kept], synthetic=0 * kept, index=np.arange(len(kept)))
+            return replace(found, val=open_set([file]))
+
+        monkeypatch.setattr(RunDir, "packed", packed_again)
+
+    return with_validation
+
+
+def test_classes_without_validation_images_do_not_count(new, with_validation):
+    with_validation(lambda labels: ~np.isin(labels, [3, 9]))
+    run = new("run", STOPPING)
+    train_diffusion(run)
+    assert run.done("diffusion")["steps"] == 12
+    for line in lines(run):
+        if "held_out_loss" in line:
+            assert all(np.isfinite(line[name]) for name in ("held_out_loss", "train_loss", "cas", "copies"))
+            assert line["held_out_loss"] == pytest.approx(line["train_loss"], rel=0.2)  # the same questions
+
+
+@pytest.mark.parametrize(("known", "share"), [(range(2, 10), 75.0), ((), None)])
+def test_copies_are_counted_in_the_classes_whose_threshold_is_known(new, monkeypatch, caplog, known, share):
+    def measured(*args):
+        found = measure_copies(*args)
+        found["threshold"][[label for label in range(10) if label not in known]] = np.nan
+        return found
+
+    measure_copies = checks.measure_copies
+    monkeypatch.setattr(checks, "measure_copies", measured)
+    monkeypatch.setattr(checks, "copies_among", lambda images, labels, *_: labels >= 4)
+    run = new("run", [*STOPPING, "diffusion.max_copies=0.7"])
+    train_diffusion(run)
+    warnings = [record.getMessage() for record in caplog.records if "data.val_per_class" in record.getMessage()]
+    assert len(warnings) == 1
+    if share is None:
+        assert "copies in 10 of 10 classes are not counted, so diffusion.max_copies has no effect" in warnings[0]
+        assert run.done("diffusion")["steps"] == 12 and not any("copies" in line for line in lines(run))
+    else:
+        assert "copies in 2 of 10 classes are not counted, so diffusion.max_copies is about the others" in warnings[0]
+        assert run.done("diffusion")["steps"] == 2 and lines(run)[-1]["copies"] == share
+
+
+def test_check_samples_are_not_those_of_the_run(new, monkeypatch):
+    """A change of how the run draws redoes no training, so checks do not draw that way; nor what it will keep."""
+    seen = []
+
+    def measured(self):
+        seen.append((self.sampler.settings, self.sampler.seed))
+        return call(self)
+
+    call = ModelChecks.__call__
+    monkeypatch.setattr(ModelChecks, "__call__", measured)
+    run = new("run", [*STOPPING, "generate.sampler=ddim", "generate.steps=3"])
+    train_diffusion(run)
+    settings, seed = seen[0]
+    assert settings == preview_settings(run.config.diffusion.timesteps) and seed != run.config.seed
+
+
+def test_checks_can_be_added_to_a_training_under_way(new, monkeypatch):
+    plain = ["diffusion.check_every=0", "diffusion.on_divergence=stop"]
+    run, seeds = new("run", [*CHECKED, *plain]), loop.seed_step
+
+    def seed_step(*key):
+        if key[-1] == 7:
+            raise KeyboardInterrupt
+        seeds(*key)
+
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr(loop, "seed_step", seed_step)
+        train_diffusion(run)
+    added = ["diffusion.check_every=4", "diffusion.on_divergence=go_back"]
+    train_diffusion(RunDir.open(run.path, overrides=added))
+    assert [line["step"] for line in lines(run) if "held_out_loss" in line] == [8, 12]
+
+
 def test_without_validation_images_it_trains_to_the_ceiling(tmp_path, caplog):
     run = RunDir.open(tmp_path / "run", "digits-lt", [*STOPPING, "data.val_per_class=0"])
     run_pipeline(run, "extractor")
@@ -209,22 +294,29 @@ def test_how_much_is_measured_follows_from_the_interval():
     def evaluations(*settings: str) -> float:
         config = load_preset("fashion-mnist-lt", settings)
         items, samples = check_sizes(config, 10)
-        return 10 * (2 * items + min(config.generate.evaluations, 20) * samples)
+        return 10 * (2 * items + 10 * samples)  # ten steps draw one
 
     for every in (200, 500, 1000):
         training = 3 * every * 128
         assert 0.03 * training < evaluations(f"diffusion.check_every={every}") <= checks.CHECK_SHARE * training
     assert evaluations("diffusion.check_every=1") == 10 * (2 * 1 + 10)  # an image of each class
     assert evaluations("diffusion.check_every=100_000") < 3e4  # beyond, more would say no more
-    slow = ("diffusion.check_every=1000", "generate.steps=500", "generate.sampler=ddpm")
-    assert evaluations(*slow) <= checks.CHECK_SHARE * 3 * 1000 * 128
+    often = "diffusion.check_every=1000"
+    assert evaluations(often) == evaluations(often, "generate.steps=500", "generate.sampler=ddpm")
 
 
 def test_what_the_stage_reads_with_checks(new):
     plain = load_preset("digits-lt")
-    checked = load_preset("digits-lt", ["diffusion.check_every=50"])
-    assert upstream(plain, "diffusion") == ("pack",) and upstream(checked, "diffusion") == ("pack", "extractor")
-    assert affected(plain, checked)[0] == "diffusion"
+    checks_alone = ["diffusion.check_every=50", "diffusion.patience=2", "diffusion.max_copies=0.5"]
+    checked = load_preset("digits-lt", checks_alone)
+    stopping = load_preset("digits-lt", [*checks_alone, "diffusion.early_stopping=true"])
+    assert upstream(plain, "diffusion") == upstream(checked, "diffusion") == ("pack",)
+    assert checked.diffusion.uses_extractor and affected(plain, checked) == []  # they change no weight
+    assert upstream(stopping, "diffusion") == ("pack", "extractor")
+    assert affected(plain, stopping)[0] == "diffusion"
+    for setting in ("check_every=60", "patience=3", "max_copies=0.4"):
+        other = load_preset("digits-lt", [*checks_alone, "diffusion.early_stopping=true", f"diffusion.{setting}"])
+        assert affected(stopping, other)[0] == "diffusion"
     with pytest.raises(UserError, match="early_stopping needs check_every, such as a twentieth of the steps"):
         load_preset("digits-lt", ["diffusion.early_stopping=true"])
 

@@ -20,6 +20,7 @@ from diffult.runs import run_dir
 from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, affected
+from diffult.train_classifier import method_hash
 from diffult.train_diffusion import train_diffusion
 
 
@@ -83,6 +84,19 @@ def test_what_a_stage_reads_is_its_settings_and_those_upstream():
     assert changed("extractor.steps=5") == ["extractor", "generate", "classifier", "evaluate", "report"]  # no L_AID
     assert changed("diffusion.steps=5") == ["diffusion", "generate", "classifier", "evaluate", "report"]
     assert changed("seed=5") == list(STAGES[1:])
+    assert changed("generate.sigma_max=50") == []  # of spacing "sigma"
+    assert changed("generate.spacing=sigma", "generate.sigma_max=50")[0] == "generate"
+
+
+@pytest.mark.parametrize("setting", [None, "generate.search=2", "diffusion.early_stopping=true"])
+def test_methods_read_the_validation_images_that_their_samples_were_chosen_by(copied, setting):
+    run = RunDir.open(copied.path, overrides=[setting, "diffusion.check_every=2"] if setting else [])
+    methods, file = ("ce", "diffult"), run.folder("pack") / "done.json"
+    before, record = [method_hash(run, name) for name in methods], json.loads(file.read_text())
+    record["held_out"]["val"] = "of other images"
+    file.write_text(json.dumps(record))
+    after = [method_hash(run, name) for name in methods]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [False, setting is not None]
 
 
 def test_runs_share_the_stages_that_read_the_same(tiny_run, tmp_path):
