@@ -292,7 +292,7 @@ def test_two_processes_stop_as_one(tmp_path):
 
 def test_how_much_is_measured_follows_from_the_interval():
     def evaluations(*settings: str) -> float:
-        config = load_preset("fashion-mnist-lt", settings)
+        config = load_preset("fashion-mnist-lt", ["diffusion.batch_size=128", *settings])
         items, samples = check_sizes(config, 10)
         return 10 * (2 * items + 10 * samples)  # ten steps draw one
 
