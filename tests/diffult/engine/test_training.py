@@ -130,7 +130,8 @@ class Recorder(nn.Module):
 
 
 def diffusion_loss(**settings):
-    config = load_preset("digits-lt").diffusion.model_copy(update={"cbdm": False, "aid": False} | settings)
+    plain = {"cbdm": False, "aid": False, "augment_probability": 0.0}
+    config = load_preset("digits-lt").diffusion.model_copy(update=plain | settings)
     network = build_classifier("convnet", 10, 1, 8).eval().requires_grad_(False)
     statistics = ClassStatistics(torch.zeros(10, 128), torch.ones(10))
     share = torch.tensor([0.5, 0.5] + [0.0] * 8)
