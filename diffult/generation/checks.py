@@ -14,7 +14,7 @@ from diffult.config import Config, DiffusionConfig
 from diffult.data.packing import Packed
 from diffult.diffusion.held_out import FixedNoiseLoss
 from diffult.diffusion.schedule import Schedule
-from diffult.engine.device import autocast, compute_dtype
+from diffult.engine.device import compute_dtype
 from diffult.engine.distributed import World
 from diffult.engine.early_stopping import EarlyStopping, Judgement
 from diffult.generation.preview import preview_settings
@@ -26,7 +26,6 @@ from diffult.longtail.linear_probe import probe_accuracy
 from diffult.models.unet import build_unet
 from ffcv_writers import ImageSet, Loader
 from kernels.adamw_ema import AdamWEma
-from kernels.augment import normalise
 
 log = logging.getLogger(__name__)
 # Of the training's evaluations of the network, a step's backward counted as two, so many are made in checks.
@@ -64,7 +63,7 @@ class ModelChecks:
             batch_size: images computed at a time; as many as the training computes at a time fit.
         """
         assert packed.val is not None
-        self.extractor, self.optimizer, self.batch_size, self.world = extractor, optimizer, batch_size, world
+        self.extractor, self.optimizer, self.world = extractor, optimizer, world
         device, self.classes, diffusion = optimizer.ema.device, len(packed.classes), config.diffusion
         self.dtype, self.mirrored = compute_dtype(config.precision, device), diffusion.flip
         self.unet = build_unet(config, self.classes).eval().requires_grad_(False).to(device, self.dtype)
@@ -72,8 +71,9 @@ class ModelChecks:
         # Not the seed of training or of `generate`: noise that the model has not seen, and samples that are not kept.
         seeds = np.random.SeedSequence((config.seed, 0x4E1D)).generate_state(2, np.uint64)
         seed, drawn_seed = map(int, seeds)
-        self.sampler = Sampler.for_run(config, self.unet, preview_settings(diffusion.timesteps), drawn_seed)
         self.labels, self.indices = (part.flatten() for part in np.indices((self.classes, samples)))
+        self.batch_size = min(batch_size, len(self.labels))
+        self.sampler = Sampler.for_run(config, self.unet, preview_settings(diffusion.timesteps), drawn_seed)
 
         def loader(image_set: ImageSet, rows: int) -> Loader:
             return Loader(image_set, rows, device=device, crop=config.data.view(config.data.image_size))
@@ -122,18 +122,12 @@ class ModelChecks:
 
     def _samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of this process's samples the labels, int64 [N], features, float32 [N, F], and copies, bool [N]."""
-        device, own = self.sampler.device, slice(self.world.rank, None, self.world.size)
-        labels, count = self.labels[own], len(self.labels[own])
-        size = min(self.batch_size, len(self.labels))
-        names = [torch.from_numpy(np.pad(x[own], (0, -count % size))).to(device) for x in (self.labels, self.indices)]
-        images, features = [], []
-        for part in zip(*(name.split(size) for name in names), strict=True):  # a graph has one batch size
-            images.append(self.sampler.draw(*part))
-            with autocast(self.dtype, device):
-                features.append(self.extractor.features(normalise(images[-1])).float())
-        drawn = torch.cat(images)[:count]
+        own = slice(self.world.rank, None, self.world.size)
+        labels, indices = self.labels[own], self.indices[own]
+        drawn = self.sampler.draw_all(labels, indices, self.batch_size)
+        features = self.extractor.features_of(drawn, self.batch_size, self.dtype)
         copies = copies_among(drawn, labels, self.train, self.thresholds, self.mirrored)
-        return labels, torch.cat(features)[:count].cpu().numpy(), copies
+        return labels, features.cpu().numpy(), copies
 
 
 def _warn_without(thresholds: np.ndarray) -> None:

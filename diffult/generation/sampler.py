@@ -159,9 +159,9 @@ class Sampler:
         drawn = denormalise(sample(noise, self._grid, self._solver, evaluate, update))
         return drawn if self.levels is None else match(drawn, self.levels)
 
-    def draw_all(self, labels: np.ndarray, indices: np.ndarray) -> torch.Tensor:
-        """As `draw`, any number of samples, int64 [N] each, in batches of one shape."""
-        size = self.settings.batch_size
+    def draw_all(self, labels: np.ndarray, indices: np.ndarray, batch_size: int | None = None) -> torch.Tensor:
+        """As `draw`, any number of samples, int64 [N] each, in batches of one shape, the settings' or `batch_size`."""
+        size = batch_size or self.settings.batch_size
         names = [torch.from_numpy(np.pad(part, (0, -len(part) % size))).to(self.device) for part in (labels, indices)]
         batches = zip(*(part.split(size) for part in names), strict=True)
         return torch.cat([self.draw(*batch) for batch in batches])[: len(labels)]

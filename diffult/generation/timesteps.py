@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from diffult.diffusion.samplers import SigmaRange, sigma_grid
 from diffult.diffusion.timestep_search import search_timesteps
-from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
 from diffult.generation.levels import HistogramMatching, match
 from diffult.generation.sampler import Sampler
@@ -25,7 +24,6 @@ from diffult.longtail.extractor import Extractor
 from diffult.longtail.frechet import class_frechet_distance
 from diffult.reporting.pictures import evenly
 from diffult.runs.files import read_json, write_json
-from kernels.augment import normalise
 
 log = logging.getLogger(__name__)
 Distances = dict[tuple[int, ...], float]  # of lists of timesteps
@@ -117,13 +115,10 @@ def _features(
     matching: HistogramMatching | None = None,
 ) -> np.ndarray:
     """Of the samples of these names, int64 [N] each: float32 [N, F]."""
-    drawn, parts = sampler.draw_all(labels, indices), []
+    drawn = sampler.draw_all(labels, indices)
     if matching is not None:
         drawn = match(drawn, matching.levels(drawn, labels))
-    for batch in drawn.split(sampler.settings.batch_size):
-        with autocast(sampler.dtype, sampler.device):
-            parts.append(extractor.features(normalise(batch)).float())  # as they will be stored: in whole grey levels
-    return torch.cat(parts).cpu().numpy()
+    return extractor.features_of(drawn, sampler.settings.batch_size, sampler.dtype).cpu().numpy()
 
 
 def read_trials(file: Path, key: str) -> Distances:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from diffult.engine.device import autocast
 from diffult.errors import UserError
 from diffult.longtail.statistics import ClassStatistics
 from diffult.models.resnet import Classifier, load_classifier
 from diffult.runs.files import load_tensors
-from kernels.augment import center_crop
+from kernels.augment import center_crop, normalise
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Extractor:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Penultimate features [B, F] of images, float [B, C, H, W] in [-1, 1]."""
         return self.network.features(center_crop(images, self.image_size))
+
+    @torch.no_grad()
+    def features_of(self, images: torch.Tensor, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Penultimate features, float32 [B, F], of any number of stored images, uint8 [B, H, W, C], so many at a time,
+        computed in `dtype`."""
+        with autocast(dtype, images.device):
+            return torch.cat([self.features(normalise(part)).float() for part in images.split(batch_size)])
 
     def probabilities(self, features: torch.Tensor) -> torch.Tensor:
         """Of each class, float32 [B, num_classes], from features [B, F], were all classes equally frequent."""
