@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Read when torch is imported, here and by every command that a test starts: at these sizes one thread is no slower, and
@@ -38,6 +39,29 @@ TINY = [
     "classifier.methods=['ce', 'diffult']",
     "data.val_per_class=5",
 ]
+
+
+FUZZ = 25
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=FUZZ,
+        metavar="N",
+        help=f"examples of each property, other ones each time ({FUZZ}, the same ones)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis runs the same few examples each time, or N random ones with --fuzz N, whatever the machine's load."""
+    examples = config.getoption("--fuzz")
+    checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+    hypothesis.settings.register_profile(
+        "fuzz", max_examples=examples, deadline=None, derandomize=examples == FUZZ, suppress_health_check=checks
+    )
+    hypothesis.settings.load_profile("fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
