@@ -59,6 +59,7 @@ FAST: dict[str, Any] = {
     "rho": 3.0,
     "timesteps": (),
     "search": 0,
+    "start": "noise",
     "guidance": 0.0,
 }
 

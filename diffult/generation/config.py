@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -36,6 +36,9 @@ class GenerateConfig(StrictModel):
     search: int = Field(0, ge=0)
     # Samples get the pixel levels of the training images: see diffult.generation.levels.
     match_histogram: bool = False
+    # What is denoised: noise alone, or a training image of another class with the first timestep's noise. See
+    # diffult.generation.starts.
+    start: Literal["noise", "other_classes"] = "noise"
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1)
     # What is dropped: see diffult.longtail.filter.

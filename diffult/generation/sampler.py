@@ -6,6 +6,7 @@ All noise of a sample is keyed by (seed, class, index, step), so it does not dep
 from __future__ import annotations
 
 import logging
+import math
 import time
 from copy import copy
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from diffult.engine.device import compute_dtype
 from diffult.errors import UserError
 from diffult.generation.config import GenerateConfig
 from diffult.generation.levels import match
+from diffult.generation.starts import OtherClasses
 from diffult.models.cost import forward_flops
 from diffult.models.unet import UNet
-from kernels.augment import denormalise
+from kernels.augment import denormalise, normalise
 from kernels.denoise_step import denoise_step
 from kernels.random import normal
 
@@ -44,6 +46,7 @@ class Sampler:
         compiled: the network goes through torch.compile.
         levels: uint8 [C, 256], what the pixel levels of each channel become, see `diffult.generation.levels`; None:
             they stay.
+        starts: the images that samples start from, with the first timestep's noise; None: noise alone.
     """
 
     unet: UNet
@@ -57,6 +60,7 @@ class Sampler:
     device: torch.device
     compiled: bool = False
     levels: torch.Tensor | None = None
+    starts: OtherClasses | None = None
 
     @classmethod
     def for_run(
@@ -155,8 +159,12 @@ class Sampler:
                 x, out, coefficients[i], previous, self.seed, labels, indices, numbers[i + 1], with_noise=with_noise
             )
 
-        noise = normal(self.seed, labels, indices, numbers[0], self.shape)
-        drawn = denormalise(sample(noise, self._grid, self._solver, evaluate, update))
+        start = normal(self.seed, labels, indices, numbers[0], self.shape)
+        if self.starts is not None:
+            abar = float(self.schedule.alphas_cumprod[self._grid[0]])
+            images = normalise(self.starts.choose(self.seed, labels, indices))
+            start = math.sqrt(abar) * images + math.sqrt(1 - abar) * start
+        drawn = denormalise(sample(start, self._grid, self._solver, evaluate, update))
         return drawn if self.levels is None else match(drawn, self.levels)
 
     def draw_all(self, labels: np.ndarray, indices: np.ndarray, batch_size: int | None = None) -> torch.Tensor:

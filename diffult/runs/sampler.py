@@ -19,6 +19,7 @@ from diffult.errors import UserError
 from diffult.generation.config import GenerateConfig
 from diffult.generation.levels import HistogramMatching, match, pilot_names, read_levels, write_levels
 from diffult.generation.sampler import Sampler
+from diffult.generation.starts import OtherClasses
 from diffult.generation.timesteps import read_trials, search, trial_distance
 from diffult.longtail.classification import extract_features
 from diffult.longtail.extractor import Extractor, load_extractor
@@ -62,6 +63,8 @@ def open_sampler(
     unet = load_unet(run.folder("diffusion") / "ema.safetensors", device, dtype)
     sampler = Sampler.for_run(run.config, unet, settings, seed, compiled or device.type == "cuda")
     check(settings)
+    if settings.start == "other_classes":
+        sampler.starts = OtherClasses.of(run.packed(), device, run.config.data.view(run.config.data.image_size))
     if settings.search:
         sampler = _search(run, sampler, folder, world)
         check(sampler.settings)
@@ -129,7 +132,7 @@ def _matching(run: RunDir, sampler: Sampler, world: World) -> HistogramMatching:
 
 def _solver(settings: GenerateConfig) -> dict[str, Any]:
     """What samples depend on beside their timesteps."""
-    return settings.model_dump(include={"sampler", "eta", "guidance"})
+    return settings.model_dump(include={"sampler", "eta", "guidance", "start"})
 
 
 def _own_seed(run: RunDir) -> int:
