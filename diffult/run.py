@@ -30,6 +30,7 @@ from diffult.runs.stages import STAGES, Stage
 from diffult.train_classifier import train_classifier
 from diffult.train_diffusion import train_diffusion
 from diffult.train_extractor import train_extractor
+from ffcv_writers.readers import LIST_FORMAT
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def command(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Own images, settings proposed: CLASS/*.jpg or train/CLASS and test/CLASS, .npz, .tar or a list."
+            help="Own images, settings proposed: CLASS/*.jpg or train/CLASS and test/CLASS, .npz, .tar or a list. "
+            + LIST_FORMAT
         ),
     ] = None,
     hours: Annotated[

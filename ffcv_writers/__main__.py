@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -14,13 +15,15 @@ import typer
 from tqdm import tqdm
 
 from .decoding import limit_shorter_side
+from .duplicates import duplicate_lines
 from .encoding import Storage
 from .errors import SourceError
 from .inspection import describe, verify
 from .loader import available_cores
-from .readers import READERS, Split, guess_format, open_source
+from .readers import LIST_FORMAT, READERS, Split, guess_format, open_source
 from .writing import write
 
+_log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 Files = Annotated[list[Path], typer.Argument(help="Files of the set, in order.", show_default=False)]
@@ -28,7 +31,7 @@ CORES = available_cores()
 Workers = Annotated[int, typer.Option(min=1, help="Threads; default: one per processor.", show_default=False)]
 
 
-@app.command("write")
+@app.command("write", epilog=LIST_FORMAT)
 def write_command(
     source: Annotated[Path, typer.Argument(help="Folder, list or archive of images.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="File to write, NAME.beton.", show_default=False)],
@@ -47,7 +50,7 @@ def write_command(
     images = _open_split(source, format, split, root)
     count, start = len(images.samples), time.perf_counter()
     with tqdm(total=count, unit="img", disable=None) as bar:
-        write(
+        digests = write(
             out,
             images.samples,
             labels=images.labels,
@@ -59,8 +62,21 @@ def write_command(
             progress=bar.update,
         )
     seconds = time.perf_counter() - start
+    _warn(images, digests)
     size = out.stat().st_size / 1e6
     print(f"wrote {out}: {count} images, {size:.1f} MB, {seconds:.1f} s, {count / seconds:.0f} images/s")
+
+
+def _warn(images: Split, digests: np.ndarray) -> None:
+    """Warns of images that are there twice, and of labels in between that no image has."""
+    name = getattr(images.samples, "name", "image {}".format)
+    for line in duplicate_lines({"train": digests}, {"train": images.labels}, lambda _, number: name(number)):
+        _log.warning("%s", line.removeprefix("train: "))
+    absent = np.setdiff1d(np.arange(images.labels.max() + 1), images.labels)
+    if absent.size:
+        _log.warning(
+            "no image has the label %d, of 0 to %d; %d are absent", absent[0], images.labels.max(), absent.size
+        )
 
 
 def _open_split(path: Path, format: str | None, split: str, root: Path | None) -> Split:
@@ -99,6 +115,8 @@ def verify_command(
 def main() -> None:
     """Exit code 0; 1 if `verify` found something; 2 after one line that says what is wrong; 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text; so does stderr
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except ValueError as error:
@@ -110,7 +128,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left behind", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

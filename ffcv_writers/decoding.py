@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
+
+MAX_PIXELS = 178_956_970  # of an image; at more, Pillow takes a file for an attack
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # which Pillow gives at half as many
 
 
 def decode_rgb(content: bytes) -> np.ndarray:
@@ -20,6 +24,7 @@ def decode_rgb(content: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
+            check_size(image.height, image.width)
             image.load()
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
                 deep = np.asarray(image)
@@ -30,9 +35,19 @@ def decode_rgb(content: bytes) -> np.ndarray:
                 raise ValueError("its pixels are floating-point numbers, whose range is unknown")
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError("not an image in a known format") from None
+        raise ValueError("not an image in a known format" if content else "the file is empty") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than the {MAX_PIXELS:,} pixels that an image may have") from None
     except Exception as error:  # whatever a decoder raises on arbitrary bytes
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError where an image has no pixels, or more than MAX_PIXELS."""
+    if min(height, width) < 1:
+        raise ValueError(f"it is {height} x {width} pixels")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"it is {height} x {width} pixels, more than the {MAX_PIXELS:,} that an image may have")
 
 
 def limit_shorter_side(image: np.ndarray, size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ after an error, and its loader skips JPEGs that do not decode and takes no seed 
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ DESCRIPTOR = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _RGB_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 _ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+_SEAL = np.dtype([("mark", "S8"), ("crc32", "<u4")])  # in the arguments of the field index, which has none
+_MARK = b"tables\0\1"
 _UINT8 = json.dumps(np.dtype(np.uint8).descr).encode()
 
 
@@ -38,12 +41,14 @@ class Stored:
         data: uint8 (n,), a JPEG file's content or raw pixels.
         shape: height, width, channels.
         defect: what is wrong with the JPEG it was decoded from, although its pixels are there.
+        digest: 64 bits, of what is to be written.
     """
 
     data: np.ndarray
     shape: Shape
     jpg: bool
     defect: str = ""
+    digest: int = 0
 
 
 def metadata_type(shape: Shape | None) -> np.dtype:
@@ -68,16 +73,38 @@ def descriptors(shape: Shape | None) -> np.ndarray:
     return fields
 
 
+def sealed(header: np.ndarray, fields: np.ndarray, metadata: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The descriptors with a checksum of all four tables, so that no damage changes a label unseen. ffcv ignores it."""
+    fields = fields.copy()
+    fields[-1]["arguments"][:] = 0
+    crc32 = 0
+    for part in (header, fields, metadata, table):
+        crc32 = zlib.crc32(np.ascontiguousarray(part).view(np.uint8).data, crc32)
+    seal = np.array([(_MARK, crc32)], _SEAL)
+    fields[-1]["arguments"][: _SEAL.itemsize] = seal.view(np.uint8)
+    return fields
+
+
+def check_seal(header: np.ndarray, fields: np.ndarray, metadata: np.ndarray, table: np.ndarray) -> None:
+    """Raises ValueError where a checksum is there, as in all files of ours, and is of other tables."""
+    if fields[-1]["arguments"].any() and fields.tobytes() != sealed(header, fields, metadata, table).tobytes():
+        raise ValueError("its tables are not those of its checksum")
+
+
+def field_names(fields: np.ndarray) -> list[str]:
+    """The fields' names."""
+    return [bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields]
+
+
 def array_shape(fields: np.ndarray) -> Shape | None:
     """What `descriptors` was given.
 
     Raises:
         ValueError: other fields than ours.
     """
-    names = [bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields]
     kinds = fields["type_id"].tolist()
-    if tuple(names) != FIELDS or kinds[0] not in (_RGB_FIELD, _ARRAY_FIELD) or kinds[1:] != [_INT_FIELD] * 3:
-        raise ValueError(f"its fields are {names} of types {kinds}")
+    if kinds[0] not in (_RGB_FIELD, _ARRAY_FIELD) or kinds[1:] != [_INT_FIELD] * 3:
+        raise ValueError(f"its fields are of types {kinds}")
     if kinds[0] == _RGB_FIELD:
         return None
     arguments = fields[0]["arguments"].tobytes()

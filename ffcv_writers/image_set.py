@@ -6,15 +6,34 @@ checked when it is opened, so that no read can leave the file.
 
 from __future__ import annotations
 
+import errno
+import mmap
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .decoding import resized_crop
-from .errors import SampleError
-from .format import ALLOCATION, DESCRIPTOR, FIELDS, HEADER, JPG, RAW, VERSION, Shape, Stored, array_shape, metadata_type
+from .errors import ForeignError, SampleError
+from .format import (
+    ALLOCATION,
+    DESCRIPTOR,
+    FIELDS,
+    HEADER,
+    JPG,
+    RAW,
+    VERSION,
+    Shape,
+    Stored,
+    array_shape,
+    check_seal,
+    field_names,
+    metadata_type,
+)
 from .jpeg import decode_jpeg
 from .jpeg import part as jpeg_part
 
@@ -26,7 +45,8 @@ def open_set(paths: Sequence[Path], *, mixed_sizes: bool = False) -> ImageSet:
         mixed_sizes: images may differ in size, for a loader that crops.
 
     Raises:
-        ValueError: no files, a file that is missing or damaged, images that differ in size or channels.
+        ValueError: no files, a file that is missing, damaged or of other fields, images of several sizes or channels.
+        OSError: the system does not give a file.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -210,10 +230,21 @@ def open_file(path: Path) -> _File:
     """Maps a file and checks everything in its tables that reading relies on.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or it has other fields.
+        OSError: the system does not give it, for its permissions or the number of open files.
     """
     try:
-        return _checked(np.memmap(path, np.uint8, mode="r").view(np.ndarray))
+        return _checked(_mapped(path))
+    except ForeignError as error:
+        raise ValueError(
+            f"{path} is no image set of ours: {error}; python -m ffcv_writers write makes one of its images"
+        ) from error
+    except OSError as error:
+        reason = error.strerror
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            reason = f"a process may have {limit} files open here (ulimit -n) and these are more"
+        raise OSError(error.errno, reason, str(path)) from error
     except Exception as error:  # a broken table makes numpy raise almost anything
         raise ValueError(
             f"{path} is damaged or not an image set of ours ({error or repr(error)}): "
@@ -221,17 +252,42 @@ def open_file(path: Path) -> _File:
         ) from error
 
 
+def _mapped(path: Path) -> np.ndarray:
+    # Before Python 3.13 a map keeps a file descriptor.
+    keep_none: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep_none), np.uint8)
+
+
+def _descriptors(content: np.ndarray, count: int) -> np.ndarray:
+    """The field descriptors of a file that has so many.
+
+    Raises:
+        ForeignError: the fields are others than ours; it says which are missing.
+    """
+    fields = np.frombuffer(content, DESCRIPTOR, count, HEADER.itemsize)
+    names = field_names(fields)
+    if tuple(names) == FIELDS:
+        return fields
+    if not all(name.isprintable() and name for name in names):
+        raise ValueError("no fields")
+    missing = [name for name in FIELDS if name not in names]
+    lacks = f"lacks {', '.join(missing)}" if missing else f"needs {', '.join(FIELDS)} alone and in this order"
+    raise ForeignError(f"it has the fields {', '.join(names)} and {lacks}")
+
+
 def _checked(content: np.ndarray) -> _File:
     header = np.frombuffer(content, HEADER, 1)[0]
-    if header["version"] != VERSION or header["num_fields"] != len(FIELDS):
-        raise ValueError(f"format {header['version']} with {header['num_fields']} fields")
-    fields = np.frombuffer(content, DESCRIPTOR, len(FIELDS), HEADER.itemsize)
+    if header["version"] != VERSION:
+        raise ValueError(f"format {header['version']}")
+    fields = _descriptors(content, int(header["num_fields"]))
     shape = array_shape(fields)
     count, end = int(header["num_samples"]), int(header["alloc_table"])
     if count == 0 or end + count * ALLOCATION.itemsize != len(content):
         raise ValueError("cut short")
     metadata = np.frombuffer(content, metadata_type(shape), count, HEADER.itemsize + fields.nbytes)
     table = np.frombuffer(content, ALLOCATION, count, end)
+    check_seal(header, fields, metadata, table)
     room = end - np.minimum(table["ptr"], end)  # unsigned: a sum could wrap
     if (table["ptr"] > end).any() or (table["size"] > room).any():
         raise ValueError("cut short or overwritten")

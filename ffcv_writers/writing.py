@@ -6,6 +6,8 @@ Memory grows with the set's tables alone, some 0.1 KB an image.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import logging
 import os
@@ -22,14 +24,15 @@ import numpy as np
 
 from .encoding import Storage, Transform, encode
 from .errors import SampleError
-from .format import ALLOCATION, FIELDS, HEADER, JPG, RAW, VERSION, Shape, Stored, descriptors, metadata_type
+from .format import ALLOCATION, FIELDS, HEADER, JPG, RAW, VERSION, Shape, Stored, descriptors, metadata_type, sealed
 from .image_set import open_file
 
 _log = logging.getLogger(__name__)
 
 _READ_TOGETHER = 32  # samples a task of a reading thread
-_PAGE, _LARGEST_PAGE = 1 << 23, 1 << 26  # bytes: ffcv's default, and the page of files whose images differ in size
+_PAGE, _MIXED_PAGE = 1 << 23, 1 << 26  # bytes: ffcv's default, and the page of files whose images differ in size
 _LARGEST_SIDE = 2**16 - 1
+_NAMED = 3  # samples that cannot be read, in a message
 
 
 class Samples(Protocol):
@@ -55,8 +58,9 @@ def write(
     transform: Transform | None = None,
     workers: int = 1,
     progress: Callable[[], object] | None = None,
-) -> None:
-    """Writes one image set to `path`. Every sample is read and decoded once.
+) -> np.ndarray:
+    """Writes one image set to `path`. Every sample is read and decoded once, also those after one that cannot be read, so
+    that the error counts them all.
 
     The file is written beside `path` as NAME.partial and renamed at the end; parent directories are made.
 
@@ -73,8 +77,11 @@ def write(
         workers: threads that read and encode ahead.
         progress: called for each sample.
 
+    Returns:
+        (N,) uint64, a digest of what is stored of each image, see `ffcv_writers.duplicates`.
+
     Raises:
-        SampleError: a sample cannot be read or is of another shape or type; it is named.
+        SampleError: samples cannot be read or are of another shape or type; the first ones are named, all are counted.
         ValueError: no samples; columns or settings that do not fit.
     """
     path, count = Path(path), len(samples)
@@ -95,9 +102,10 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with closing(_read_ahead(encoder, count, workers)) as images:
-            _write_file(partial, _one_kind(images, encoder.name, progress), columns)
+            digests = _write_file(partial, _one_kind(_readable(images, progress), encoder.name), columns)
         open_file(partial)  # fails if the disk took less than it was given
         os.replace(partial, path)
+        return digests
     finally:
         partial.unlink(missing_ok=True)
 
@@ -129,10 +137,12 @@ class _Encoder:
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
             raise SampleError(f"{self.name(number)} could not be read: {reason}") from error
         if encoded.defect:
             _log.warning("%s has a defect: %s; what can be seen of it is stored", self.name(number), encoded.defect)
-        return encoded
+        content = hashlib.blake2b(encoded.data.data, digest_size=8, salt=repr(encoded.shape).encode()[:16])
+        return dataclasses.replace(encoded, digest=int.from_bytes(content.digest()))
 
     def _checked(self, number: int, image: np.ndarray) -> np.ndarray:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or image.size == 0:
@@ -147,11 +157,17 @@ class _Encoder:
         return f"{self.path}: sample {number}" + (f" ({name(number)})" if name else "")
 
 
-def _read_ahead(read: Callable[[int], Stored], count: int, workers: int) -> Generator[Stored, None, None]:
-    def task(begin: int) -> list[Stored]:
-        return [read(number) for number in range(begin, min(begin + _READ_TOGETHER, count))]
+def _read_ahead(read: Callable[[int], Stored], count: int, workers: int) -> Generator[Stored | SampleError, None, None]:
+    def task(begin: int) -> list[Stored | SampleError]:
+        return [attempt(number) for number in range(begin, min(begin + _READ_TOGETHER, count))]
 
-    pending: deque[Future[list[Stored]]] = deque()
+    def attempt(number: int) -> Stored | SampleError:
+        try:
+            return read(number)
+        except SampleError as error:
+            return error
+
+    pending: deque[Future[list[Stored | SampleError]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
         try:
             for begin in range(0, count, _READ_TOGETHER):
@@ -164,38 +180,58 @@ def _read_ahead(read: Callable[[int], Stored], count: int, workers: int) -> Gene
             pool.shutdown(cancel_futures=True)
 
 
-def _one_kind(
-    images: Iterator[Stored], name: Callable[[int], str], progress: Callable[[], object] | None
-) -> Iterator[Stored]:
+def _readable(
+    images: Iterator[Stored | SampleError], progress: Callable[[], object] | None
+) -> Generator[Stored, None, None]:
+    """The images up to the first that cannot be read; then an error that names some and counts all."""
+    count, wrong, first = 0, 0, list[SampleError]()
+    for image in images:
+        count += 1
+        if isinstance(image, SampleError):
+            wrong += 1
+            first += [image] if wrong <= _NAMED else []
+        elif not wrong:
+            yield image
+        if progress is not None:
+            progress()
+    if wrong == 1:
+        raise first[0]
+    if wrong:
+        more = "; ..." if wrong > len(first) else ""
+        raise SampleError(f"{wrong} of {count} images cannot be read: {'; '.join(map(str, first))}{more}")
+
+
+def _one_kind(images: Iterator[Stored], name: Callable[[int], str]) -> Iterator[Stored]:
     """The images, checked: all of 3 channels and no larger than the format allows, or grey and of one size."""
     first: Shape | None = None
     for number, image in enumerate(images):
         first = first or image.shape
         if image.shape != first and 1 in (image.shape[2], first[2]):
             raise SampleError(f"{name(number)} has shape {image.shape}, sample 0 has {first}: make them one size")
-        if max(image.shape) > _LARGEST_SIDE or len(image.data) > _LARGEST_PAGE:
-            raise SampleError(f"{name(number)} of shape {image.shape} is too large for the format: shrink it")
-        if progress is not None:
-            progress()
+        if max(image.shape) > _LARGEST_SIDE:
+            raise SampleError(f"{name(number)} is {image.shape[0]} x {image.shape[1]} pixels: {_LARGEST_SIDE} at most")
         yield image
 
 
-def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> None:
-    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index."""
+def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Writes images as they are given, and the (n,) int64 columns label, synthetic and index. Returns the digests."""
     first = next(images)
     shape = None if first.shape[2] == 3 else first.shape
-    page = _LARGEST_PAGE if shape is None else max(_PAGE, 1 << (len(first.data) - 1).bit_length())
+    page = _PAGE if shape else _MIXED_PAGE
     count, fields = len(columns["label"]), descriptors(shape)
     metadata = np.zeros(count, metadata_type(shape))
     rows = array("q")  # of each image: place, bytes, mode, width, height
+    digests = array("Q")
     with path.open("wb") as file:
         place = file.seek(HEADER.itemsize + fields.nbytes + metadata.nbytes)
         for image in itertools.chain([first], images):
             size = len(image.data)
+            page = max(page, 1 << (size - 1).bit_length())  # images before lie in one page of any larger size, too
             if place // page != (place + size - 1) // page:
                 place = file.seek((place // page + 1) * page)  # no image lies across pages
             file.write(image.data.data)
             rows.extend((place, size, JPG if image.jpg else RAW, image.shape[1], image.shape[0]))
+            digests.append(image.digest)
             place += size
         table = np.zeros(count, ALLOCATION)
         table["sample_id"] = np.arange(count)
@@ -211,7 +247,9 @@ def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndar
         file.write(table.data)
         file.seek(0)
         header = np.array((VERSION, len(FIELDS), page, count, place), HEADER)
+        fields = sealed(header, fields, metadata, table)
         for part in (header, fields, metadata):
             file.write(part.data)
         file.flush()
         os.fsync(file.fileno())
+    return np.array(digests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,10 @@ from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 from ffcv_writers import ImageSet, SampleError, Samples, SourceError, available_cores, open_set, write
 from ffcv_writers.decoding import centre_square, limit_shorter_side
-from ffcv_writers.readers import Source, open_source, survey_differences
+from ffcv_writers.duplicates import duplicate_lines
+from ffcv_writers.readers import Source, Split, open_source, survey_differences
 
+_log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 _RECORD = "packed.json"
 
@@ -75,6 +78,8 @@ def open_data(config: DataConfig) -> Source:
     try:
         source = _open(config)
         _check(config, source)
+    except OSError as error:
+        raise UserError(f"data.path: cannot read {error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
     return source
@@ -95,7 +100,9 @@ def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, A
     try:
         return _write(config, source, choose_splits(config, source), folder)
     except SampleError as error:
-        raise UserError(f"{error}; repair or remove the file") from error
+        unread = isinstance(error.__cause__, OSError)
+        mend = "see that it is there and may be read" if unread else "repair or remove the file"
+        raise UserError(f"{error}; {mend}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -107,11 +114,14 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
     try:
         counts: dict[str, list[int]] = {}
         digests: dict[str, str] = {}
+        stored: dict[str, np.ndarray] = {}
         for split, chosen in numbers.items():
-            labels = _write_split(config, source, split, chosen, files[split])
+            stored[split] = _write_split(config, source, split, chosen, files[split])
+            labels = _origin(source, split).labels[chosen]
             counts[split] = np.bincount(labels, minlength=len(source.classes)).tolist()
             with files[split].open("rb") as file:
                 digests[split] = hashlib.file_digest(file, "sha256").hexdigest()
+        _warn_of_duplicates(source, numbers, stored)
         record: dict[str, Any] = {"classes": list(source.classes), "counts": counts, "survey": source.survey}
         record |= {"fingerprint": digests.pop("train"), "held_out": digests}
         write_json(folder / _RECORD, record)
@@ -122,21 +132,34 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
     return record
 
 
+def _origin(source: Source, split: str) -> Split:
+    """The source's split that a run's is taken from."""
+    return source.splits[split if split in source.splits else "train"]
+
+
+def _warn_of_duplicates(source: Source, numbers: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
+    def name(split: str, position: int) -> str:
+        return _name(_origin(source, split).samples, int(numbers[split][position]))
+
+    labels = {split: _origin(source, split).labels[chosen] for split, chosen in numbers.items()}
+    for line in duplicate_lines(stored, labels, name):
+        _log.warning("%s", line)
+
+
 def _write_split(config: DataConfig, source: Source, split: str, numbers: np.ndarray, path: Path) -> np.ndarray:
-    """Writes one split; returns its labels."""
-    origin = source.splits[split if split in source.splits else "train"]
+    """Writes one split; returns a digest of each image."""
+    origin = _origin(source, split)
     if isinstance(origin.samples, np.ndarray):
         transform = None
     elif config.storage == "raw":
         transform = partial(square, size=config.image_size, channels=config.channels)
     else:
         transform = partial(limit_shorter_side, size=config.max_short_side)
-    labels = origin.labels[numbers]
     with tqdm(total=len(numbers), unit="img", desc=f"pack {split}", disable=None) as bar:
-        write(
+        return write(
             path,
             _Chosen(origin.samples, numbers),
-            labels=labels,
+            labels=origin.labels[numbers],
             synthetic=np.zeros(len(numbers), bool),
             index=numbers,
             storage=config.storage,
@@ -144,7 +167,6 @@ def _write_split(config: DataConfig, source: Source, split: str, numbers: np.nda
             workers=available_cores(),
             progress=bar.update,
         )
-    return labels
 
 
 def square(image: np.ndarray, size: int, channels: int) -> np.ndarray:
@@ -208,7 +230,11 @@ def check_labels(source: Source, where: str) -> None:
             )
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if empty.size:
-            raise UserError(f"{where}: class {classes[empty[0]]} has no image in the {name} split")
+            raise UserError(
+                f"{where}: class {classes[empty[0]]} has no image in the {name} split"
+                + (f", nor have {empty.size - 1} others" if empty.size > 1 else "")
+                + (f": labels must start at 0, these at {labels.min()}" if name == "train" and labels.min() else "")
+            )
 
 
 def read_packed(folder: Path) -> Packed:
@@ -224,11 +250,19 @@ def read_packed(folder: Path) -> Packed:
         return Packed(
             classes, counts, sets["train"], sets.get("val"), sets["test"], record["fingerprint"], record["survey"]
         )
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: the packed images are damaged ({error}); delete the folder and run "
-            f"python -m diffult.pack --run {folder.parent}"
-        ) from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise _damaged(folder, error) from error
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder}: the packed images are damaged ({error}); delete the folder and run "
+        f"python -m diffult.pack --run {folder.parent}"
+    )
 
 
 def source_differences(config: DataConfig, packed: Packed) -> list[str]:

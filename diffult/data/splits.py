@@ -59,7 +59,9 @@ def choose_splits(config: DataConfig, source: Source) -> dict[str, np.ndarray]:
         chosen = chosen[~np.isin(chosen, held_out)]
         if len(held_out):
             numbers["val"] = held_out
-        _warn_without("validation", source, np.setdiff1d(np.arange(num_classes), labels[held_out]))
+        given = np.bincount(labels[held_out], minlength=num_classes)
+        _warn_without("validation", source, np.flatnonzero(given == 0))
+        _warn_of_few(config.val_per_class, source, given)
     sizes = np.bincount(labels[chosen], minlength=num_classes)
     _log.info(
         "%s, %s profile: %d training images of %d classes (%d to %d a class), %d for validation, %d for test",
@@ -87,3 +89,13 @@ def _warn_without(split: str, source: Source, empty: np.ndarray) -> None:
     if len(empty):
         names = ", ".join(source.classes[label] for label in empty[:5]) + (", ..." if len(empty) > 5 else "")
         _log.warning("no %s image is left for %d of %d classes: %s", split, len(empty), len(source.classes), names)
+
+
+def _warn_of_few(wanted: int, source: Source, given: np.ndarray) -> None:
+    few = np.flatnonzero((given > 0) & (given < wanted))
+    if len(few):
+        names = ", ".join(f"{source.classes[label]} ({given[label]})" for label in few[:5])
+        _log.warning(
+            "fewer than %d validation images, as a class gives what it can spare, for %d of %d classes: %s",
+            *(wanted, len(few), len(given), names + (", ..." if len(few) > 5 else "")),
+        )

@@ -14,7 +14,9 @@ from PIL import Image
 
 from diffult.data.packing import check_labels
 from diffult.errors import UserError
+from ffcv_writers import SourceError
 from ffcv_writers.decoding import centre_square, decode_rgb
+from ffcv_writers.errors import UnknownFormatError
 from ffcv_writers.readers import Split, guess_format, open_source
 
 _HEADERS, _DECODED, _SECONDS = 300, 32, 2.0  # files whose size is read; files that are decoded; and for how long
@@ -59,15 +61,15 @@ def locate(path: Path) -> dict[str, str]:
         UserError: nothing is there, or a file of no known kind.
     """
     path = path.expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"--data {path}: does not exist")
     try:
         source = guess_format(path)
-    except ValueError:
+    except UnknownFormatError:
         raise UserError(
             f"--data {path}: neither a folder of images nor a .npz, a .tar or a list (.txt); a file of another ending "
             "can be renamed"
         ) from None
+    except SourceError as error:
+        raise UserError(f"--data {error}") from None
     if source != "list":
         return {"source": source, "path": str(path)}
     lists = {"train_list": path}
@@ -111,7 +113,8 @@ def _of_arrays(images: Any, path: Path) -> tuple[np.ndarray, bool, float]:
 def _of_files(split: Split, path: Path) -> tuple[np.ndarray, bool, float]:
     """Sides, colour and seconds of images spread evenly over the classes' files."""
     count, sides, failed = len(split.labels), [], ""
-    for number in np.unique(np.linspace(0, count - 1, _HEADERS).astype(int)).tolist():
+    looked_at = np.unique(np.linspace(0, count - 1, _HEADERS).astype(int)).tolist()
+    for number in looked_at:
         try:
             with Image.open(io.BytesIO(_content(split, number))) as image:
                 sides.append((image.height, image.width))
@@ -120,7 +123,8 @@ def _of_files(split: Split, path: Path) -> tuple[np.ndarray, bool, float]:
     if not sides:
         raise UserError(f"{path}: none of the images looked at can be read ({failed})")
     if failed:
-        _log.warning("%s: some images cannot be read, such as %s", path, failed)
+        unread = len(looked_at) - len(sides)
+        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, unread, len(looked_at), failed)
     begun, decoded, colour = time.perf_counter(), 0, False
     for number in np.random.default_rng(0).permutation(count)[:_DECODED].tolist():
         try:

@@ -27,7 +27,7 @@ def decode_jpeg(content: np.ndarray, *, reuse_buffer: bool = False) -> np.ndarra
 
     Raises:
         CMYKError: the colours are CMYK.
-        ValueError: no JPEG, damaged, cut short, or of more pixels than Pillow would open.
+        ValueError: no JPEG, damaged, cut short, or of more than `decoding.MAX_PIXELS`.
     """
     return _decoder()[1](content, reuse_buffer=reuse_buffer)
 

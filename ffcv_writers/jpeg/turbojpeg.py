@@ -9,8 +9,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ..decoding import check_size
 from ..errors import CMYKError
 
 
@@ -72,10 +72,7 @@ def decode_jpeg(content: np.ndarray, *, reuse_buffer: bool = False) -> np.ndarra
     handle.check(lib.tjDecompressHeader3(*file, width, height, sampling, colours))
     if colours.value in _CMYK:
         raise CMYKError("its colours are CMYK")
-    if min(width.value, height.value) < 1:
-        raise ValueError(f"it is {height.value} x {width.value} pixels")
-    if width.value * height.value > (Image.MAX_IMAGE_PIXELS or np.inf):
-        raise ValueError(f"{height.value} x {width.value} pixels are too many")
+    check_size(height.value, width.value)
     shape = height.value, width.value, 3
     pixels = handle.room(math.prod(shape)).reshape(shape) if reuse_buffer else np.empty(shape, np.uint8)
     handle.check(lib.tjDecompress2(*file, pixels.ctypes.data, width, 0, height, _RGB, _ACCURATE_DCT))

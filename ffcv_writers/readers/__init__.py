@@ -6,11 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..errors import SourceError
+from ..errors import SourceError, UnknownFormatError
 from . import cifar, digits, folder, idx, lists, npz, tar
-from .source import Place, Source, Split, survey_differences
+from .lists import LIST_FORMAT
+from .source import Place, Source, Split, survey_differences, unreadable
 
-__all__ = ["READERS", "Place", "Reader", "Source", "Split", "guess_format", "open_source", "survey_differences"]
+__all__ = [
+    "LIST_FORMAT",
+    "READERS",
+    "Place",
+    "Reader",
+    "Source",
+    "Split",
+    "guess_format",
+    "open_source",
+    "survey_differences",
+]
 
 Reader = Callable[[Place], Source]
 READERS: dict[str, Reader] = {
@@ -23,6 +34,7 @@ READERS: dict[str, Reader] = {
     "npz": npz.read,
     "tar": tar.read,
 }
+_ENDINGS = {".npz": "npz", ".tar": "tar"} | dict.fromkeys((".txt", ".lst", ".csv", ".tsv"), "list")
 
 
 def open_source(
@@ -36,8 +48,8 @@ def open_source(
     """The images at `path`, read when they are asked for.
 
     Args:
-        format: a name in READERS. "folder": PATH/SPLIT/CLASS/FILE, or PATH/CLASS/FILE. "list": text files, a line
-            `path/from/PATH label` for each image. "idx": the folder of the MNIST family. "cifar10", "cifar100": the
+        format: a name in READERS. "folder": PATH/SPLIT/CLASS/FILE, or PATH/CLASS/FILE, also in folders below CLASS.
+            "list": text files, see LIST_FORMAT. "idx": the folder of the MNIST family. "cifar10", "cifar100": the
             python archive or its folder. "npz": arrays. "tar": WebDataset archives. "digits": scikit-learn's, no path.
         train_list, val_list, test_list: the text files of "list"; "" where there is none.
 
@@ -47,26 +59,33 @@ def open_source(
     """
     if format not in READERS:
         raise SourceError(f"unknown format {format!r}: choose one of {', '.join(READERS)}")
-    if format != "digits" and not Path(path).exists():
-        raise SourceError(f"{path} does not exist")
     lists = {"train": train_list, "val": val_list, "test": test_list}
-    return READERS[format](Place(Path(path), {split: Path(file) for split, file in lists.items() if file}))
+    try:
+        if format != "digits" and not Path(path).exists():
+            raise SourceError(f"{path} does not exist")
+        return READERS[format](Place(Path(path), {split: Path(file) for split, file in lists.items() if file}))
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
 def guess_format(path: Path) -> str:
     """The format of what lies at `path`.
 
     Raises:
-        SourceError: nothing is there, or it is a file of no known kind.
+        SourceError: nothing is there, it cannot be read, or (UnknownFormatError) it is a file of no known kind.
     """
-    if not path.exists():
-        raise SourceError(f"{path} does not exist")
-    if archive := cifar.guess(path):
-        return archive
-    if path.is_file():
-        endings = {".npz": "npz", ".tar": "tar", ".txt": "list", ".lst": "list"}
-        if path.suffix not in endings:
-            raise SourceError(f"{path}: unknown format, give --format, one of {', '.join(READERS)}")
-        return endings[path.suffix]
-    patterns = {"*-idx3-ubyte*": "idx", "*.tar": "tar", "train/*.tar": "tar"}
-    return next((name for pattern, name in patterns.items() if next(path.glob(pattern), None)), "folder")
+    try:
+        if not path.exists():
+            raise SourceError(f"{path} does not exist")
+        if archive := cifar.guess(path):
+            return archive
+        if path.is_file():
+            if path.suffix.lower() not in _ENDINGS:
+                raise UnknownFormatError(f"{path}: unknown format, give --format, one of {', '.join(READERS)}")
+            return _ENDINGS[path.suffix.lower()]
+        if any(next(path.glob(pattern), None) for pattern in idx.PATTERNS):
+            return "idx"
+        archives = any(next(path.glob(pattern), None) for pattern in ("*.tar", "train/*.tar"))
+        return "tar" if archives and not folder.has_classes(path) else "folder"  # an archive may lie beside its images
+    except OSError as error:
+        raise unreadable(error, path) from error

@@ -6,18 +6,19 @@ plane of a 32x32 image, and `labels` or `fine_labels` as a list. https://www.cs.
 
 from __future__ import annotations
 
-import io
-import pickle
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import SourceError
+from .labels import as_labels
+from .pickles import unpickle
 from .source import Place, Source, Split, array_split, file_sizes
+
+_LARGEST_FILE = 1 << 30  # bytes; CIFAR-100's training file has 155 MB
 
 
 class _Layout(NamedTuple):
@@ -83,8 +84,10 @@ def _splits(layout: _Layout, place: Path) -> tuple[dict[str, Split], tuple[str, 
         contents = {file: (place / file).read_bytes() for file in layout.files}
     else:
         contents = _read_tar(place, layout.folder, layout.files)
-    names = _unpickle(contents[layout.meta], f"{place}: {layout.meta}").get(layout.names)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = unpickle(contents[layout.meta], f"{place}: {layout.meta}").get(layout.names)
+    if isinstance(names, list):
+        names = [name.decode(errors="surrogateescape") if isinstance(name, bytes) else name for name in names]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SourceError(f"{place}: {layout.meta} has no list '{layout.names}' of class names")
 
     def split(files: Sequence[str]) -> Split:
@@ -101,68 +104,41 @@ def _read_tar(path: Path, folder: str, files: tuple[str, ...]) -> dict[str, byte
     contents = {}
     try:
         with tarfile.open(path) as archive:
+            end = -1
             for member in archive:
-                stream = archive.extractfile(member) if member.isfile() and member.name in wanted else None
+                if member.offset <= end:
+                    raise tarfile.ReadError(f"damaged at byte {member.offset}")
+                end, name = member.offset, member.name.removeprefix("./")
+                stream = archive.extractfile(member) if member.isreg() and name in wanted else None
                 if stream is not None:
-                    contents[wanted[member.name]] = stream.read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise SourceError(f"cannot read {path}: {error}; fetch it again") from error
+                    if member.issparse() or member.size > _LARGEST_FILE:
+                        raise tarfile.ReadError(f"{member.name} of {member.size} bytes is no file of it")
+                    contents[wanted[name]] = stream.read()
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever arbitrary bytes lead to
+        raise SourceError(f"cannot read {path}: {error or type(error).__name__}; fetch it again") from error
     for file in files:
         if file not in contents:
             raise SourceError(f"{path} has no file {folder}/{file}: is it the right archive, and whole?")
     return contents
 
 
-def _uint8_dtype(code: str, *_: Any) -> np.dtype:
-    """In place of numpy.dtype: the archives hold no other type."""
-    if code != "u1":
-        raise pickle.UnpicklingError(f"an array of type {code!r}")
-    return np.dtype(np.uint8)
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own function, wherever this version keeps it
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # the same when written by numpy 2
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _uint8_dtype,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits plain Python values and uint8 arrays; no other global is looked up, so none can be called."""
-
-    def __init__(self, content: bytes, where: str) -> None:
-        super().__init__(io.BytesIO(content), encoding="latin1")  # Python 2 strings, array bytes among them
-        self._where = where
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in _ADMITTED:
-            name = f"{module_name}.{global_name}"
-            raise SourceError(f"{self._where} asks for {name}, as no CIFAR archive does: do not trust it")
-        return _ADMITTED[module_name, global_name]
-
-
-def _unpickle(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = _ArrayUnpickler(content, where).load()
-    except SourceError:
-        raise
-    except Exception as error:  # whatever arbitrary bytes lead to
-        raise SourceError(f"{where} is not a CIFAR pickle ({type(error).__name__}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{where} is not a CIFAR pickle (no dictionary): fetch it again")
-    return value
-
-
 def _batch(content: bytes, key: str, classes: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (n, 32, 32, 3) and labels int64 (n,) of one file."""
-    batch = _unpickle(content, where)
+    batch = unpickle(content, where)
     data, labels = batch.get("data"), batch.get(key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         raise SourceError(f"{where} has no 'data' of uint8 (n, 3072)")
-    if not isinstance(labels, list) or not all(isinstance(y, int) and 0 <= y < classes for y in labels):
-        raise SourceError(f"{where} has no list '{key}' of integers in 0..{classes - 1}")
-    if len(labels) != len(data):
-        raise SourceError(f"{where} has {len(data)} images but {len(labels)} labels")
-    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(labels, dtype=np.int64)
+    if not isinstance(labels, list | tuple | np.ndarray) or not len(labels):
+        raise SourceError(f"{where} has no list '{key}'")
+    try:
+        numbers = as_labels(np.asarray(labels), f"{where} '{key}'")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise error if isinstance(error, SourceError) else SourceError(f"{where} '{key}': {error}") from error
+    if numbers.max() >= classes:
+        row = int(numbers.argmax())
+        raise SourceError(f"{where} '{key}': the label of row {row} is {numbers[row]}, not in 0..{classes - 1}")
+    if len(numbers) != len(data):
+        raise SourceError(f"{where} has {len(data)} images but {len(numbers)} labels")
+    return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), numbers

@@ -13,16 +13,18 @@ import numpy as np
 from ..errors import SourceError
 from .source import Place, Source, Split, array_split, file_sizes, numbered
 
+PATTERNS = ("*-idx3-ubyte*", "*.idx3-ubyte*")  # of the names of images
 _UINT8 = 0x08  # the type code in the third byte of the header
 
 
 def read(place: Place) -> Source:
-    """The splits in {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], classes named by their number."""
+    """The splits in {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz], classes named by their number. Names may have a
+    dot before idx."""
     folder = place.path
     files: dict[str, list[Path]] = {}
     for split, prefix in {"train": "train", "test": "t10k"}.items():
         names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-        found = [next((p for p in (folder / f"{n}.gz", folder / n) if p.is_file()), None) for n in names]
+        found = [_find(folder, name) for name in names]
         if split == "train" or any(found):
             missing = [name for name, path in zip(names, found, strict=True) if path is None]
             if missing:
@@ -36,6 +38,11 @@ def read(place: Place) -> Source:
     return Source(file_sizes(folder, [path for pair in files.values() for path in pair]), content)
 
 
+def _find(folder: Path, name: str) -> Path | None:
+    dotted = name.replace("-idx", ".idx")
+    return next((folder / n for n in (f"{name}.gz", name, f"{dotted}.gz", dotted) if (folder / n).is_file()), None)
+
+
 def _read(path: Path, ndim: int) -> np.ndarray:
     """An IDX file of uint8 values with `ndim` dimensions, gzip-compressed if its name ends with .gz.
 
@@ -44,7 +51,7 @@ def _read(path: Path, ndim: int) -> np.ndarray:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"cannot read {path}: {error}; fetch it again") from error
     start = 4 + 4 * ndim
     if len(content) < start or content[:4] != bytes((0, 0, _UINT8, ndim)):

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import re
 from array import array
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import SourceError
-from .source import Place, Source, Split, file_source, image_files, numbered
+from .labels import parse_label
+from .source import EXTENSIONS, Place, Source, Split, file_source, image_files, numbered, unreadable
+
+LIST_FORMAT = (
+    "A list has a line 'path label' for each image: the path from the list's root, or absolute; then spaces, a tab or "
+    "a comma; then the class, a number from 0. Paths may hold spaces or be in quotes; a first line such as "
+    "'path,label', empty lines and lines that begin with # are passed over; the text is UTF-8, or UTF-16 with its mark."
+)
+_LABEL = re.compile(r"[\s,;]([^\s,;]+)$")
+_MORE_COLUMNS = re.compile(rf"({'|'.join(map(re.escape, EXTENSIONS))})[\"']?[\s,;]", re.IGNORECASE)
+_TITLES = {"path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id", "img", "id", "name"}
+_MARKS = {  # the longer ones first: the mark of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 def read(place: Place) -> Source:
@@ -30,25 +47,70 @@ def read(place: Place) -> Source:
 
 
 def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
-    """Paths, labels int64 (N,) and line numbers of a list without its empty lines."""
+    """Paths, labels int64 (N,) and line numbers of a list, see LIST_FORMAT.
+
+    Raises:
+        SourceError: lines of another form; the first is quoted, all are counted.
+    """
     paths, labels, lines = [], array("q"), array("q")
-    try:
-        # surrogateescape: a file name need not be UTF-8, and goes back to the system as the bytes it was
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, start=1):
-                parts = line.rsplit(maxsplit=1)
-                if not parts:
-                    continue
-                if len(parts) != 2:
-                    raise SourceError(f"{path}:{number}: a line must be 'relative/path label', not {line.strip()!r}")
-                name, label = parts
-                if not (label.isascii() and label.isdecimal() and len(label) < 7):
-                    raise SourceError(f"{path}:{number}: the label is not an integer from 0 to 999999 but {label!r}")
-                paths.append(os.path.join(root, name))
-                labels.append(int(label))
-                lines.append(number)
-    except OSError as error:
-        raise SourceError(f"cannot read the list {path}: {error.strerror}") from error
+    first, wrong, wrong_lines = True, "", 0
+    for number, line in enumerate(io.StringIO(_text(path), newline=None), start=1):
+        if not (line := line.strip()):
+            continue
+        is_first, first = first, False
+        try:
+            name, label = _columns(line)
+            if is_first and not label.isdecimal() and name.strip(" \t,;\"'").lower() in _TITLES:
+                continue
+            if line[0] == "#" and not os.path.lexists(os.path.join(root, _existing(name, root))):
+                continue
+            labels.append(parse_label(label))
+        except SourceError as error:
+            if line[0] == "#":
+                continue
+            wrong, wrong_lines = wrong or f"{path}:{number}: {error}", wrong_lines + 1
+            continue
+        paths.append(os.path.join(root, _existing(name, root)))
+        lines.append(number)
+    if wrong:
+        raise SourceError(wrong + (f"; {wrong_lines} lines are wrong" if wrong_lines > 1 else ""))
     if not paths:
         raise SourceError(f"the list {path} has no lines: it needs 'relative/path label' for each image")
     return paths, np.array(labels, dtype=np.int64), lines
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(error, f"the list {path}") from error
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        # surrogateescape: a file name need not be UTF-8, and goes back to the system as the bytes it was
+        text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not the {encoding} that it begins as ({error.reason}): save it as UTF-8") from error
+    if "\0" in text:
+        number = text.count("\n", 0, text.index("\0")) + 1
+        raise SourceError(f"{path}:{number}: zero bytes, as in UTF-16 without its mark: save it as UTF-8")
+    return text
+
+
+def _columns(line: str) -> tuple[str, str]:
+    """The path and the label of a line without white space around it."""
+    found = _LABEL.search(line)
+    if found is None or not (name := line[: found.start()].strip(" \t,;")):
+        raise SourceError(f"a line must be 'relative/path label', not {line[:200]!r}")
+    if _MORE_COLUMNS.search(name) and not name.strip("\"'").lower().endswith(EXTENSIONS):
+        raise SourceError(f"a line must be 'relative/path label', not of more columns: {line[:200]!r}")
+    label = found[1]
+    return name, label[1:-1] if label[0] in "\"'" and label[-1] == label[0] else label
+
+
+def _existing(name: str, root: Path) -> str:
+    """A path as it is written; where nothing is there, without quotes and with the slashes of this system."""
+    if (name[0] not in "\"'" and "\\" not in name) or os.path.lexists(os.path.join(root, name)):
+        return name
+    if len(name) > 1 and name[0] in "\"'" and name[-1] == name[0]:
+        name = name[1:-1].replace(name[0] * 2, name[0])
+    return name if os.path.lexists(os.path.join(root, name)) else name.replace("\\", "/")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from ..errors import SourceError
@@ -9,25 +11,47 @@ from .source import SPLITS, Place, Source, Split, array_split, file_sizes, numbe
 
 
 def read(place: Place) -> Source:
-    """Classes are named by their labels."""
+    """Classes are named by the array of strings `classes`, if there is one, else by their labels."""
     path = place.path
 
     def content() -> tuple[dict[str, Split], tuple[str, ...]]:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                named = {split: (f"{split}_images", f"{split}_labels") for split in SPLITS}
-                named = {split: pair for split, pair in named.items() if {*pair} <= {*file.files}}
-                named = named or {"train": ("images", "labels")}
-                if not {*next(iter(named.values()))} <= {*file.files}:
-                    raise SourceError(
-                        f"{path} has no arrays images and labels, nor train_images and train_labels, "
-                        f"but {', '.join(file.files)}"
-                    )
-                splits = {split: array_split(file[one], file[two], path) for split, (one, two) in named.items()}
-        except SourceError:
-            raise
-        except (OSError, ValueError, EOFError) as error:
-            raise SourceError(f"cannot read {path}: {error}") from error
-        return splits, numbered(splits)
+        arrays = _arrays(path)
+        pairs = {split: (f"{split}_images", f"{split}_labels") for split in SPLITS}
+        pairs = {split: pair for split, pair in pairs.items() if {*pair} & {*arrays}} or {"train": ("images", "labels")}
+        missing = [name for pair in pairs.values() for name in pair if name not in arrays]
+        if len(missing) == 2 and missing[0] == "images":
+            raise SourceError(
+                f"{path} has no arrays images and labels, nor train_images and train_labels, but {', '.join(arrays)}"
+            )
+        if missing:
+            raise SourceError(f"{path} has no array {missing[0]}, but {', '.join(arrays)}")
+        splits = {split: array_split(arrays[one], arrays[two], path) for split, (one, two) in pairs.items()}
+        return splits, _classes(arrays, splits, path)
 
     return Source(file_sizes(path.parent, [path]), content)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays by name; those that are not for this are empty."""
+    wanted = {"images", "labels", "classes"} | {f"{s}_{kind}" for s in SPLITS for kind in ("images", "labels")}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) if name in wanted else np.empty(0) for name in file.files}
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever arbitrary bytes lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"cannot read {path}: {reason:.200}; it must be a .npz file of arrays") from error
+
+
+def _classes(arrays: dict[str, np.ndarray], splits: dict[str, Split], path: Path) -> tuple[str, ...]:
+    """The classes' names."""
+    if "classes" not in arrays:
+        return numbered(splits)
+    names = arrays["classes"]
+    if names.dtype.kind != "U" or names.ndim != 1 or len({*names.tolist()}) != len(names):
+        raise SourceError(f"{path}: classes must be different names, one a label, not {names.dtype} {names.shape}")
+    largest = max(int(split.labels.max()) for split in splits.values())
+    if largest >= len(names):
+        raise SourceError(f"{path}: the label {largest} has no name, classes has {len(names)}")
+    return tuple(names.tolist())

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import SourceError
 from ..writing import Samples
+from .labels import as_labels
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -47,7 +48,7 @@ class Source:
     def __init__(self, survey: dict[str, Any], content: Callable[[], tuple[dict[str, Split], tuple[str, ...]]]) -> None:
         """`content` gives splits and classes; it is called when either is first wanted."""
         self.survey = survey
-        self._content = functools.cache(content)
+        self._content = functools.cache(functools.partial(_read, content))
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -58,6 +59,14 @@ class Source:
     def classes(self) -> tuple[str, ...]:
         """The classes' names, by label."""
         return self._content()[1]
+
+
+def _read(content: Callable[[], tuple[dict[str, Split], tuple[str, ...]]]) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """What `content` gives. A file that the system does not give is a SourceError."""
+    try:
+        return content()
+    except OSError as error:
+        raise unreadable(error) from error
 
 
 class Contents:
@@ -96,34 +105,31 @@ def file_source(
     return Source({"classes": list(classes), "splits": surveyed}, lambda: (splits, classes))
 
 
-def file_sizes(root: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """The survey of an archive in these files.
+def unreadable(error: OSError, what: object = "") -> SourceError:
+    """The error of a file or folder that the system does not give, `what` where the system does not name it."""
+    return SourceError(f"cannot read {error.filename or what or 'the source'}: {error.strerror or error}")
 
-    Raises:
-        SourceError: a file cannot be looked at.
-    """
-    try:
-        return {"files": {os.path.relpath(file, root): file.stat().st_size for file in files}}
-    except OSError as error:
-        raise SourceError(f"cannot read {error.filename}: {error.strerror}") from error
+
+def file_sizes(root: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """The survey of an archive in these files."""
+    return {"files": {os.path.relpath(file, root): file.stat().st_size for file in files}}
 
 
 def array_split(images: np.ndarray, labels: np.ndarray, where: object) -> Split:
-    """Images uint8 (N, H, W[, C]) and labels (N,) or (N, 1) as a split.
+    """Images uint8 (N, H, W[, C]) with C 1 or 3 and labels, see `as_labels`, as a split.
 
     Raises:
-        SourceError: arrays of another type or shape.
+        SourceError: arrays of another type or shape, no images, or a label that is none; its row is named.
     """
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    labels = as_labels(labels, where)
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.size == 0:
         raise SourceError(
-            f"{where}: need uint8 images (N, H, W, C) and N integer labels, "
-            f"got {images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
+            f"{where}: need uint8 images (N, height, width, 1 or 3 channels), got {images.dtype} {images.shape}"
         )
     if len(images) != len(labels):
         raise SourceError(f"{where}: {len(images)} images but {len(labels)} labels")
-    return Split(images, labels.astype(np.int64))
+    return Split(images, labels)
 
 
 def numbered(splits: dict[str, Split]) -> tuple[str, ...]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import SourceError
+from .labels import parse_label
 from .source import EXTENSIONS, SPLITS, Contents, Place, Source, Split, file_sizes, numbered
+
+_log = logging.getLogger(__name__)
+_LONGEST_LABEL = 64  # bytes of a .cls that are read
 
 
 def read(place: Place) -> Source:
-    """One archive, or a folder of them: SPLIT*.tar or SPLIT/*.tar, or any names without splits."""
+    """One archive, or a folder of them: SPLIT*.tar or SPLIT/*.tar, or any names without splits. With a warning,
+    archives elsewhere in the folder are passed over."""
     path = place.path
     if path.is_dir():
         found = {split: sorted([*path.glob(f"{split}*.tar"), *path.glob(f"{split}/*.tar")]) for split in SPLITS}
         archives = {split: files for split, files in found.items() if files} or {"train": sorted(path.glob("*.tar"))}
+        unread = {*path.rglob("*.tar")} - {file for files in archives.values() for file in files}
+        if unread and any(archives.values()):
+            _log.warning("%s: %d archive(s) are of no split and not read, such as %s", path, len(unread), min(unread))
     else:
         archives = {"train": [path]}
     if not any(archives.values()):
@@ -51,22 +62,76 @@ def _members(archive: Path) -> list[tuple[str, int, int, int]]:
     has it."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    dotted = 0
     try:
-        with tarfile.open(archive, "r:") as members:
-            for member in members:
-                folder, name = os.path.split(member.name)
-                key, ending = os.path.join(folder, name.partition(".")[0]), name.partition(".")[2].lower()
-                if member.isfile() and f".{ending}" in EXTENSIONS:
-                    images[key] = f"{archive}: {member.name}", member.offset_data, member.size
-                elif member.isfile() and ending == "cls":
-                    stream = members.extractfile(member)
-                    labels[key] = int(stream.read()) if stream else -1
-            members.fileobj.seek(members.offset)
-            if any(members.fileobj.read(512)):  # tarfile takes a broken header for the end
-                raise ValueError(f"damaged at byte {members.offset}")
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise SourceError(f"cannot read {archive}: {error}; it must be an uncompressed .tar") from error
+        for name, offset, size, content in _files(archive):
+            folder, file = os.path.split(name)
+            stem, _, ending = file.partition(".")
+            key, ending = os.path.join(folder, stem), ending.lower()
+            image, label = f".{ending}" in EXTENSIONS, ending == "cls"
+            dotted += bool(stem) and not image and ending.endswith(EXTENSIONS)
+            if (image and key in images) or (label and key in labels):
+                raise SourceError(f"{key} has two {'images' if image else '.cls files'}, {name} the second")
+            if image:
+                images[key] = f"{archive}: {name}", offset, size
+            elif label:
+                try:
+                    labels[key] = parse_label(content.decode("latin1").strip())
+                except SourceError as error:
+                    raise SourceError(f"{name}: {error}") from error
+    except PermissionError:
+        raise
+    except SourceError as error:
+        raise SourceError(f"{archive}: {error}") from error
+    except Exception as error:  # whatever arbitrary bytes lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"cannot read {archive}: {reason}; it must be an uncompressed .tar") from error
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
-        raise SourceError(f"{archive}: {odd[0]} needs an image and a .cls file, but has only one of them")
+        more = f"; so have {len(odd) - 1} others" if len(odd) > 1 else ""
+        raise SourceError(f"{archive}: {odd[0]} needs an image and a .cls file, but has only one of them{more}")
+    if dotted:
+        _log.warning("%s: skipped %d image(s) with more than one dot in their name", archive, dotted)
     return [(*image, labels[key]) for key, image in images.items()]
+
+
+def _files(archive: Path) -> Iterator[tuple[str, int, int, bytes]]:
+    """Name, offset and size of each file, and of a .cls the content; a link is the file that it leads to.
+
+    Raises:
+        SourceError: the archive is damaged, or a file is not in it as it is.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    links: list[tuple[str, str]] = []
+    with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as members:
+        end, size = -1, os.fstat(file.fileno()).st_size
+        for member in members:
+            stop = member.offset_data + (member.size if member.isreg() else 0)
+            if not end < member.offset <= member.offset_data <= stop <= size:
+                raise SourceError(f"{member.name}: damaged at byte {member.offset}")
+            end = member.offset
+            if member.issparse():
+                raise SourceError(f"{member.name} is stored with holes: pack the archive again without --sparse")
+            if member.islnk() or member.issym():
+                target = os.path.join(os.path.dirname(member.name), member.linkname)
+                links.append((member.name, member.linkname if member.islnk() else os.path.normpath(target)))
+            elif member.isfile():
+                place = places[os.path.normpath(member.name)] = member.offset_data, member.size
+                yield member.name, *place, _label(file, member.name, *place)
+        file.seek(members.offset)
+        if any(file.read(512)):  # tarfile takes a broken header for the end
+            raise ValueError(f"damaged at byte {members.offset}")
+        for name, target in links:
+            if linked := places.get(os.path.normpath(target)):
+                yield name, *linked, _label(file, name, *linked)
+
+
+def _label(file: BinaryIO, name: str, offset: int, size: int) -> bytes:
+    """The content of a .cls, or more of it than a label has; of other files nothing."""
+    if not name.lower().endswith(".cls"):
+        return b""
+    before = file.tell()
+    file.seek(offset)
+    content = file.read(min(size, _LONGEST_LABEL))
+    file.seek(before)
+    return content

@@ -133,7 +133,7 @@ def test_what_cannot_be_planned_is_refused_in_a_line(folder, tmp_path):
             command(**{"run": tmp_path / "run"} | options)
         assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
-    refused("nowhere: does not exist", data=tmp_path / "nowhere")
+    refused("nowhere does not exist", data=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused("empty has no class folders", data=tmp_path / "empty")
     refused("holds one class alone, 'cat'", data=write_images(tmp_path / "one", {"cat": 4}))
