@@ -59,8 +59,8 @@ def write(
     workers: int = 1,
     progress: Callable[[], object] | None = None,
 ) -> np.ndarray:
-    """Writes one image set to `path`. Every sample is read and decoded once, also those after one that cannot be read, so
-    that the error counts them all.
+    """Writes one image set to `path`. Every sample is read and decoded once, also after one that cannot be read: the
+    error counts them all.
 
     The file is written beside `path` as NAME.partial and renamed at the end; parent directories are made.
 

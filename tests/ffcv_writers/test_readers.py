@@ -221,7 +221,7 @@ class Malicious:
         (pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}), "2 images but 1 labels"),
         (
             pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}),
-            r"the label of row 0 is 10, not in 0\.\.9",
+            r"row 0 is 10, not in 0\.\.9",
         ),
     ],
 )
