@@ -126,7 +126,7 @@ def _images(folder: str, skipped: Counter[str]) -> list[str]:
         place, above = waiting.pop()
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in above:
-            skipped["link to a folder around it"] += 1
+            skipped["link(s) to a folder around them"] += 1
             continue
         with os.scandir(place) as entries:
             for entry in entries:
@@ -145,7 +145,7 @@ def _reason_to_skip(entry: os.DirEntry[str]) -> str:
     if entry.name.startswith("."):
         return "hidden" if image and not entry.name.startswith("._") else ""  # ._NAME: macOS, beside each NAME
     if entry.is_symlink() and not os.path.exists(entry.path):
-        return "dangling link"
+        return "dangling link(s)"
     if not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
         return "neither file nor folder"
     return "" if image else f"not named like an image ({os.path.splitext(entry.name)[1].lower() or 'no ending'})"
@@ -156,8 +156,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _in_words(counts: Counter[str]) -> str:
-    shown = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(5))
-    return shown + (", ..." if len(counts) > 5 else "")
+    shown = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(6))
+    return shown + (", ..." if len(counts) > 6 else "")
 
 
 def _warn_of_strays(folder: Path, read: set[str], kind: str) -> None:
@@ -168,10 +168,10 @@ def _warn_of_strays(folder: Path, read: set[str], kind: str) -> None:
             if entry.name in read or entry.name.startswith("."):
                 continue
             if _is_folder(entry):
-                strays["folder"] += entry.name != "__MACOSX"
+                strays["folder(s)"] += entry.name != "__MACOSX"
             elif not os.path.exists(entry.path):
-                strays["dangling link"] += 1
+                strays["dangling link(s)"] += 1
             elif entry.name.lower().endswith(EXTENSIONS):
-                strays["image"] += 1
+                strays["image(s)"] += 1
     if strays := +strays:
         _log.warning("%s: not read, as in no %s folder: %s", folder, kind, _in_words(strays))

@@ -60,7 +60,7 @@ def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
         is_first, first = first, False
         try:
             name, label = _columns(line)
-            if is_first and not label.isdecimal() and name.strip(" \t,;\"'").lower() in _TITLES:
+            if is_first and not label.isdecimal() and name.strip("\"'").lower() in _TITLES:
                 continue
             if line[0] == "#" and not os.path.lexists(os.path.join(root, _existing(name, root))):
                 continue
@@ -99,7 +99,7 @@ def _text(path: Path) -> str:
 def _columns(line: str) -> tuple[str, str]:
     """The path and the label of a line without white space around it."""
     found = _LABEL.search(line)
-    if found is None or not (name := line[: found.start()].strip(" \t,;")):
+    if found is None or not (name := line[: found.start()].rstrip(" \t,;")):
         raise SourceError(f"a line must be 'relative/path label', not {line[:200]!r}")
     if _MORE_COLUMNS.search(name) and not name.strip("\"'").lower().endswith(EXTENSIONS):
         raise SourceError(f"a line must be 'relative/path label', not of more columns: {line[:200]!r}")

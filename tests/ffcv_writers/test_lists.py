@@ -1,0 +1,131 @@
+"""Lists as practitioners write them: each is read right, or refused with its line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffult.data.config import DataConfig
+from diffult.data.packing import open_data
+from diffult.errors import UserError
+from diffult.run import command
+from ffcv_writers import SourceError
+from ffcv_writers.__main__ import app
+from ffcv_writers.readers import LIST_FORMAT, guess_format, open_source
+
+NAMES = ["img/0.png", "img/a b.png", "img/c,d.png"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "img").mkdir()
+    for name in NAMES:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def read(folder: Path, content: bytes | str) -> tuple[list[str], list[int]]:
+    (folder / "train.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    split = open_source("list", folder, train_list=folder / "train.txt").splits["train"]
+    places = [split.samples.name(i).rpartition(", ")[0] for i in range(len(split.labels))]  # type: ignore[attr-defined]
+    return [os.path.relpath(place, folder) for place in places], split.labels.tolist()
+
+
+def lines(form: str, end: str = "\n") -> str:
+    return "".join(form.format(name, label) + end for label, name in enumerate(NAMES))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lines("{} {}"),
+        lines("{}\t{}"),
+        lines("  {}   {}  "),
+        lines("{},{}"),
+        lines("{}, {}"),
+        lines("{} ; {}"),
+        lines('"{}" {}'),
+        lines('"{}","{}"'),
+        lines("'{}',{}"),
+        lines("./{} {}"),
+        lines("{} 00{}"),
+        lines("{} {}", "\r"),
+        "\ufeff" + lines("{}\t{}", "\r\n") + "\r\n\r\n",
+        "path,label\n" + lines("{},{}"),
+        '"image","class"\n' + lines('"{}",{}'),
+        "# made by a script\n#img/0.png 7\n\n" + lines("{} {}") + "#",
+        lines("{} {}").encode("utf-16"),
+        b"\xff\xfe\0\0" + lines("{} {}").encode("utf-32-le"),
+        lines("{} {}").replace("img/", "img\\"),
+        lines("{} {}").rstrip(),
+    ],
+)
+def test_every_way_to_write_a_list_is_read(folder: Path, content: bytes | str) -> None:
+    paths, labels = read(folder, content)
+    assert [os.path.normpath(path) for path in paths] == NAMES and labels == [0, 1, 2]
+
+
+def test_names_that_look_like_another_form_are_taken_as_they_are(folder: Path) -> None:
+    """Where the file is there."""
+    names = ["#0.png", '"1".png', '"2"', "3\\x.png", os.fsdecode(b"4\xff.png"), " 5.png"]
+    for name in names[:-1]:
+        (folder / name).write_bytes(b"x")
+    content = b"".join(os.fsencode(f"{name} {label}\n") for label, name in enumerate(names[:-1]))
+    assert read(folder, content) == (names[:-1], [0, 1, 2, 3, 4])
+    absolute = lines("{} {}").replace("img/", f"{folder}/img/")
+    assert read(folder, absolute) == (NAMES, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lines("{} {} 9"), r"train\.txt:1: .*not of more columns: 'img/0\.png 0 9'; 3 lines are wrong"),
+        (lines("{},{},9"), r"train\.txt:1: .*more columns"),
+        (lines('"{}",{},9'), r"train\.txt:1: .*more columns"),
+        (",path,label\n0,img/0.png,0\n", r"train\.txt:1: .*the label is not an integer .*'label'"),
+        ("0,img/0.png\n", r"train\.txt:1: .*'img/0\.png'$"),
+        ("img/0.png cat\n", r"train\.txt:1: the label is not an integer from 0 to 999999 but 'cat'"),
+        ("path,label\npath,label\nimg/0.png,0\n", r"train\.txt:2: .*'label'"),
+        ("img/0.png 0\nimg/0.png 1.0\nimg/0.png -1\n", r"train\.txt:2: .*'1\.0'; 2 lines are wrong"),
+        ("img/0.png 1_0\n", r"'1_0'"),
+        ("img/0.png \u0663\n", r"train\.txt:1: "),
+        ("img/0.png 9999999\n", r"train\.txt:1: "),
+        ("\nimg/0.png\n", r"train\.txt:2: a line must be 'relative/path label', not 'img/0\.png'"),
+        (" , 0\n", r"train\.txt:1: a line must be"),
+        ("img/0.png 0\n".encode("utf-16-le"), r"train\.txt:1: zero bytes, as in UTF-16 without its mark"),
+        (b"\xff\xfe\0", r"train\.txt: not the utf-16 that it begins as"),
+        ("# nothing else\n", "has no lines"),
+    ],
+)
+def test_a_list_of_another_form_is_refused_with_its_line(folder: Path, content: bytes | str, message: str) -> None:
+    with pytest.raises(SourceError, match=message) as error:
+        read(folder, content)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_from_one_are_refused_where_a_run_starts_and_warned_of_where_a_file_is_written(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "train.txt").write_text(lines("{} {}").translate(str.maketrans("012", "123")).replace("1.png", "0.png"))
+    config = DataConfig(
+        source="list", path=str(folder), train_list=str(folder / "train.txt"), test_share=0.5, image_size=4
+    )
+    with pytest.raises(UserError, match="class 0 has no image in the train split: labels must start at 0, these at 1"):
+        open_data(config)
+    result = CliRunner().invoke(app, ["write", str(folder / "train.txt"), str(folder / "a.beton")])
+    assert result.exit_code == 0 and "no image has the label 0" in caplog.text
+
+
+def test_the_help_of_both_commands_shows_the_format(folder: Path) -> None:
+    run = typer.Typer(rich_markup_mode=None)
+    run.command()(command)
+    for program, words in ((app, ["write", "--help"]), (run, ["--help"])):
+        text = CliRunner().invoke(program, words, terminal_width=2000).output
+        assert LIST_FORMAT.split(";")[0] in " ".join(text.split())
+    (folder / "list.CSV").write_text(lines("{},{}"))
+    assert guess_format(folder / "list.CSV") == "list"
