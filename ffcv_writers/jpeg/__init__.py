@@ -53,7 +53,7 @@ def _decode_by_pillow(content: np.ndarray, *, reuse_buffer: bool = False) -> np.
         with Image.open(io.BytesIO(file)) as image:
             if image.mode == "CMYK":
                 raise CMYKError("its colours are CMYK")
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         pass  # decode_rgb gives the reason
     return decode_rgb(file)
 

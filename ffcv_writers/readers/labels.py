@@ -34,7 +34,8 @@ def as_labels(values: np.ndarray, where: object) -> np.ndarray:
         )
     if values.dtype.kind == "b":
         values = values.view(np.uint8)
-    wrong = np.flatnonzero(~((values >= 0) & (values <= LARGEST) & (values == np.floor(values))))
+    with np.errstate(over="ignore"):  # LARGEST is infinite in 16 bits
+        wrong = np.flatnonzero(~((values >= 0) & (values <= LARGEST) & (values == np.floor(values))))
     if wrong.size:
         more = f" (row {wrong[0]} is the first of {wrong.size})" if wrong.size > 1 else ""
         raise SourceError(

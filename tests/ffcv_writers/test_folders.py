@@ -28,7 +28,7 @@ def found(root: Path, split: str = "train") -> list[tuple[str, int]]:
 def test_nested_images_are_found_in_torchvisions_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As in Tiny ImageNet, train/WNID/images/*.JPEG, and some directly in the class; through links, too."""
     root = tmp_path / "set" / "train"
-    for name in ("n1/images/1.JPEG", "n1/images/0.JPEG", "n1/z.png", "n1/a/b/c.PNG", "n2/images-2/0.png", "n2/images/1.png"):
+    for name in ("n1/images/1.JPEG", "n1/images/0.JPEG", "n1/z.png", "n1/a/b/c.PNG", "n2/b-2/0.png", "n2/b/1.png"):
         image(root / name)
     (root / "n1" / "n1_boxes.txt").write_text("x")
     image(tmp_path / "elsewhere" / "9.png")
@@ -60,7 +60,8 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
         f"{tmp_path}: not read, as in no split folder: 1 folder(s)\n",
         "train: not read, as in no class folder: 1 dangling link(s), 1 image(s)\n",
         "train: skipped 9 file(s): 3 dangling link(s), 2 not named like an image (.heic), ",
-        "1 hidden", "1 not named like an image (no ending)", "1 link(s) to a folder around them", "1 neither file nor folder",
+        "1 hidden", "1 not named like an image (no ending)", "1 link(s) to a folder around them",
+        "1 neither file nor folder",
     ):  # fmt: skip
         assert words in caplog.text
 
@@ -70,7 +71,7 @@ def test_splits_are_found_by_their_usual_names(tmp_path: Path) -> None:
         image(tmp_path / split / "cat" / "0.png")
     assert [*open_source("folder", tmp_path).splits] == ["train", "val", "test"]
     image(tmp_path / "val" / "cat" / "0.png")
-    with pytest.raises(SourceError, match="valid and val are both the val split|val and valid are both the val split"):
+    with pytest.raises(SourceError, match="val and valid are both the val split"):
         open_source("folder", tmp_path)
 
 
@@ -79,7 +80,7 @@ def test_splits_are_found_by_their_usual_names(tmp_path: Path) -> None:
     [
         (["train/0.png", "test/1.png"], "test, train is named like a split but holds no class folders"),
         (["train/0.png"], "train is named like a split"),
-        (["train/a/0.heic", "train/b/0.png"], r"class a has no image in .* but 1 not named like an image \(\.heic\): add"),
+        (["train/a/0.heic", "train/b/0.png"], r"class a has no image .* but 1 not named like an image \(\.heic\): add"),
         (["train/a/x/0", "train/b/x/0", "train/c/0.png"], r"class a has no image .*; 2 classes have none"),
         (["train/a/0.png", "val/images/0.png"], r"only one has a: it is in .*train, not in .*val; 2 classes differ"),
         (["0.png"], "has no class folders"),

@@ -125,10 +125,10 @@ def test_cifar_pickled_again_is_read_whatever_its_keys_labels_and_protocol(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.5] + LABELS[1:], r"data_batch_1 'labels': the label of row 0 is 0\.5"),
-        (LABELS[:-1] + [-1], "the label of row 19 is -1"),
-        (LABELS[:-1] + [10], r"the label of row 19 is 10, not in 0\.\.9"),
-        (LABELS[:-1] + [2**70], "not object"),
+        ([0.5, *LABELS[1:]], r"data_batch_1 'labels': the label of row 0 is 0\.5"),
+        ([*LABELS[:-1], -1], "the label of row 19 is -1"),
+        ([*LABELS[:-1], 10], r"the label of row 19 is 10, not in 0\.\.9"),
+        ([*LABELS[:-1], 2**70], "not object"),
         (["cat"] * 20, "need a label an image"),
         ([[0]] * 19 + [[0, 1]], "data_batch_1 'labels'"),
         ("cat", "no list 'labels'"),
@@ -180,7 +180,8 @@ def test_links_in_an_archive_are_followed_and_what_is_passed_over_is_counted(
 ) -> None:
     members = [
         ("a/0.png", b"zero"), ("a/0.cls", b"0"), ("a/1.png", "*a/0.png"), ("a/1.cls", b" 1\n"),
-        ("b/2.png", "../a/0.png"), ("b/2.cls", "../a/1.cls"), ("b/._2.png", b""), ("b/3.v2.png", b"x"), ("b/4.json", b"{}"),
+        ("b/2.png", "../a/0.png"), ("b/2.cls", "../a/1.cls"), ("b/._2.png", b""), ("b/3.v2.png", b"x"),
+        ("b/4.json", b"{}"),
     ]  # fmt: skip
     tar_of(tmp_path / "train-0.tar", *members)
     tar_of(tmp_path / "more.tar", *members)
