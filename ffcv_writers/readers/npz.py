@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,23 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays by name; those that are not for this are empty."""
     wanted = {"images", "labels", "classes"} | {f"{s}_{kind}" for s in SPLITS for kind in ("images", "labels")}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) if name in wanted else np.empty(0) for name in file.files}
+        with zipfile.ZipFile(path) as file:
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+            return {name: _array(file, name) if name in wanted else np.empty(0) for name in names}
     except PermissionError:
         raise
     except Exception as error:  # whatever arbitrary bytes lead to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"cannot read {path}: {reason:.200}; it must be a .npz file of arrays") from error
+
+
+def _array(file: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array. numpy.load reads no further than its header says, and so misses the checksum at the end."""
+    with file.open(f"{name}.npy") as content:
+        array = np.lib.format.read_array(content, allow_pickle=False)
+        if content.read(1):
+            raise ValueError(f"{name} has more values than its header says")
+        return array
 
 
 def _classes(arrays: dict[str, np.ndarray], splits: dict[str, Split], path: Path) -> tuple[str, ...]:

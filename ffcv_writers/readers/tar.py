@@ -118,9 +118,13 @@ def _files(archive: Path) -> Iterator[tuple[str, int, int, bytes]]:
             elif member.isfile():
                 place = places[os.path.normpath(member.name)] = member.offset_data, member.size
                 yield member.name, *place, _label(file, member.name, *place)
-        file.seek(members.offset)
-        if any(file.read(512)):  # tarfile takes a broken header for the end
-            raise ValueError(f"damaged at byte {members.offset}")
+        file.seek(members.offset)  # what tarfile takes for the end: a broken header, or that of the file, too
+        mark = file.read(512)
+        if any(mark) or not mark:
+            raise ValueError(f"damaged at byte {members.offset}" if mark else "cut short: its end mark is not there")
+        while rest := file.read(1 << 20):
+            if any(rest):
+                raise ValueError("more lies behind its end mark, as where archives are joined byte by byte")
         for name, target in links:
             if linked := places.get(os.path.normpath(target)):
                 yield name, *linked, _label(file, name, *linked)

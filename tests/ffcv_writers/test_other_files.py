@@ -43,9 +43,7 @@ def test_a_beton_of_image_and_label_alone_says_what_it_lacks(tmp_path: Path) -> 
     rows = [(np.full((8, 8, 3), n, np.uint8), n % 3) for n in range(4)]
     fields = {"image": RGBImageField("raw"), "label": IntField()}
     DatasetWriter(str(tmp_path / "a.beton"), fields, num_workers=1).from_indexed_dataset(rows, chunksize=2)
-    with pytest.raises(
-        ValueError, match="no image set of ours: it has the fields image, label and lacks synthetic, i"
-    ):
+    with pytest.raises(ValueError, match="no image set of ours: it has the fields image, label and lacks synthetic, i"):
         open_set([tmp_path / "a.beton"])
     content = written(tmp_path / "a.beton").read_bytes()
     (tmp_path / "a.beton").write_bytes(
@@ -64,7 +62,7 @@ def test_any_change_of_a_table_is_damage_and_ffcvs_own_files_need_no_checksum(tm
         changed = bytearray(content)
         changed[place] ^= 4
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match="is damaged or not an image set of ours|lacks index"):
+        with pytest.raises(ValueError, match=r"is damaged or not an image set of ours|lacks index"):
             open_set([path])
     start = tables - 1024
     path.write_bytes(content[:start] + bytes(1024) + content[tables:])  # as ffcv writes it
