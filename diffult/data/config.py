@@ -20,7 +20,8 @@ class DataConfig(StrictModel):
         source: the format of the images, see `ffcv_writers.readers.open_source`.
         path: the folder (for CIFAR also the .tar.gz) of the images; `digits` needs none, `idx` without one reads
             Debian's Fashion-MNIST.
-        train_list, val_list, test_list: the text files of `list`; `val_list` is optional.
+        train_list, val_list, test_list: the text files of `list`, see `ffcv_writers.readers.LIST_FORMAT`; `val_list` is
+            optional.
         storage: `raw`: image_size x image_size pixels. `jpg`: the networks take crops of images of up to
             max_short_side pixels on the shorter side; larger images are scaled down, JPEG files up to it lose nothing.
         image_size: height and width in pixels. Files are resized to it, arrays must have it.

@@ -44,13 +44,15 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(path: Path, ndim: int) -> np.ndarray:
-    """An IDX file of uint8 values with `ndim` dimensions, gzip-compressed if its name ends with .gz.
+    """An IDX file of uint8 values with `ndim` dimensions, gzip-compressed or not, whatever its name ends with.
 
     Header (http://yann.lecun.com/exdb/mnist): two zero bytes, the type code, the number of dimensions, then
     each dimension as a big-endian uint32.
     """
+    content = path.read_bytes()
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"cannot read {path}: {error}; fetch it again") from error
     start = 4 + 4 * ndim

@@ -60,6 +60,7 @@ def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
         is_first, first = first, False
         try:
             name, label = _columns(line)
+            name = os.fsdecode(name.encode(errors="surrogateescape"))  # the bytes of the list, whatever the locale
             if is_first and not label.isdecimal() and name.strip("\"'").lower() in _TITLES:
                 continue
             if line[0] == "#" and not os.path.lexists(os.path.join(root, _existing(name, root))):

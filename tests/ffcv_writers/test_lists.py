@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,15 @@ def test_labels_from_one_are_refused_where_a_run_starts_and_warned_of_where_a_fi
         open_data(config)
     result = CliRunner().invoke(app, ["write", str(folder / "train.txt"), str(folder / "a.beton")])
     assert result.exit_code == 0 and "no image has the label 0" in caplog.text
+
+
+def test_names_are_found_whatever_the_locale(folder: Path) -> None:
+    (folder / "\u00e9.png").write_bytes((folder / NAMES[0]).read_bytes())
+    (folder / "list.txt").write_text("\u00e9.png 0\n", encoding="utf-8")
+    command = [sys.executable, "-m", "ffcv_writers", "write", str(folder / "list.txt"), str(folder / "a.beton")]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and "1 images" in done.stdout, done.stderr
 
 
 def test_the_help_of_both_commands_shows_the_format(folder: Path) -> None:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from diffult.data.config import FASHION_MNIST_PATH
 from ffcv_writers import SourceError
-from ffcv_writers.readers import open_source
+from ffcv_writers.readers import guess_format, open_source
 
 # digits
 
@@ -81,6 +81,19 @@ def test_bad_idx_is_refused(tmp_path: Path, name: str, change: Callable[[bytes],
     (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
     with pytest.raises(SourceError, match=message):
         open_source("idx", tmp_path).splits  # noqa: B018
+
+
+def test_idx_files_are_found_with_a_dot_and_unpacked_by_their_content(tmp_path: Path) -> None:
+    """As other sites name them, and as a browser leaves them that unpacks on the way."""
+    write_idx(tmp_path, compress=False)
+    images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
+    before = open_source("idx", tmp_path).splits["train"]
+    images.rename(tmp_path / "train-images.idx3-ubyte")
+    labels.rename(tmp_path / "train-labels-idx1-ubyte.gz")
+    assert guess_format(tmp_path) == "idx"
+    after = open_source("idx", tmp_path).splits["train"]
+    assert np.array_equal(np.asarray(after.samples), np.asarray(before.samples))
+    assert after.labels.tolist() == before.labels.tolist()
 
 
 def test_missing_or_broken_idx_files_are_named(tmp_path: Path) -> None:
