@@ -111,6 +111,6 @@ def array_shape(fields: np.ndarray) -> Shape | None:
     shape, length = np.frombuffer(arguments, _ARRAY_ARGUMENTS, 1)[0]
     text = arguments[_ARRAY_ARGUMENTS.itemsize :][: int(length)]
     if text != _UINT8 or not shape[:3].all() or shape[3:].any():
-        raise ValueError(f"its images are arrays of type {text!r} and shape {shape[shape > 0]}")
+        raise ValueError(f"its images are arrays of type {text!r} and shape {shape[shape > 0].tolist()}")
     height, width, channels = shape[:3].tolist()
     return height, width, channels

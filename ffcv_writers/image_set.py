@@ -246,8 +246,9 @@ def open_file(path: Path) -> _File:
             reason = f"a process may have {limit} files open here (ulimit -n) and these are more"
         raise OSError(error.errno, reason, str(path)) from error
     except Exception as error:  # a broken table makes numpy raise almost anything
+        reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(
-            f"{path} is damaged or not an image set of ours ({error or repr(error)}): "
+            f"{path} is damaged or not an image set of ours ({reason}): "
             "if a run wrote it, delete it and run the stage again"
         ) from error
 

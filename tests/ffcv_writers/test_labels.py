@@ -210,3 +210,16 @@ def test_a_cls_that_is_no_number_is_refused(tmp_path: Path, label: bytes) -> Non
 def test_no_image_of_an_archive_vanishes(tmp_path: Path, members: list[Any], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_source("tar", tar_of(tmp_path / "a.tar", *members)).splits  # noqa: B018
+
+
+def test_an_archive_that_is_cut_or_joined_to_another_is_refused(tmp_path: Path) -> None:
+    content = tar_of(tmp_path / "a.tar", *((f"{n}.{e}", b"1") for n in range(3) for e in ("png", "cls"))).read_bytes()
+    for changed, message in (
+        (content[:4096], "cut short: its end mark is not there"),
+        (content[:4000], r"cannot read .*a\.tar"),
+        (content + content, "more lies behind its end mark"),
+        (content[:4106] + b"?" + content[4107:], "damaged at byte 4096"),
+    ):
+        (tmp_path / "a.tar").write_bytes(changed)
+        with pytest.raises(SourceError, match=message):
+            open_source("tar", tmp_path / "a.tar").splits  # noqa: B018
