@@ -7,6 +7,7 @@ Memory grows with the set's tables alone, some 0.1 KB an image.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import logging
@@ -15,10 +16,10 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import BinaryIO, Protocol, get_args
 
 import numpy as np
 
@@ -100,14 +101,33 @@ def write(
     encoder = _Encoder(path, samples, storage, transform)
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _alone(partial) as file:
         with closing(_read_ahead(encoder, count, workers)) as images:
-            digests = _write_file(partial, _one_kind(_readable(images, progress), encoder.name), columns)
+            digests = _write_file(file, _one_kind(_readable(images, progress), encoder.name), columns)
         open_file(partial)  # fails if the disk took less than it was given
         os.replace(partial, path)
-        return digests
-    finally:
-        partial.unlink(missing_ok=True)
+    return digests
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that no other process writes, removed at the end unless it was renamed.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process writes it; wait for it, or stop it") from None
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise ValueError(f"{path}: another process has just finished it; start again if it is to be replaced")
+        try:
+            file.truncate()
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _column(path: Path, name: str, values: np.ndarray, length: int) -> np.ndarray:
@@ -213,7 +233,7 @@ def _one_kind(images: Iterator[Stored], name: Callable[[int], str]) -> Iterator[
         yield image
 
 
-def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> np.ndarray:
+def _write_file(file: BinaryIO, images: Iterator[Stored], columns: dict[str, np.ndarray]) -> np.ndarray:
     """Writes images as they are given, and the (n,) int64 columns label, synthetic and index. Returns the digests."""
     first = next(images)
     shape = None if first.shape[2] == 3 else first.shape
@@ -222,34 +242,33 @@ def _write_file(path: Path, images: Iterator[Stored], columns: dict[str, np.ndar
     metadata = np.zeros(count, metadata_type(shape))
     rows = array("q")  # of each image: place, bytes, mode, width, height
     digests = array("Q")
-    with path.open("wb") as file:
-        place = file.seek(HEADER.itemsize + fields.nbytes + metadata.nbytes)
-        for image in itertools.chain([first], images):
-            size = len(image.data)
-            page = max(page, 1 << (size - 1).bit_length())  # images before lie in one page of any larger size, too
-            if place // page != (place + size - 1) // page:
-                place = file.seek((place // page + 1) * page)  # no image lies across pages
-            file.write(image.data.data)
-            rows.extend((place, size, JPG if image.jpg else RAW, image.shape[1], image.shape[0]))
-            digests.append(image.digest)
-            place += size
-        table = np.zeros(count, ALLOCATION)
-        table["sample_id"] = np.arange(count)
-        table["ptr"], table["size"], *rest = np.frombuffer(rows, np.int64).reshape(count, 5).T
-        for name in FIELDS[1:]:
-            metadata[name] = columns[name]
-        if shape is None:
-            for name, values in zip(("mode", "width", "height"), rest, strict=True):
-                metadata["image"][name] = values
-            metadata["image"]["data_ptr"] = table["ptr"]
-        else:
-            metadata["image"] = table["ptr"]
-        file.write(table.data)
-        file.seek(0)
-        header = np.array((VERSION, len(FIELDS), page, count, place), HEADER)
-        fields = sealed(header, fields, metadata, table)
-        for part in (header, fields, metadata):
-            file.write(part.data)
-        file.flush()
-        os.fsync(file.fileno())
+    place = file.seek(HEADER.itemsize + fields.nbytes + metadata.nbytes)
+    for image in itertools.chain([first], images):
+        size = len(image.data)
+        page = max(page, 1 << (size - 1).bit_length())  # images before lie in one page of any larger size, too
+        if place // page != (place + size - 1) // page:
+            place = file.seek((place // page + 1) * page)  # no image lies across pages
+        file.write(image.data.data)
+        rows.extend((place, size, JPG if image.jpg else RAW, image.shape[1], image.shape[0]))
+        digests.append(image.digest)
+        place += size
+    table = np.zeros(count, ALLOCATION)
+    table["sample_id"] = np.arange(count)
+    table["ptr"], table["size"], *rest = np.frombuffer(rows, np.int64).reshape(count, 5).T
+    for name in FIELDS[1:]:
+        metadata[name] = columns[name]
+    if shape is None:
+        for name, values in zip(("mode", "width", "height"), rest, strict=True):
+            metadata["image"][name] = values
+        metadata["image"]["data_ptr"] = table["ptr"]
+    else:
+        metadata["image"] = table["ptr"]
+    file.write(table.data)
+    file.seek(0)
+    header = np.array((VERSION, len(FIELDS), page, count, place), HEADER)
+    fields = sealed(header, fields, metadata, table)
+    for part in (header, fields, metadata):
+        file.write(part.data)
+    file.flush()
+    os.fsync(file.fileno())
     return np.array(digests)

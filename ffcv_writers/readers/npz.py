@@ -12,7 +12,7 @@ from .source import SPLITS, Place, Source, Split, array_split, file_sizes, numbe
 
 
 def read(place: Place) -> Source:
-    """Classes are named by the array of strings `classes`, if there is one, else by their labels."""
+    """Classes are named by the array `classes`, if there is one and of strings, else by their labels."""
     path = place.path
 
     def content() -> tuple[dict[str, Split], tuple[str, ...]]:
@@ -57,10 +57,10 @@ def _array(file: zipfile.ZipFile, name: str) -> np.ndarray:
 
 def _classes(arrays: dict[str, np.ndarray], splits: dict[str, Split], path: Path) -> tuple[str, ...]:
     """The classes' names."""
-    if "classes" not in arrays:
+    names = arrays.get("classes")
+    if names is None or names.dtype.kind != "U":
         return numbered(splits)
-    names = arrays["classes"]
-    if names.dtype.kind != "U" or names.ndim != 1 or len({*names.tolist()}) != len(names):
+    if names.ndim != 1 or len({*names.tolist()}) != len(names):
         raise SourceError(f"{path}: classes must be different names, one a label, not {names.dtype} {names.shape}")
     largest = max(int(split.labels.max()) for split in splits.values())
     if largest >= len(names):

@@ -79,6 +79,8 @@ def test_a_test_split_without_labels_does_not_vanish_and_names_are_read(tmp_path
     names = [str(number) for number in (10, 9, 2, 1, 0)]  # one class more than there are images of
     np.savez(tmp_path / "b.npz", **train, classes=np.array(names))  # type: ignore[arg-type]
     assert open_source("npz", tmp_path / "b.npz").classes == tuple(names)
+    np.savez(tmp_path / "b.npz", **train, classes=np.arange(4))  # type: ignore[arg-type]
+    assert open_source("npz", tmp_path / "b.npz").classes == ("0", "1", "2", "3")
     np.save(tmp_path / "c.npy", IMAGES)
     for content in (b"", b"PK\3\4 no more", (tmp_path / "c.npy").read_bytes(), (tmp_path / "b.npz").read_bytes()[:-30]):
         (tmp_path / "b.npz").write_bytes(content)

@@ -96,6 +96,7 @@ def _decode_rgb(content: np.ndarray) -> np.ndarray:
     return decoding.decode_rgb(content.tobytes())
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("decode", [decode_jpeg, _decode_by_pillow, _decode_rgb])
 def test_one_limit_of_pixels_whatever_decodes(tmp_path: Path, decode: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be written can be read: between 89 and 179 million pixels, too."""

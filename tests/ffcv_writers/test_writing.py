@@ -265,6 +265,21 @@ def test_a_kill_leaves_no_file_of_the_final_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [path.name] and len(open_set([path])) == 50
 
 
+def test_a_second_writer_of_a_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    images, columns = random_set(40, (8, 8, 1))
+
+    class Meddled(Samples):
+        def __getitem__(self, number: int) -> np.ndarray:
+            if number == 20:
+                with pytest.raises(ValueError, match=r"set\.beton\.partial: another process writes it; wait for it"):
+                    write(tmp_path / "set.beton", images, **columns)
+            return super().__getitem__(number)
+
+    write(tmp_path / "set.beton", Meddled(images, -1), **columns)
+    np.testing.assert_array_equal(open_set([tmp_path / "set.beton"]).take(np.arange(40)), images)
+    assert os.listdir(tmp_path) == ["set.beton"]
+
+
 def cut(end: int) -> Callable[[bytearray], bytes]:
     return lambda content: bytes(content[:end])
 
