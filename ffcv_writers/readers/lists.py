@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import SourceError
 from .labels import parse_label
-from .source import EXTENSIONS, Place, Source, Split, file_source, image_files, numbered, unreadable
+from .source import EXTENSIONS, Place, Source, Split, file_source, image_files, numbered
 
 LIST_FORMAT = (
     "A list has a line 'path label' for each image: the path from the list's root, or absolute; then spaces, a tab or "
@@ -84,7 +84,7 @@ def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise unreadable(error, f"the list {path}") from error
+        raise SourceError(f"cannot read the list {path}: {error.strerror}") from error
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8-sig")
     try:
         # surrogateescape: a file name need not be UTF-8, and goes back to the system as the bytes it was
