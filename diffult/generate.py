@@ -32,7 +32,7 @@ from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError, one_of
 from diffult.generation.candidates import draw_candidates
 from diffult.generation.config import GenerateConfig
-from diffult.generation.export import FORMATS
+from diffult.generation.export import FORMATS, check_format, export
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore, manifest, open_kept, refuse_other
@@ -350,7 +350,7 @@ def command(
     """
     world = init_distributed()
     if export_ is not None:
-        _check_name("--export", FORMATS, export_)
+        check_format(export_)
     bundled, run = run is None, run or Path("runs") / BUNDLED
     if bundled:  # options are checked against the packed images, before any training
         _run_bundled(run, "pack", world)
@@ -382,8 +382,7 @@ def command(
     if profile:
         _write_trace(run_dir, request, folder / "trace.json")
     if export_ is not None:
-        kept = open_kept(folder)
-        log.info("wrote %s", FORMATS[export_](kept, names, folder) if kept else "no export: no sample was kept")
+        log.info("wrote %s", export(export_, folder, names) or "no export: no sample was kept")
 
 
 if __name__ == "__main__":

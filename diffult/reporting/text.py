@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters, bytes of file names that are no text, and the two characters that XML leaves out.
+_UNWRITABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
 
 def duration(seconds: float) -> str:
     """8.4 s, 1 min 45 s or 2 h 05 min."""
@@ -34,9 +39,14 @@ def counted(count: int, one: str, more: str) -> str:
     return f"{count} {one if count == 1 else more}"
 
 
+def readable(text: str) -> str:
+    """With escapes for what UTF-8, HTML or SVG cannot hold: a class may be named by any bytes."""
+    return _UNWRITABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def shortened(name: str, limit: int = 16) -> str:
     """A name on one line, cut to `limit` characters."""
-    name = " ".join(name.split())
+    name = readable(" ".join(name.split()))
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 

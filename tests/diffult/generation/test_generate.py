@@ -5,14 +5,11 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
@@ -21,7 +18,6 @@ from diffult.errors import UserError
 from diffult.generate import command, open_sampler, open_store, parse_classes, read_counts
 from diffult.generation import shards
 from diffult.generation.candidates import CandidateBatch
-from diffult.generation.export import FORMATS
 from diffult.generation.fill import fill
 from diffult.generation.shards import ShardStore, open_kept
 from diffult.longtail.extractor import Extractor, load_extractor
@@ -30,7 +26,6 @@ from diffult.longtail.quota import Quota
 from diffult.runs.files import load_tensors, lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.sampler import LEVELS
-from ffcv_writers import Loader
 
 CLASSES = tuple("0123456789")
 QUOTAS = np.array([0, 3, 0, 5, 1, 0, 0, 0, 9, 4])
@@ -300,30 +295,6 @@ def test_a_sample_is_found_in_the_shards_of_every_process(tmp_path):
     stores[0].finish(quota)
     names, images = kept(tmp_path)
     assert names == [(0, i) for i in range(9)] and images[:, 0, 0, 0].tolist() == list(range(0, 90, 10))
-
-
-def test_exports_hold_the_kept_samples(tiny_run, tmp_path):
-    _, names, images = draw(tiny_run, tmp_path, 8)
-    images, labels = images[..., 0], [label for label, _ in names]
-    made = {name: write(open_kept(tmp_path), CLASSES, tmp_path) for name, write in FORMATS.items()}
-
-    files = sorted(made["imagefolder"].glob("*/*.png"))
-    assert [int(file.parent.name) for file in files] == labels
-    assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), images)
-    with np.load(made["npz"]) as arrays:
-        assert np.array_equal(arrays["images"][..., 0], images) and arrays["labels"].tolist() == labels
-    with zipfile.ZipFile(made["zip"]) as archive:
-        listed = json.loads(archive.read("dataset.json"))["labels"]
-        assert [label for _, label in listed] == labels
-        assert np.array_equal(np.asarray(Image.open(archive.open(listed[-1][0]))), images[-1])
-    with tarfile.open(made["wds"]) as archive:
-        members = archive.getmembers()
-        assert [int(archive.extractfile(m).read()) for m in members[1::2]] == labels
-        assert np.array_equal(np.asarray(Image.open(archive.extractfile(members[0]))), images[0])
-    beton = open_kept(tmp_path)
-    assert beton.labels.tolist() == labels and beton.synthetic.all()
-    read = np.concatenate([batch.images.numpy() for batch in Loader(beton, 8).sequential()])
-    assert np.array_equal(read[..., 0], images)
 
 
 def test_parse_classes():
