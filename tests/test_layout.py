@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {"kernels", "diffult", "ffcv_writers", "bench"}
 VERBS = {
     "run", "pack", "train_extractor", "train_diffusion", "generate", "train_classifier", "evaluate", "report",
-    "compare", "doctor",
+    "compare", "predict", "doctor",
 }  # fmt: skip
 NOUNS = ("data", "models", "diffusion", "longtail", "generation", "planning", "reporting", "engine")
 RUN = ("diffult.runs.run_dir", "diffult.runs.stages")  # runs.files, which writes whole files, serves everyone

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from diffult.data.config import FASHION_MNIST_PATH, DataConfig
+from diffult.data.pixels import file_transform
 from diffult.data.splits import choose_splits
 from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 from ffcv_writers import ImageSet, SampleError, Samples, SourceError, available_cores, open_set, write
-from ffcv_writers.decoding import centre_square, limit_shorter_side
 from ffcv_writers.duplicates import duplicate_lines
 from ffcv_writers.readers import Source, Split, open_source, survey_differences
 
@@ -149,12 +147,7 @@ def _warn_of_duplicates(source: Source, numbers: dict[str, np.ndarray], stored: 
 def _write_split(config: DataConfig, source: Source, split: str, numbers: np.ndarray, path: Path) -> np.ndarray:
     """Writes one split; returns a digest of each image."""
     origin = _origin(source, split)
-    if isinstance(origin.samples, np.ndarray):
-        transform = None
-    elif config.storage == "raw":
-        transform = partial(square, size=config.image_size, channels=config.channels)
-    else:
-        transform = partial(limit_shorter_side, size=config.max_short_side)
+    transform = None if isinstance(origin.samples, np.ndarray) else file_transform(config)
     with tqdm(total=len(numbers), unit="img", desc=f"pack {split}", disable=None) as bar:
         return write(
             path,
@@ -167,14 +160,6 @@ def _write_split(config: DataConfig, source: Source, split: str, numbers: np.nda
             workers=available_cores(),
             progress=bar.update,
         )
-
-
-def square(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """What is stored raw of an image file: uint8 (H, W, 3) as (size, size, channels), see `centre_square`; one channel
-    is the luma of ITU-R 601."""
-    if channels == 1:
-        image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    return centre_square(image, size)
 
 
 def _path(config: DataConfig) -> Path:

@@ -24,12 +24,13 @@ from diffult.longtail.losses import Loss, Targets
 from diffult.longtail.methods import Mix
 from diffult.models.batch_norm import share_batch_norms
 from diffult.models.cost import forward_flops
+from diffult.models.heads import HEADS
 from diffult.models.resnet import Classifier
-from ffcv_writers import Batch, ImageSet, Loader, Order, RandomResizedCrop
+from ffcv_writers import Batch, CenterCrop, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, normalise
 
 _OF_PARTNERS = 2**40  # beyond all places in a stream
-_EVALUATED = 256  # images at a time
+EVALUATED = 256  # images at a time
 _SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on ImageNet
 _SMALL_STEP = 1e12  # FLOP of a step below which a GPU has room for others beside it
 
@@ -98,7 +99,12 @@ def training_loader(
 
 def evaluation_loader(images: ImageSet, data: DataConfig, image_size: int, device: torch.device) -> Loader:
     """Loads what a classifier sees of held-out images."""
-    return Loader(images, _EVALUATED, device=device, crop=data.view(image_size, _SHOWN))
+    return Loader(images, EVALUATED, device=device, crop=evaluation_view(data, image_size))
+
+
+def evaluation_view(data: DataConfig, image_size: int) -> CenterCrop | None:
+    """The part of a held-out image that a classifier of `image_size` pixels sees; None if stored raw: all of it."""
+    return data.view(image_size, _SHOWN)
 
 
 def training_batches(
@@ -324,15 +330,28 @@ class _Step:
 
 
 @torch.inference_mode()
+def _forward(function: Callable[[Tensor], Tensor], size: int, images: Tensor, dtype: torch.dtype) -> Tensor:
+    with autocast(dtype, images.device):
+        return function(center_crop(normalise(images), size)).float()
+
+
 def _apply(
     function: Callable[[Tensor], Tensor], size: int, loader: Loader, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     outputs, labels = [], []
     for batch in loader.sequential():
-        with autocast(dtype, loader.device):
-            outputs.append(function(center_crop(normalise(batch.images), size)).float())
+        outputs.append(_forward(function, size, batch.images, dtype))
         labels.append(batch.labels)
     return torch.cat(outputs), torch.cat(labels)
+
+
+def classify(model: Classifier, images: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted labels int64 [N], as `predict` gives them, and their probabilities float32 [N], the softmax of the
+    logits as the loss scales them, of images uint8 [N, H, W, C] on the model's device."""
+    logits = _forward(model, model.image_size, images, dtype)
+    labels = logits.argmax(1)
+    probabilities = torch.softmax(HEADS[model.heads].scale * logits, dim=1)
+    return labels.cpu().numpy(), probabilities.gather(1, labels[:, None])[:, 0].cpu().numpy()
 
 
 def predict(model: Classifier, loader: Loader, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffult.longtail.losses import LDAM, LabelLoss, Loss, Targets, WeightedSum, class_balanced_weights, ldam_margins
+from diffult.models.heads import COSINE_SCALE
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Experts(LabelLoss):
 
     base: Loss = field(kw_only=True)
     diversity: float = field(default=-0.2, kw_only=True)
-    scale: float = field(default=30.0, kw_only=True)
+    scale: float = field(default=COSINE_SCALE, kw_only=True)
     temperature: Tensor | None = field(default=None, kw_only=True)
     mean_weight: Tensor | float = field(default=1.0, kw_only=True)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffult.models.heads import COSINE_SCALE
+
 
 class Targets(NamedTuple):
     """What a batch of B images should be classified as; of mixed images every field is [2 B], of each image and then
@@ -133,7 +135,7 @@ class LDAM(LabelLoss):
     """
 
     margins: Tensor = field(kw_only=True)
-    scale: float = field(default=30.0, kw_only=True)
+    scale: float = field(default=COSINE_SCALE, kw_only=True)
 
     def of_labels(self, outputs: Tensor, targets: Targets) -> Tensor:
         own = targets.labels[:, None] == torch.arange(outputs.shape[-1], device=outputs.device)

@@ -69,18 +69,21 @@ class Heads(NamedTuple):
     Attributes:
         build: makes the head from the numbers of features and classes.
         prediction: the logits [B, num_classes] by which it classifies, from its outputs.
+        scale: that the loss multiplies these by; probabilities are the softmax of the product.
         trunks: of experts.
     """
 
     build: Callable[[int, int], nn.Module]
     prediction: Callable[[Tensor], Tensor] = lambda outputs: outputs
+    scale: float = 1.0
     trunks: int = 1
 
 
 EXPERTS = 3
+COSINE_SCALE = 30.0  # of LDAM (Cao et al. 2019) and RIDE: cosines alone would make near to equal probabilities
 HEADS = {
     "linear": Heads(nn.Linear),
-    "cosine": Heads(CosineLinear),
+    "cosine": Heads(CosineLinear, scale=COSINE_SCALE),
     "two": Heads(TwoHeads, lambda outputs: outputs[0]),
-    "experts": Heads(ExpertHeads, lambda outputs: outputs.mean(0), EXPERTS),
+    "experts": Heads(ExpertHeads, lambda outputs: outputs.mean(0), COSINE_SCALE, trunks=EXPERTS),
 }

@@ -83,9 +83,10 @@ def difference(content: RunContent, a: str, b: str) -> Difference:
     return Difference(points, points - half, points + half)
 
 
-def ranked(content: RunContent, methods: Sequence[str]) -> list[str]:
-    """Methods from the highest top-1 on the validation images down, where there are any; else on the test images."""
-    scores = content.metrics.get("validation", content.metrics)
+def ranked(metrics: Mapping[str, Any], methods: Sequence[str]) -> list[str]:
+    """Methods from the highest top-1 on the validation images down, where there are any; else on the test images.
+    metrics: the content of metrics.json."""
+    scores = metrics.get("validation", metrics)
     return sorted(methods, key=lambda name: -(scores[name]["top1"] if name in scores else 0.0))
 
 
@@ -93,7 +94,7 @@ def leaders(content: RunContent) -> tuple[str | None, str | None]:
     """The first of `ranked` without synthetic images, and the first with them."""
     plain = [name for name in content.methods if not find_method(name).synthetic]
     synthetic = [name for name in content.methods if find_method(name).synthetic]
-    return next(iter(ranked(content, plain)), None), next(iter(ranked(content, synthetic)), None)
+    return next(iter(ranked(content.metrics, plain)), None), next(iter(ranked(content.metrics, synthetic)), None)
 
 
 def verdict(low: float, high: float) -> str | None:
@@ -107,7 +108,7 @@ def verdict(low: float, high: float) -> str | None:
 
 def summary(content: RunContent) -> list[dict[str, str]]:
     """{"question", "answer"}: what a user asks first."""
-    order = ranked(content, content.methods)
+    order = ranked(content.metrics, content.methods)
     top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
     where = "validation" if "validation" in content.metrics else "test"
     score = content.metrics.get("validation", {}).get(order[0])

@@ -104,7 +104,7 @@ def _by_size(content: RunContent) -> Markup | None:
 
 def _confusions(content: RunContent) -> list[dict[str, Any]]:
     """Of the first method of `ranked`, and of cross-entropy: the figure and the most frequent errors."""
-    names = dict.fromkeys((*ranked(content, content.methods)[:1], BASE))
+    names = dict.fromkeys((*ranked(content.metrics, content.methods)[:1], BASE))
     order = evenly(np.argsort(-content.packed.counts, kind="stable"), MAX_CLASSES)
     classes, pictures = [content.packed.classes[c] for c in order], []
     for number, name in enumerate(names):
