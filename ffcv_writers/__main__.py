@@ -20,7 +20,7 @@ from .encoding import Storage
 from .errors import SourceError
 from .inspection import describe, verify
 from .loader import available_cores
-from .readers import LIST_FORMAT, READERS, Split, guess_format, open_source
+from .readers import LIST_FORMAT, READERS, Place, Split, guess_format, open_place, open_source
 from .writing import write
 
 _log = logging.getLogger(__name__)
@@ -41,13 +41,15 @@ def write_command(
     storage: Annotated[Storage, typer.Option(help="jpg: JPEG files that need no scaling lose nothing.")] = "raw",
     max_short_side: Annotated[int | None, typer.Option(min=1, help="Scale down to this shorter side.")] = None,
     workers: Workers = CORES,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="These are generated images.")] = False,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="These are generated images; class folders may be empty.")
+    ] = False,
 ) -> None:
     """Write the images of SOURCE to OUT, whole or not at all.
 
     Generated images go to a file of their own (--synthetic): a set is a list of files.
     """
-    images = _open_split(source, format, split, root)
+    images = _open_split(source, format, split, root, synthetic)
     count, start = len(images.samples), time.perf_counter()
     with tqdm(total=count, unit="img", disable=None) as bar:
         digests = write(
@@ -79,11 +81,11 @@ def _warn(images: Split, digests: np.ndarray) -> None:
         )
 
 
-def _open_split(path: Path, format: str | None, split: str, root: Path | None) -> Split:
+def _open_split(path: Path, format: str | None, split: str, root: Path | None, allow_empty: bool) -> Split:
     chosen = format or ("digits" if str(path) == "digits" else guess_format(path))
     if chosen == "list":
         return open_source(chosen, root or path.parent, train_list=path).splits["train"]
-    splits = open_source(chosen, path).splits
+    splits = open_place(chosen, Place(path, allow_empty=allow_empty)).splits
     if split not in splits:
         raise SourceError(f"{path} has the split(s) {', '.join(splits)}, not {split!r}")
     return splits[split]

@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "Split",
     "guess_format",
+    "open_place",
     "open_source",
     "survey_differences",
 ]
@@ -57,15 +58,20 @@ def open_source(
         SourceError: a file is missing, damaged or of another format; for archives also when `splits` or `classes` of
             the source is first asked for.
     """
+    lists = {"train": train_list, "val": val_list, "test": test_list}
+    return open_place(format, Place(Path(path), {split: Path(file) for split, file in lists.items() if file}))
+
+
+def open_place(format: str, place: Place) -> Source:
+    """As `open_source`; of a folder with `allow_empty`, empty class folders keep their labels."""
     if format not in READERS:
         raise SourceError(f"unknown format {format!r}: choose one of {', '.join(READERS)}")
-    lists = {"train": train_list, "val": val_list, "test": test_list}
     try:
-        if format != "digits" and not Path(path).exists():
-            raise SourceError(f"{path} does not exist")
-        return READERS[format](Place(Path(path), {split: Path(file) for split, file in lists.items() if file}))
+        if format != "digits" and not place.path.exists():
+            raise SourceError(f"{place.path} does not exist")
+        return READERS[format](place)
     except OSError as error:
-        raise unreadable(error, path) from error
+        raise unreadable(error, place.path) from error
 
 
 def guess_format(path: Path) -> str:

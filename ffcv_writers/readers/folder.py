@@ -41,7 +41,7 @@ def read(place: Place) -> Source:
                 f"{lacks}" + (f"; {len(odd)} classes differ" if len(odd) > 1 else "")
             )
         _warn_of_strays(folder, {*classes} | ({f.name for f in folders.values()} if folder == root else set()), "class")
-        paths[split], counts = _files(folder, classes)
+        paths[split], counts = _files(folder, classes, place.allow_empty)
         labels = np.repeat(np.arange(len(classes)), counts)
         splits[split] = Split(image_files(paths[split], paths[split].__getitem__), labels)
     return file_source(root, paths, splits, classes)
@@ -90,11 +90,11 @@ def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
         )
 
 
-def _files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
+def _files(folder: Path, classes: tuple[str, ...], allow_empty: bool) -> tuple[list[str], list[int]]:
     """The images of each class, one class after another, and how many each has. What is skipped is counted and logged.
 
     Raises:
-        SourceError: a class without an image.
+        SourceError: a class without an image, unless that is allowed.
     """
     paths: list[str] = []
     counts, empty, nested = [], [], 0
@@ -109,7 +109,7 @@ def _files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]
         counts.append(len(images))
         nested += sum(os.path.dirname(path) != os.path.join(folder, name) for path in images)
         skipped += mine
-    if empty:
+    if empty and not (allow_empty and paths):
         raise SourceError(empty[0] + (f"; {len(empty)} classes have none" if len(empty) > 1 else ""))
     if skipped:
         _log.warning("%s: skipped %d file(s): %s", folder, skipped.total(), _in_words(skipped))

@@ -22,10 +22,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a reader looks: the folder or archive, and for "list" the text file of each split."""
+    """Where a reader looks: the folder or archive, for "list" the text file of each split, and for "folder" whether a
+    class may have no image."""
 
     path: Path
     lists: Mapping[str, Path] = field(default_factory=dict)
+    allow_empty: bool = False
 
 
 @dataclass(frozen=True)
