@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,7 +32,7 @@ from diffult.reporting.text import readable
 from diffult.runs.files import atomic_write, read_json
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import CenterCrop, available_cores
-from ffcv_writers.readers.source import EXTENSIONS
+from ffcv_writers.readers.folder import images_below, in_words
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are given, and of each folder all below it that are named like images, sorted; hidden ones are
-    passed over, others counted in a warning.
+    """Files as they are given, and of each folder all images below it, as the reader of class folders finds them; what
+    is skipped is counted in a warning.
 
     Raises:
         UserError: nothing is there, or a folder without an image.
@@ -55,13 +55,14 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(_files_below(path))
-            images = [file for file in found if file.suffix.lower() in EXTENSIONS]
+            skipped: Counter[str] = Counter()
+            images = images_below(str(path), skipped)
+            seen = f": {in_words(skipped)}" if skipped else ""
             if not images:
-                raise UserError(f"{path}: holds no file that is named like an image ({' '.join(EXTENSIONS)})")
-            if len(images) < len(found):
-                log.warning("%s: passed over %d file(s) not named like an image", path, len(found) - len(images))
-            files += images
+                raise UserError(f"{path}: holds no file that is named like an image{seen}")
+            if skipped:
+                log.warning("%s: skipped %d file(s)%s", path, skipped.total(), seen)
+            files += map(Path, images)
         elif path.exists():
             files.append(path)
         else:
@@ -69,29 +70,12 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Also behind links; a folder that links lead to again is gone through once."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
 def choose_method(run: RunDir, given: str | None = None) -> str:
     """The method that is given, else the one that the report names first: the best on the validation images, or on the
     test images where there are none.
 
     Raises:
-        UserError: no such method in the run, or several and no accuracies of the present settings.
+        UserError: no such method in the run, or several and metrics.json damaged or not of the present settings.
     """
     methods, file = run.config.classifier.methods, run.path / "metrics.json"
     if given is not None:

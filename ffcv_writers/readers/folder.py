@@ -101,9 +101,9 @@ def _files(folder: Path, classes: tuple[str, ...], allow_empty: bool) -> tuple[l
     skipped: Counter[str] = Counter()
     for name in classes:
         mine: Counter[str] = Counter()
-        images = _images(os.path.join(folder, name), mine)
+        images = images_below(os.path.join(folder, name), mine)
         if not images:
-            seen = f" but {_in_words(mine)}" if mine else ""
+            seen = f" but {in_words(mine)}" if mine else ""
             empty.append(f"class {name} has no image in {folder / name}{seen}: add some or remove the class")
         paths += images
         counts.append(len(images))
@@ -112,13 +112,13 @@ def _files(folder: Path, classes: tuple[str, ...], allow_empty: bool) -> tuple[l
     if empty and not (allow_empty and paths):
         raise SourceError(empty[0] + (f"; {len(empty)} classes have none" if len(empty) > 1 else ""))
     if skipped:
-        _log.warning("%s: skipped %d file(s): %s", folder, skipped.total(), _in_words(skipped))
+        _log.warning("%s: skipped %d file(s): %s", folder, skipped.total(), in_words(skipped))
     if nested:
         _log.warning("%s: %d of %d images lie in folders below those of their classes", folder, nested, len(paths))
     return paths, counts
 
 
-def _images(folder: str, skipped: Counter[str]) -> list[str]:
+def images_below(folder: str, skipped: Counter[str]) -> list[str]:
     """The image files in a folder and those below it, folder after folder, each sorted. Counts the others."""
     found: list[str] = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
@@ -155,7 +155,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _in_words(counts: Counter[str]) -> str:
+def in_words(counts: Counter[str]) -> str:
     shown = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(6))
     return shown + (", ..." if len(counts) > 6 else "")
 
@@ -174,4 +174,4 @@ def _warn_of_strays(folder: Path, read: set[str], kind: str) -> None:
             elif entry.name.lower().endswith(EXTENSIONS):
                 strays["image(s)"] += 1
     if strays := +strays:
-        _log.warning("%s: not read, as in no %s folder: %s", folder, kind, _in_words(strays))
+        _log.warning("%s: not read, as in no %s folder: %s", folder, kind, in_words(strays))

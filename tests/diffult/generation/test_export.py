@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import ffcv_writers.__main__
 from diffult.errors import UserError
 from diffult.generate import command
 from diffult.generation import export as module
 from diffult.generation.export import FORMATS, check_format, class_folders, class_texts, export
 from diffult.longtail.filter import Verdict
 from diffult.runs.files import lock_folder, save_tensors
-from ffcv_writers import open_set, write
-from ffcv_writers.readers import guess_format, open_source
+from ffcv_writers import SourceError, open_set, write
+from ffcv_writers.readers import Place, guess_format, open_place, open_source
 
 TWELVE = tuple(map(str, range(12)))  # by name, 10 and 11 come before 2
 BIRDS = ("auk", "bee eater", "crow", "dodo")
@@ -74,12 +75,25 @@ def test_names_that_sort_as_their_labels_are_the_folders(tmp_path):
 
 def test_our_own_readers_give_the_labels_back(tmp_path):
     images = make_kept(tmp_path)
-    for name in ("npz", "wds"):
+    for name in ("imagefolder", "npz", "wds"):
         path = export(name, tmp_path, TWELVE)
-        split = open_source(guess_format(path), path).splits["train"]
+        split = open_place(guess_format(path), Place(path, allow_empty=True)).splits["train"]
         assert split.labels.tolist() == LABELS.tolist(), name
         first = split.samples[0]
-        assert np.array_equal(first, images[0]) if name == "npz" else first.startswith(b"\x89PNG")
+        assert np.array_equal(first if name == "npz" else _decoded(first), images[0])
+    with pytest.raises(SourceError, match=r"class 00 has no image in .*; 3 classes have none"):
+        open_source("folder", tmp_path / "images")  # as a run would read it
+
+
+def test_a_synthetic_set_is_written_of_the_exported_folder(tmp_path, monkeypatch):
+    images = make_kept(tmp_path)
+    words = ["write", str(export("imagefolder", tmp_path, TWELVE)), str(tmp_path / "again.beton"), "--synthetic"]
+    monkeypatch.setattr("sys.argv", ["ffcv_writers", *words])
+    with pytest.raises(SystemExit) as ended:
+        ffcv_writers.__main__.main()
+    again = open_set([tmp_path / "again.beton"])
+    assert ended.value.code == 0 and again.labels.tolist() == LABELS.tolist() and again.synthetic.all()
+    assert np.array_equal(again.take(np.arange(len(again))), images)
 
 
 def test_metadata_names_each_file(tmp_path):
