@@ -37,7 +37,7 @@ def comments_in(toml: str) -> dict[str, str]:
 def _keys(toml: str) -> Iterator[tuple[str, str]]:
     """Each line, and the `section.key` that it sets, "" if none."""
     section = ""
-    for line in toml.splitlines():
+    for line in toml.rstrip("\n").split("\n"):  # a string may hold other ends of lines
         table, key = _TABLE.match(line), _KEY.match(line)
         if table:
             section = f"{table[1]}."

@@ -132,7 +132,7 @@ def _training(variant: Variant, method: str) -> tuple[int, float]:
     start = find_method(method).start
     before, seconds = _training(variant, start) if start else (0, 0.0)
     file, steps = variant.path / "classifier" / f"{method}.metrics.jsonl", 0
-    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ()):
         seconds += (line["step"] - steps) * variant.config.classifier.batch_size / line["images_per_s"]
         steps = line["step"]
     return before + steps, seconds

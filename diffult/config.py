@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
@@ -19,11 +19,13 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from diffult.comments import with_comments
 from diffult.data.config import DataConfig
 from diffult.diffusion.schedule import Prediction, ScheduleName
-from diffult.errors import UserError, nearest
+from diffult.errors import UserError, nearest, shown
 from diffult.generation.config import GenerateConfig
 from diffult.longtail.methods import find_method, method_name
 from diffult.models.config import UNetConfig
 from diffult.strict_model import StrictModel
+
+_DEPTH = 3  # of sections: extractor.augment.pad
 
 
 class AugmentConfig(StrictModel):
@@ -214,17 +216,20 @@ def preset_names() -> list[str]:
     )
 
 
-def _preset_document(name: str) -> dict[str, Any]:
+def _preset_document(name: str, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     if name.endswith(".toml"):
         document = _read_toml(Path(name), "give the file of a preset, such as a copy of a run's config.toml")
     elif name in preset_names():
-        document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text())
+        document = tomllib.loads((resources.files("diffult.presets") / f"{name}.toml").read_text(encoding="utf-8"))
     else:
         known = f"{', '.join(preset_names())}; or a .toml"
         raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} (known: {known})")
-    if parent := document.pop("extends", None):
-        return _merge(_preset_document(parent), document)
-    return document
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document
+    if not isinstance(parent, str) or parent in (*extending, name):
+        raise UserError(f"preset {name}: extends = {shown(parent)}: expected another preset's name")
+    return _merge(_preset_document(parent, (*extending, name)), document)
 
 
 def preset_name(preset: str) -> str:
@@ -241,53 +246,74 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _override(text: str) -> dict[str, Any]:
-    """`a.b=3` as {"a": {"b": 3}}. The value is TOML where it parses as TOML, a plain string otherwise."""
-    key, equals, value = text.partition("=")
-    path = key.strip().split(".")
+    """`a.b=3` as {"a": {"b": 3}}. Of a setting that is a string the value is what is written, with or without quotes;
+    else TOML where it parses as TOML, and a string otherwise."""
+    key, equals, written = text.partition("=")
+    path = tuple(key.strip().split("."))
     if not equals or not all(path):
-        raise UserError(f"--set {text!r}: expected section.key=value, such as diffusion.steps=2000")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
+        raise UserError(f"--set {shown(text)}: expected section.key=value, such as diffusion.steps=2000")
+    if len(path) > _DEPTH:
+        raise UserError(f"--set {shown(text)}: unknown key; settings are section.key")
+    if key.endswith(" "):  # `a.b = 3`; the name of a folder may end in a space
+        written = written.strip()
+    value = _parsed(written)
+    if _is_text(_annotation(path)) and not isinstance(value, str):
+        value = written
     for part in reversed(path):
-        parsed = {part: parsed}
-    return parsed
+        value = {part: value}
+    return value
 
 
-def _fields_at(location: tuple[int | str, ...]) -> Iterable[str]:
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return model.model_fields
+def _parsed(text: str) -> Any:
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, a number of thousands of digits
+        return text
+    return document["value"] if list(document) == ["value"] else text
+
+
+def _annotation(path: Iterable[int | str]) -> Any:
+    """The type of the setting there; None if there is none."""
+    kind: Any = Config
+    for part in path:
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[part].annotation if part in fields else None
+    return kind
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
+def _fields_at(location: Iterable[int | str]) -> Iterable[str]:
+    model = _annotation(location)
+    return model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
 def _validate(document: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        raise _refusal(error.errors()[0], origin) from None
+        raise refusal(error.errors()[0], origin) from None
 
 
-def _refusal(first: Mapping[str, Any], origin: str) -> UserError:
-    where = ".".join(str(part) for part in first["loc"])
+def refusal(first: Mapping[str, Any], origin: str) -> UserError:
+    """The first of pydantic's errors on a document of that origin, in one line."""
+    where = shown(".".join(str(part) for part in first["loc"]))[1:-1]
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), _fields_at(first["loc"][:-1]))
-        return UserError(f"{origin}: unknown key {where!r}{hint}")
-    given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        return UserError(f"{origin}: unknown key '{where}'{hint}")
+    given = "" if first["type"] in ("missing", "value_error") else f", got {shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     return UserError(f"{origin}: {where + ': ' if where else ''}{message}{given}")
 
 
 def _read_toml(path: Path, otherwise: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {otherwise}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits
         raise UserError(f"{path}: not valid TOML ({error}); correct it or start a new run directory") from None
 
 
@@ -316,7 +342,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         Config.model_validate(document)
     except ValidationError as error:
         if wrong := [one for one in error.errors() if one["type"] != "missing"]:
-            raise _refusal(wrong[0], "--set") from None
+            raise refusal(wrong[0], "--set") from None
     return document
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 2, 120, 120, 120
 
 
 class UserError(Exception):
@@ -12,6 +17,11 @@ class UserError(Exception):
 
 class DamagedError(UserError):
     """A file whose content does not parse."""
+
+
+def shown(value: Any) -> str:
+    """What a user gave, for a message: its repr, shortened."""
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -25,7 +25,8 @@ from diffult.longtail.extractor import load_extractor
 from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS, accuracies, class_accuracies, class_groups
 from diffult.models.resnet import load_classifier
-from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
+from diffult.runs.files import load_tensors, metadata, save_tensors, write_json
+from diffult.runs.records import read_metrics
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import ImageSet, Loader
 
@@ -38,8 +39,9 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     """
     file, folder, digest = run.path / "metrics.json", run.folder("evaluate"), run.hash("evaluate")
     predictions, copies = folder / "predictions.safetensors", folder / "copies.safetensors"
-    if all(path.exists() for path in (file, predictions, copies)) and read_json(file).get("hash") == digest:
-        return read_json(file)
+    before = read_metrics(file, digest, run.config.classifier.methods)
+    if before is not None and predictions.exists() and copies.exists():
+        return before
     run.require("classifier")
     records = {stage: run.require(stage) for stage in ("pack", "extractor", "diffusion", "generate", "classifier")}
     packed = run.packed()
@@ -126,9 +128,11 @@ def copies_line(copies: dict[str, Any]) -> str:
     """One line about the copies of metrics.json."""
     if copies["share"] is None:
         return "copies of training images: not known, without samples or with too few validation images to compare with"
-    name, most = max(copies["by_class"].items(), key=lambda item: item[1] or 0)
+    known = {name: share for name, share in copies["by_class"].items() if share is not None}
+    most = max(known, key=lambda name: known[name])
     return (
-        f"copies of training images: {copies['share']:.1f} % of the synthetic images (class {name}: {most:.1f} %); "
+        f"copies of training images: {copies['share']:.1f} % of the synthetic images (class {most}: "
+        f"{known[most]:.1f} %); "
         f"{copies['expected']:.0f} % of new real images would count as such"
     )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -24,14 +23,17 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from pydantic import ValidationError
 
 from diffult.cli import SetOption, main
+from diffult.config import refusal
+from diffult.data.class_names import MOST_SAMPLES, ClassNames
 from diffult.diffusion.samplers import SAMPLERS
 from diffult.engine.device import peak_flops
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError, one_of
 from diffult.generation.candidates import draw_candidates
-from diffult.generation.config import GenerateConfig
+from diffult.generation.config import LARGEST_BATCH, GenerateConfig
 from diffult.generation.export import FORMATS, check_format, export
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
@@ -148,43 +150,28 @@ def _networks(run: RunDir) -> dict[str, Path]:
 # Options
 
 
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """`3,7-9` as [3, 7, 8, 9]. Raises UserError if it is not of this form, or there is no such class."""
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise UserError(f"--classes {text!r}: expected numbers and ranges such as 3,7-9")
-        if last >= num_classes:
-            raise UserError(f"--classes {text!r}: no class {last}, the set has 0 to {num_classes - 1}")
-        chosen |= set(range(first, last + 1))
-    return sorted(chosen)
+def parse_classes(text: str, names: ClassNames) -> list[int]:
+    """`cat,3,7-9` as sorted labels. Raises UserError if it is not of this form, or there is no such class."""
+    try:
+        return names.labels(text)
+    except ValueError as error:
+        raise UserError(f"--classes: {error}") from None
 
 
-def read_counts(file: Path, classes: tuple[str, ...]) -> np.ndarray:
-    """Lines `class count`, the class by its name or number, as int64 [num_classes]; 0 for a class that is not named.
+def read_counts(file: Path, names: ClassNames) -> np.ndarray:
+    """Lines of a class and a count, int64 [num_classes]; 0 for a class that is not there.
 
     Raises:
         UserError: a line of another form, an unknown class, or one named twice.
     """
-    counts: dict[int, int] = {}
+    # surrogateescape: the name of a class need not be UTF-8, and is found by the bytes that it is
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if "\0" in text:
+        raise UserError(f"--counts {file}: is not UTF-8 text (UTF-16?); save it as UTF-8")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--counts {file}: cannot be read ({error}); give a UTF-8 text file") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"\s*(\S.*?)\s+(\d+)\s*", line)
-        name = match[1] if match else ""
-        c = classes.index(name) if name in classes else int(name) if name.isdecimal() else len(classes)
-        if match is None or c >= len(classes):
-            raise UserError(f"{file}, line {number}: expected a class and a count, such as '3 500', got {line!r}")
-        if c in counts:
-            raise UserError(f"{file}, line {number}: class {name} is named twice")
-        counts[c] = int(match[2])
-    return np.array([counts.get(c, 0) for c in range(len(classes))], dtype=np.int64)
+        return names.counts(text)
+    except ValueError as error:
+        raise UserError(f"--counts {file}: {error}") from None
 
 
 def _quotas(
@@ -193,8 +180,9 @@ def _quotas(
     if sum(given is not None for given in (balance_to, per_class, counts_file)) > 1:
         raise UserError("--balance-to, --per-class and --counts exclude each other; give one")
     packed = run.packed()
+    names = ClassNames(packed.classes)
     if counts_file is not None:
-        quotas = read_counts(counts_file, packed.classes)
+        quotas = read_counts(counts_file, names)
     elif per_class is not None:
         quotas = np.full_like(packed.counts, per_class)
     elif balance_to is not None:
@@ -203,8 +191,7 @@ def _quotas(
         quotas = quotas_to(run.config.generate.balance_to, packed.counts, run.config.generate.dose)
     if classes is None:
         return quotas
-    numbers = np.arange(len(quotas))
-    return np.where(np.isin(numbers, parse_classes(classes, len(quotas))), quotas, 0)
+    return np.where(np.isin(np.arange(len(quotas)), parse_classes(classes, names)), quotas, 0)
 
 
 def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
@@ -218,7 +205,10 @@ def _settings(run: RunDir, fast: bool, given: dict[str, Any]) -> GenerateConfig:
         raise UserError(f"--steps {values['steps']}: the model has {run.config.diffusion.timesteps} timesteps")
     if values["guidance"] and not run.config.diffusion.label_dropout:
         raise UserError(f"--guidance {values['guidance']}: the model was trained with diffusion.label_dropout = 0")
-    return GenerateConfig(**values)
+    try:
+        return GenerateConfig(**values)
+    except ValidationError as error:
+        raise refusal(error.errors()[0], "options") from None
 
 
 def _check_name(option: str, names: Iterable[str], given: str) -> None:
@@ -309,22 +299,35 @@ def command(
     set_: SetOption = None,
     fast: Annotated[bool, typer.Option("--fast", help="DPM-Solver++(2M), 5 steps, no guidance.")] = False,
     balance_to: Annotated[
-        int | None, typer.Option(min=0, help="Fill every class up to N images; default: the run's.")
+        int | None,
+        typer.Option(min=0, max=MOST_SAMPLES, help="Fill every class up to N images; default: the run's."),
     ] = None,
-    per_class: Annotated[int | None, typer.Option(min=0, help="N samples of every class instead.")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SAMPLES, help="N samples of every class instead.")
+    ] = None,
     counts_file: Annotated[
         Path | None,
         typer.Option(
-            "--counts", exists=True, dir_okay=False, help="Samples of each class instead: lines 'class count'."
+            "--counts",
+            exists=True,
+            dir_okay=False,
+            help="Samples of each class instead: a file of lines 'class count', the class as in --classes.",
         ),
     ] = None,
-    classes: Annotated[str | None, typer.Option(help="Only these classes, such as 3,7-9; default: all.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these classes, such as cat,3,7-9: by name, or where no name is a number by label; default: all."
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)}; default: the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default: the run's.")] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="w in eps + w (eps - eps_null), 0: off; default: the run's.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples drawn at a time; default: the run's.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_BATCH, help="Samples drawn at a time; default: the run's.")
+    ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile on a CPU too: half a minute and g++, then 1.4 x the speed.")
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -15,28 +16,25 @@ from diffult.generation.shards import open_kept
 from diffult.reporting.content import read_content
 from diffult.reporting.pictures import NO_SAMPLES
 from diffult.reporting.run import render
-from diffult.runs.files import read_json, write_text
+from diffult.runs.files import lock_folder, write_text
+from diffult.runs.records import check_classes, read_metrics
 from diffult.runs.run_dir import RunDir
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
     """Writes the report to `out`, or report.html in the run directory, and returns its path. Raises UserError if the
-    run is not evaluated with the present settings."""
+    run is not evaluated with the present settings, or a file is damaged."""
     file = run.path / "metrics.json"
-    metrics = read_json(file) if file.exists() else {}
-    if metrics.get("hash") != run.hash("evaluate"):
+    metrics = read_metrics(file, run.hash("evaluate"), run.config.classifier.methods)
+    if metrics is None:
         raise UserError(f"{file}: no metrics of the present settings; run python -m diffult.evaluate --run {run.path}")
-    path = out or run.path / "report.html"
-    here = machine()
+    packed, here = run.packed(), machine()
+    check_classes(metrics, packed.classes, file)
     samples = open_kept(run.folder("generate")) or NO_SAMPLES
-    write_text(
-        path,
-        render(
-            read_content(
-                run.path, run.config, metrics, run.packed(), samples, f"{here['device']}, torch {here['torch']}"
-            )
-        ),
-    )
+    with nullcontext() if out else lock_folder(run.path):
+        path = out or run.path / "report.html"
+        where = f"{here['device']}, torch {here['torch']}"
+        write_text(path, render(read_content(run.path, run.config, metrics, packed, samples, where)))
     return path
 
 

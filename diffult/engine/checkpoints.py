@@ -39,7 +39,11 @@ def load_checkpoint(path: Path, config_hash: str, parts: Mapping[str, Any]) -> t
             f"{path}: written under another configuration ({state.get('config')}, now {config_hash}); "
             "restore config.toml, or delete the checkpoint to start this stage anew"
         )
-    for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
-    return state["step"], state.get("first", math.nan)
+    try:
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+        return int(state["step"]), float(state.get("first", math.nan))
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: damaged checkpoint ({reason}); delete it to restart this stage") from None

@@ -6,6 +6,7 @@ import atexit
 import datetime
 import logging
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,19 +93,23 @@ class _Sum(torch.autograd.Function):
         return total
 
 
+def lost_process(error: Exception) -> bool:
+    """Whether the error is that another process has ended, which prints why."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and dist.is_initialized() and "/gloo/" in str(error)
+    )
+
+
 def init_distributed() -> World:
     """Joins the processes that torchrun started: NCCL on GPUs, one process each; gloo otherwise.
 
     Raises:
-        UserError: variables of torchrun are missing, or a machine with GPUs has more processes than GPUs.
+        UserError: variables of torchrun are missing or not as it sets them, the other processes cannot be reached, or a
+            machine with GPUs has more processes than GPUs.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
-    if missing := [name for name in _TORCHRUN if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun, "
-            "or unset WORLD_SIZE"
-        )
+    _check_environment()
     if torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
@@ -112,9 +117,28 @@ def init_distributed() -> World:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
         if backend == "gloo":  # or its threads may outlive the interpreter, and the process ends in an abort
             atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _check_environment() -> None:
+    if missing := [name for name in _TORCHRUN if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun, "
+            "or unset WORLD_SIZE"
+        )
+    size = os.environ["WORLD_SIZE"]
+    for name, most in (("WORLD_SIZE", "1000000"), ("RANK", size), ("LOCAL_RANK", size), ("MASTER_PORT", "65536")):
+        value = os.environ[name]
+        if not (re.fullmatch("[0-9]{1,7}", value) and int(value) < int(most)):
+            raise UserError(
+                f"{name}={value} is not as torchrun sets it: start several processes with torchrun, or unset WORLD_SIZE"
+            )

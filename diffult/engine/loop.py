@@ -174,7 +174,9 @@ def _resume(config: LoopConfig, parts: Mapping[str, Any]) -> tuple[int, float]:
     if start:
         log.info("%s: resuming at step %d of %d", config.title, start, config.steps)
     if config.writes and config.metrics is not None and config.metrics.exists():
-        whole = [line for line in config.metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        whole = [
+            line for line in config.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+        ]
         write_text(config.metrics, "".join(line for line in whole if json.loads(line)["step"] <= start))
     return start, first
 
@@ -217,7 +219,7 @@ def _run(
                 logged, since = done, time.perf_counter()
                 bar.set_postfix_str(_line(speed | values), refresh=False)
                 if config.writes and config.metrics is not None:
-                    with config.metrics.open("a") as file:
+                    with config.metrics.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"step": done} | speed | values) + "\n")
                 for callback in callbacks:
                     callback(done, speed | values)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from diffult.data.class_names import MOST_SAMPLES
 from diffult.diffusion.samplers import SAMPLERS, SPACINGS, SigmaRange
 from diffult.errors import one_of
 from diffult.longtail.filter import FILTERS
@@ -17,12 +18,14 @@ SamplerName = Annotated[str, AfterValidator(partial(one_of, SAMPLERS))]
 SpacingName = Annotated[str, AfterValidator(partial(one_of, SPACINGS))]
 FilterName = Annotated[str, AfterValidator(partial(one_of, FILTERS))]
 
+LARGEST_BATCH = 10**6
+
 
 class GenerateConfig(StrictModel):
     """How many samples, and how they are drawn and judged."""
 
-    balance_to: int = Field(ge=0)  # N_t: a class with fewer real images is filled up to so many
-    dose: float = Field(1.0, gt=0)  # times the samples that a class lacks
+    balance_to: int = Field(ge=0, le=MOST_SAMPLES)  # N_t: a class with fewer real images is filled up to so many
+    dose: float = Field(1.0, gt=0, le=1000)  # times the samples that a class lacks
     sampler: SamplerName = "ddpm"
     steps: int = Field(1000, ge=1)
     eta: float = Field(0.0, ge=0, le=1)  # ddim alone
@@ -40,10 +43,10 @@ class GenerateConfig(StrictModel):
     # diffult.generation.starts.
     start: Literal["noise", "other_classes"] = "noise"
     guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=LARGEST_BATCH)
     # What is dropped: see diffult.longtail.filter.
     filter: FilterName = "distance"
-    max_draws: float = Field(10.0, ge=1)  # candidates drawn for each sample needed, at the most
+    max_draws: float = Field(10.0, ge=1, le=1e6)  # candidates drawn for each sample needed, at the most
 
     @model_validator(mode="after")
     def _noise_falls(self) -> Self:

@@ -103,9 +103,7 @@ class ShardStore:
             self._clean()
 
     def _clean(self) -> None:
-        """Removes what a killed process left."""
-        for orphan in self.folder.glob(".*.tmp"):
-            orphan.unlink()
+        """Removes what an interrupted attempt left of its last steps."""
         if self.finished:
             self._remove_shards()
         else:

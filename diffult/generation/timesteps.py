@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffult.diffusion.samplers import SigmaRange, sigma_grid
 from diffult.diffusion.timestep_search import search_timesteps
 from diffult.engine.distributed import ALONE, World
+from diffult.errors import UserError
 from diffult.generation.levels import HistogramMatching, match
 from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
@@ -124,8 +125,12 @@ def _features(
 def read_trials(file: Path, key: str) -> Distances:
     """What `search` wrote to the file with this key, else nothing."""
     content = read_json(file) if file.exists() else {}
-    trials = content["trials"] if content.get("key") == key else []
-    return {tuple(trial["timesteps"]): trial["distance"] for trial in trials}
+    if content.get("key") != key:
+        return {}
+    try:
+        return {tuple(map(int, trial["timesteps"])): float(trial["distance"]) for trial in content["trials"]}
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{file}: damaged; delete it to search again") from None
 
 
 def _write(file: Path, key: str, distances: Distances) -> None:

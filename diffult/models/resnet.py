@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffult.errors import UserError, nearest
 from diffult.models.heads import HEADS, ExpertTrunk
-from diffult.runs.files import load_tensors, save_tensors
+from diffult.runs.files import as_weights, load_tensors, save_tensors
 
 
 class Classifier(nn.Module):
@@ -88,9 +88,10 @@ def save_classifier(file: Path, model: Classifier, name: str, channels: int, ima
 def load_classifier(file: Path, device: torch.device) -> Classifier:
     """The classifier of `save_classifier`, in evaluation mode; UserError if the file is missing or damaged."""
     weights, info = load_tensors(file)
-    num_classes, channels, image_size = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
-    model = build_classifier(info["network"], num_classes, channels, image_size, info["heads"])
-    model.load_state_dict(weights)
+    with as_weights(file):
+        num_classes, channels, image_size = (int(info[key]) for key in ("num_classes", "channels", "image_size"))
+        model = build_classifier(info["network"], num_classes, channels, image_size, info["heads"])
+        model.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -21,7 +21,7 @@ from diffult.errors import UserError
 from diffult.models.config import UNetConfig
 from diffult.models.dropout import Dropout
 from diffult.models.norm import GroupNorm
-from diffult.runs.files import load_tensors, save_tensors
+from diffult.runs.files import as_weights, load_tensors, save_tensors
 from kernels.attention import attention
 
 Resample = Literal["", "down", "up"]
@@ -147,9 +147,10 @@ def save_unet(file: Path, weights: Mapping[str, Tensor], config: Config, num_cla
 def load_unet(file: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> UNet:
     """The UNet of `save_unet` in evaluation mode, computing in `dtype`; UserError if the file is missing or damaged."""
     weights, info = load_tensors(file)
-    sizes = (int(info[key]) for key in ("image_size", "channels", "num_classes"))
-    model = UNet(UNetConfig.model_validate_json(info["unet"]), *sizes)
-    model.load_state_dict(weights)
+    with as_weights(file):
+        sizes = (int(info[key]) for key in ("image_size", "channels", "num_classes"))
+        model = UNet(UNetConfig.model_validate_json(info["unet"]), *sizes)
+        model.load_state_dict(weights)
     return model.eval().requires_grad_(False).to(device, dtype)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,42 +21,80 @@ from diffult.errors import DamagedError, UserError
 
 _UMASK = os.umask(0)  # which can be read only by setting it, for all threads: so once, here
 os.umask(_UMASK)
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_DEPTH = 3  # of the folders of exported images
+_CHECKSUM = "crc32"  # in the metadata of safetensors
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, on disk and renamed to it when the block ends well, removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fchmod(written.fileno(), 0o666 & ~_UMASK)  # safetensors writes 0600
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (temporary, str(temporary)):  # a name that the user has never seen
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_path(path: Path) -> Path:
+    """The name, beside `path`, that it has until it is whole; what a killed process left is removed when the folder, or
+    one above it, is locked."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder, created where it is missing, for this process; the system releases it however the process ends.
+    """Locks a folder, created where it is missing, for this process, and removes what killed ones left half written
+    there; the system releases it however the process ends.
 
     Raises:
         UserError: another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
+    with _open_lock(folder / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process writes to it; wait for it, or stop it") from None
+        _remove_temporaries(folder, _DEPTH)
         yield
 
 
+def _open_lock(file: Path) -> IO[Any]:
+    try:
+        return file.open("ab")
+    except PermissionError:
+        if not file.exists():
+            raise
+        return file.open("rb")  # of someone else who shares the folder
+
+
+def _remove_temporaries(folder: Path, depth: int) -> None:
+    """In the folder and those below, except where another lock may be held."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):  # someone else's
+                below = entry.is_dir(follow_symlinks=False)
+                if _TEMPORARY.fullmatch(entry.name):
+                    shutil.rmtree(entry.path) if below else os.unlink(entry.path)
+                elif below and depth and not os.path.exists(os.path.join(entry.path, ".lock")):
+                    _remove_temporaries(Path(entry.path), depth - 1)
+
+
 def write_text(path: Path, text: str) -> None:
+    """As UTF-8. What that cannot hold, a byte of a file's name that is no text, is written as an escape."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -64,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError where the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged; delete it to run its stage again")
@@ -72,33 +113,67 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes safetensors with text metadata. Raises UserError where the disk is full or the system refuses."""
+    """Writes safetensors with text metadata and a checksum of both. Raises UserError where the disk is full or the
+    system refuses."""
+    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with atomic_write(path) as temporary:
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+            save_file(whole, temporary, {**metadata, _CHECKSUM: _checksum(whole, metadata)})
         except SafetensorError as error:
             raise UserError(f"{path}: cannot be written ({error}); choose another place or make room") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file. Raises UserError if it is missing, DamagedError if it is no such
-    file or truncated."""
+    file, truncated, or not as it was written, OSError if it cannot be read."""
     try:
+        _check_readable(path)
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            about = dict(file.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run the stage that writes it first") from None
     except SafetensorError as error:
         raise DamagedError(f"{path}: damaged ({error}); delete it to run its stage again") from None
+    written = about.pop(_CHECKSUM, None)
+    if written is not None and written != _checksum(tensors, about):
+        raise DamagedError(f"{path}: damaged (not as it was written); delete it to run its stage again")
+    return tensors, about
+
+
+def _check_readable(path: Path) -> None:
+    """Raises the system's own error: safetensors reports any of them as a file that is not there."""
+    path.open("rb").close()
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    value = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # of one value the stride may be anything
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors; empty if it is damaged."""
+    """The metadata of a safetensors file, without its tensors; empty if it is missing or damaged. Raises OSError if it
+    cannot be read."""
     try:
+        _check_readable(path)
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, FileNotFoundError):
         return {}
+
+
+@contextmanager
+def as_weights(path: Path) -> Iterator[None]:
+    """Where a network is made of a safetensors file: raises DamagedError if it holds no such network."""
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise DamagedError(f"{path}: not the weights of this network ({reason}); delete it to train again") from None
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -116,9 +191,14 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, data alone (weights_only). Raises UserError if the file is truncated or holds code."""
+    """What `save_state` wrote, data alone (weights_only). Raises UserError if the file is truncated or holds code,
+    OSError if it cannot be read."""
+    _check_readable(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("not the state of a training")
+        return state
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to restart this stage") from None

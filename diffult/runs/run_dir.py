@@ -28,7 +28,8 @@ from diffult.errors import UserError
 from diffult.longtail.methods import find_method
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
-from diffult.runs.files import lock_folder, read_json, write_json, write_text
+from diffult.runs.files import lock_folder, read_json, temporary_path, write_json, write_text
+from diffult.runs.records import check_stage
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ class RunDir:
         record = read_json(file)
         if record.get("hash") != self.hash(stage):
             return None
+        check_stage(stage, record, file)
         if gone := [name for name in record["files"] if not (self.folder(stage) / name).exists()]:
             log.warning("%s: %s is gone, the stage is not finished", self.folder(stage), gone[0])
             return None
@@ -232,8 +234,6 @@ class RunDir:
         write_json(started, {"hash": now})
 
     def _work(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        for orphan in self.folder(stage).rglob(".*.tmp"):  # what a killed attempt was writing
-            orphan.unlink()
         log.info("%s: started", stage)
         begun = time.perf_counter()
         record: dict[str, Any] = {"hash": self.hash(stage), "packed": (self.done("pack") or {}).get("fingerprint")}
@@ -256,9 +256,9 @@ class RunDir:
             raise UserError(f"--from {other.path}: its images may not be those of this run ({change})")
         for stage in STAGES[: STAGES.index("classifier")]:
             if self.done(stage) is None and other.done(stage) is not None and other.hash(stage) == self.hash(stage):
-                copy, folder = self.path / f".{stage}.tmp", self.folder(stage)
+                folder = self.folder(stage)
+                copy = temporary_path(folder)
                 with self.lock():
-                    shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(other.folder(stage), copy, copy_function=_link)
                     shutil.rmtree(folder, ignore_errors=True)
                     copy.rename(folder)  # whole or not at all

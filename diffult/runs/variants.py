@@ -13,7 +13,7 @@ from diffult.config import Config, differences, load_preset
 from diffult.errors import UserError
 from diffult.longtail.methods import in_waves
 from diffult.longtail.rows import Row
-from diffult.runs.files import read_json
+from diffult.runs.records import read_metrics
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, digest, reads
 
@@ -44,8 +44,7 @@ class Variant:
     def metrics(self) -> dict[str, Any] | None:
         """The content of metrics.json; None if the run is not evaluated with the present settings."""
         file, run = self.path / "metrics.json", RunDir(self.path, self.config)
-        metrics = read_json(file) if file.exists() else {}
-        return metrics if metrics.get("hash") == run.hash("evaluate") else None
+        return read_metrics(file, run.hash("evaluate"), self.config.classifier.methods)
 
     @property
     def command(self) -> list[str]:

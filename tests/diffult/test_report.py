@@ -215,12 +215,13 @@ def test_times() -> None:
 @pytest.fixture
 def finished_run(tmp_path: Path) -> RunDir:
     """A run whose tail was filled up to five images with flat grey ones."""
-    run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5"])
+    run = RunDir.open(tmp_path / "run", "digits-lt", ["generate.balance_to=5", "classifier.methods=['ce', 'diffult']"])
     pack(run)
     quotas = quotas_to(5, run.packed().counts)
     labels = np.repeat(np.arange(10), quotas)
     indices = np.concatenate([np.arange(quota) for quota in quotas])
-    with run.stage("generate"):
+    with run.stage("generate") as record:
+        record["generation"] = example_metrics(run.config)["generation"]
         images = np.full((len(labels), 8, 8, 1), 77, np.uint8)
         file = run.folder("generate") / "synthetic.beton"
         write(file, images, labels=labels, synthetic=np.ones_like(labels), index=indices)

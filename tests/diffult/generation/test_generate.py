@@ -13,9 +13,10 @@ import torch
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
+from diffult.data.class_names import ClassNames
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.generate import command, open_sampler, open_store, parse_classes, read_counts
+from diffult.generate import command, open_sampler, open_store, read_counts
 from diffult.generation import shards
 from diffult.generation.candidates import CandidateBatch
 from diffult.generation.fill import fill
@@ -237,10 +238,7 @@ def test_counts_come_from_a_file(tiny_run, tmp_path, capsys):
     (tmp_path / "counts.txt").write_text("3 2\n\n7 1\n")
     command(run=tiny_run.path, fast=True, steps=2, counts_file=tmp_path / "counts.txt", out=tmp_path / "out")
     assert json.loads(capsys.readouterr().out)["accepted"] == 3
-    assert read_counts(tmp_path / "counts.txt", CLASSES).tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
-    named = tmp_path / "named.txt"
-    named.write_text("polar bear 4\nseal\t 2\n")
-    assert read_counts(named, ("seal", "polar bear")).tolist() == [2, 4]
+    assert read_counts(tmp_path / "counts.txt", ClassNames(CLASSES)).tolist() == [0, 0, 0, 2, 0, 0, 0, 1, 0, 0]
 
 
 def test_a_setting_changed_here_redoes_the_stage(tiny_run, tmp_path, capsys):
@@ -250,16 +248,6 @@ def test_a_setting_changed_here_redoes_the_stage(tiny_run, tmp_path, capsys):
     changed = RunDir.open(run.path)
     assert changed.config.generate.steps == 1 and changed.done("generate") and not run.done("generate")
     assert not (run.path / "generated").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("3", "line 1: expected a class and a count"), ("3 1\n10 2", "line 2: .*10 2"), ("3 1\n3 1", "named twice")],
-)
-def test_bad_counts_are_told_with_their_line(tmp_path, text, message):
-    (tmp_path / "counts.txt").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_counts(tmp_path / "counts.txt", CLASSES)
 
 
 def test_three_processes_keep_what_one_keeps(tiny_run, tmp_path):
@@ -295,19 +283,6 @@ def test_a_sample_is_found_in_the_shards_of_every_process(tmp_path):
     stores[0].finish(quota)
     names, images = kept(tmp_path)
     assert names == [(0, i) for i in range(9)] and images[:, 0, 0, 0].tolist() == list(range(0, 90, 10))
-
-
-def test_parse_classes():
-    assert parse_classes("3,7-9", 10) == [3, 7, 8, 9]
-    for bad, message in (
-        ("x", "expected numbers"),
-        ("3-", "expected"),
-        ("10", "no class 10"),
-        ("0-999999999999", "no class 999999999999"),  # nothing of that length is made
-        ("5-3", "expected"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse_classes(bad, 10)
 
 
 @pytest.mark.parametrize(
