@@ -7,6 +7,7 @@ are searched first (generate.search), timesteps.json; where pixel levels are mat
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -164,11 +165,11 @@ def read_counts(file: Path, names: ClassNames) -> np.ndarray:
     Raises:
         UserError: a line of another form, an unknown class, or one named twice.
     """
-    # surrogateescape: the name of a class need not be UTF-8, and is found by the bytes that it is
-    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    if "\0" in text:
-        raise UserError(f"--counts {file}: is not UTF-8 text (UTF-16?); save it as UTF-8")
+    content = file.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
+        # surrogateescape: the name of a class need not be UTF-8, and is found by the bytes that it is
+        text = content.decode("utf-16") if marked else content.decode("utf-8-sig", "surrogateescape")
         return names.counts(text)
     except ValueError as error:
         raise UserError(f"--counts {file}: {error}") from None

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from diffult.errors import shown
+
 _LARGEST = 2**63  # what numpy and torch count up to
 
 
@@ -19,7 +21,7 @@ class StrictModel(BaseModel):
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if kind in (int, float, int | None, float | None) and type(value) in (bool, str):
-            raise ValueError(f"expected a number, got {value!r}")
+            raise ValueError(f"expected a number, got {shown(value)}")
         for part in value if isinstance(value, list | tuple) else [value]:
             _check(part)
         return value

@@ -13,6 +13,7 @@ from diffult.errors import nearest, shown
 
 _DIGITS = "0123456789"
 _COMMENT = re.compile(r"\s#.*")
+_TITLE = re.compile(r"\W{0,3}(class|label|name)\w{0,9}\W{1,9}(count|number|samples|images|n)\W{0,3}", re.IGNORECASE)
 MOST_SAMPLES = 10**9  # of a class
 
 
@@ -68,7 +69,8 @@ class ClassNames:
 
     def counts(self, text: str) -> np.ndarray:
         """Lines of a class and a count, a space, tab, comma or semicolon between them, as int64 [num_classes]; 0 for a
-        class that is not there. What follows # is a comment, unless a class is named so.
+        class that is not there. What follows # is a comment, unless a class is named so; a line `class,count` is a
+        title.
 
         Raises:
             ValueError: a line, with its number, of another form, of no class or of one named before; or no line.
@@ -90,8 +92,10 @@ class ClassNames:
         """Label and count; None where the line has none."""
         if not line or (line.startswith("#") and not line.startswith(self._hashes)):
             return None
-        whole, bare = _split(line), _split(_COMMENT.sub("", line))
-        name, count = whole if whole and whole[0] in self._labels else bare or ("", "")
+        if _TITLE.fullmatch(line):
+            return None
+        readings = [*_readings(line), *_readings(_COMMENT.sub("", line))]
+        name, count = next((one for one in readings if one[0] in self._labels), readings[-1] if readings else ("", ""))
         if not name or (len(count) > 1 and count[0] == "0"):  # 1,000 is not class 1
             raise ValueError(f"expected a class and a count, such as '3 500', got {shown(line)}")
         if len(count) > 10 or int(count) > MOST_SAMPLES:
@@ -101,13 +105,12 @@ class ClassNames:
         return self.label(name), int(count)
 
 
-def _split(line: str) -> tuple[str, str] | None:
-    """The class and the digits after it."""
+def _readings(line: str) -> list[tuple[str, str]]:
+    """The class, which may itself end in a comma, and the digits after it."""
     head = line.rstrip(_DIGITS)
-    name = head.rstrip()
-    if name.endswith((",", ";")):
-        name = name[:-1].rstrip()
-    return (name, line[len(head) :]) if name != head and len(head) < len(line) else None
+    name, count = head.rstrip(), line[len(head) :]
+    shorter = name[:-1].rstrip() if name.endswith((",", ";")) else name
+    return [(name, count), (shorter, count)] if count and shorter != head else []
 
 
 def _is_number(name: str) -> bool:

@@ -31,9 +31,11 @@ from ffcv_writers import ImageSet, open_set, write
 
 log = logging.getLogger(__name__)
 
-# A shard is written when its images have so many bytes, or the last one is older than so many seconds and than this
-# share of the time so far: small batches share a shard, and a long run has about a hundred.
+# A shard is written when its images have so many bytes and this share of those so far, or the last one is older than
+# so many seconds and than this share of the time so far: small batches share a shard, and any run has some hundred.
 SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
+LARGEST = 16  # times SHARD_BYTES, in memory at once
+_COLUMNS = ("labels", "indices", "distance", "verdict", "passed", "images")
 
 
 _ELSEWHERE = {"batch_size", "balance_to", "dose", "match_histogram"}  # in the quotas and the weights, or nowhere
@@ -77,8 +79,17 @@ def open_kept(folder: Path) -> ImageSet | None:
     file = folder / "synthetic.beton"
     try:
         return open_set([file]) if file.exists() else None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _read(shard: Path) -> CandidateBatch:
+    """Raises DamagedError if the file holds no candidates."""
+    tensors, _ = load_tensors(shard)
+    rows = {tensors[name].shape for name in _COLUMNS[:-1]} if tensors.keys() == set(_COLUMNS) else set()
+    if len(rows) != 1 or tensors["images"].shape[:1] != (int(tensors["passed"].count_nonzero()),):
+        raise DamagedError(f"{shard}: holds no candidates")
+    return CandidateBatch(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 class ShardStore:
@@ -96,6 +107,7 @@ class ShardStore:
         self._candidates = folder / "candidates.safetensors"
         self._pending: list[CandidateBatch] = []
         self._opened = self._written = time.monotonic()
+        self._bytes = 0  # of the images in this attempt's shards
         refuse_other(folder, manifest)
         if not (folder / "manifest.json").exists():
             write_json(folder / "manifest.json", manifest)
@@ -120,8 +132,9 @@ class ShardStore:
         """Takes a batch, which is written when the shard is large or old enough, or by `flush`."""
         self._pending.append(batch)
         now = time.monotonic()
-        due = now - self._written >= max(SHARD_SECONDS, SHARD_SHARE * (now - self._opened))
-        if due or sum(batch.images.nbytes for batch in self._pending) >= SHARD_BYTES:
+        old = now - self._written >= max(SHARD_SECONDS, SHARD_SHARE * (now - self._opened))
+        large = min(max(SHARD_BYTES, SHARD_SHARE * self._bytes), LARGEST * SHARD_BYTES)
+        if old or sum(batch.images.nbytes for batch in self._pending) >= large:
             self.flush()
 
     def flush(self) -> None:
@@ -131,23 +144,23 @@ class ShardStore:
             files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
             number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
             tensors = {
-                name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in pending]))
-                for name in ("labels", "indices", "distance", "verdict", "passed", "images")
+                name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in pending])) for name in _COLUMNS
             }
             save_tensors(self.folder / f"shard-{self.rank:03d}-{number:06d}.safetensors", tensors, {})
             self._written = time.monotonic()
+            self._bytes += tensors["images"].nbytes
 
     def shards(self) -> Iterator[tuple[Path, CandidateBatch]]:
         """Shards with their files in order, one in memory at a time. A damaged one is logged and set aside."""
         for file in sorted(self.folder.glob("shard-*.safetensors")):
             try:
-                tensors, _ = load_tensors(file)
+                shard = _read(file)
             except DamagedError:
                 aside = file.with_suffix(".damaged")
                 file.rename(aside)
                 log.warning("%s: damaged, set aside as %s; its samples are drawn again", file, aside.name)
                 continue
-            yield file, CandidateBatch(**{name: tensor.numpy() for name, tensor in tensors.items()})
+            yield file, shard
 
     def resume(self, quota: Quota) -> None:
         """Records the verdicts on all candidates on disk."""

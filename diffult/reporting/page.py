@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from diffult.reporting.text import counted, duration, number, signed, speed
+from diffult.reporting.text import counted, duration, number, readable, signed, speed
 
 
 @cache
@@ -16,6 +16,7 @@ def _environment() -> Environment:
         loader=PackageLoader("diffult.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: readable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from diffult.reporting.text import readable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -49,7 +51,7 @@ def draw(name: str, alt: str, plot: Callable[[Figure], None], height: float = 3.
         buffer = io.BytesIO()
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=empty, transparent=True)
-    return Markup(_inline(buffer.getvalue().decode(), alt))
+    return Markup(_inline(buffer.getvalue().decode(), readable(alt)))
 
 
 def side_by_side(*panels: Markup) -> Markup:
