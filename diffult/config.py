@@ -73,7 +73,7 @@ class TrainingConfig(StrictModel):
 class DiffusionConfig(StrictModel):
     """The diffusion model's process, loss and optimiser."""
 
-    timesteps: int = Field(1000, ge=2)
+    timesteps: int = Field(1000, ge=2, le=10**6)
     schedule: ScheduleName = "linear"
     prediction: Prediction = "epsilon"
     min_snr: float = Field(0.0, ge=0)  # gamma of the min-SNR weighting; 0: off

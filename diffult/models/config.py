@@ -15,11 +15,11 @@ class UNetConfig(StrictModel):
     Resolutions are in pixels of the feature map, that is after `patch`: a 28x28 image, patch 2, starts at 14.
     """
 
-    channels: Annotated[int, Field(ge=4, multiple_of=4)]
+    channels: Annotated[int, Field(ge=4, le=2**14, multiple_of=4)]
     """Width of the first level."""
-    multipliers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    multipliers: Annotated[tuple[Annotated[int, Field(ge=1, le=256)], ...], Field(min_length=1, max_length=16)]
     """Width of each level in units of `channels`; each level after the first halves the resolution."""
-    num_res_blocks: Annotated[int, Field(ge=1)]
+    num_res_blocks: Annotated[int, Field(ge=1, le=256)]
     """Residual blocks per level on the way down; the way up has one more."""
     attention_resolutions: tuple[int, ...]
     """Levels with self-attention after each block; the middle always has it."""
