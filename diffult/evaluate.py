@@ -20,7 +20,7 @@ from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import init_distributed
 from diffult.generation.shards import open_kept
 from diffult.longtail.classification import evaluation_loader, predict
-from diffult.longtail.copies import copy_shares, measure_copies, rows_at_a_time
+from diffult.longtail.copies import EXPECTED, copy_shares, measure_copies, rows_at_a_time
 from diffult.longtail.extractor import load_extractor
 from diffult.longtail.methods import find_method
 from diffult.longtail.metrics import COLUMNS, accuracies, class_accuracies, class_groups
@@ -126,14 +126,14 @@ def table(metrics: dict[str, Any]) -> str:
 
 def copies_line(copies: dict[str, Any]) -> str:
     """One line about the copies of metrics.json."""
-    if copies["share"] is None:
-        return "copies of training images: not known, without samples or with too few validation images to compare with"
     known = {name: share for name, share in copies["by_class"].items() if share is not None}
+    if copies["share"] is None or not known:
+        return "copies of training images: not known, without samples or with too few validation images to compare with"
     most = max(known, key=lambda name: known[name])
     return (
         f"copies of training images: {copies['share']:.1f} % of the synthetic images (class {most}: "
         f"{known[most]:.1f} %); "
-        f"{copies['expected']:.0f} % of new real images would count as such"
+        f"{100 * EXPECTED:.0f} % of new real images would count as such"
     )
 
 
