@@ -7,7 +7,6 @@ are searched first (generate.search), timesteps.json; where pixel levels are mat
 
 from __future__ import annotations
 
-import codecs
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from pydantic import ValidationError
 
 from diffult.cli import SetOption, main
 from diffult.config import refusal
-from diffult.data.class_names import MOST_SAMPLES, ClassNames
+from diffult.data.class_names import MOST_SAMPLES, ClassNames, parse_classes, read_counts
 from diffult.diffusion.samplers import SAMPLERS
 from diffult.engine.device import peak_flops
 from diffult.engine.distributed import ALONE, World, init_distributed
@@ -149,30 +148,6 @@ def _networks(run: RunDir) -> dict[str, Path]:
 
 
 # Options
-
-
-def parse_classes(text: str, names: ClassNames) -> list[int]:
-    """`cat,3,7-9` as sorted labels. Raises UserError if it is not of this form, or there is no such class."""
-    try:
-        return names.labels(text)
-    except ValueError as error:
-        raise UserError(f"--classes: {error}") from None
-
-
-def read_counts(file: Path, names: ClassNames) -> np.ndarray:
-    """Lines of a class and a count, int64 [num_classes]; 0 for a class that is not there.
-
-    Raises:
-        UserError: a line of another form, an unknown class, or one named twice.
-    """
-    content = file.read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        # surrogateescape: the name of a class need not be UTF-8, and is found by the bytes that it is
-        text = content.decode("utf-16") if marked else content.decode("utf-8-sig", "surrogateescape")
-        return names.counts(text)
-    except ValueError as error:
-        raise UserError(f"--counts {file}: {error}") from None
 
 
 def _quotas(

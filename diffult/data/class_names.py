@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from diffult.errors import nearest, shown
+from diffult.errors import UserError, nearest, shown
 
 _DIGITS = "0123456789"
 _COMMENT = re.compile(r"\s#.*")
@@ -103,6 +105,30 @@ class ClassNames:
         if name not in self._labels and len(name) > 1 and name[0] == name[-1] == '"':
             name = name[1:-1].replace('""', '"')
         return self.label(name), int(count)
+
+
+def parse_classes(text: str, names: ClassNames) -> list[int]:
+    """`cat,3,7-9` as sorted labels. Raises UserError if it is not of this form, or there is no such class."""
+    try:
+        return names.labels(text)
+    except ValueError as error:
+        raise UserError(f"--classes: {error}") from None
+
+
+def read_counts(file: Path, names: ClassNames) -> np.ndarray:
+    """Lines of a class and a count, int64 [num_classes]; 0 for a class that is not there.
+
+    Raises:
+        UserError: a line of another form, an unknown class, or one named twice.
+    """
+    content = file.read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        # surrogateescape: the name of a class need not be UTF-8, and is found by the bytes that it is
+        text = content.decode("utf-16") if marked else content.decode("utf-8-sig", "surrogateescape")
+        return names.counts(text)
+    except ValueError as error:
+        raise UserError(f"--counts {file}: {error}") from None
 
 
 def _readings(line: str) -> list[tuple[str, str]]:

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import mutated_bytes
 
-from diffult.data.class_names import MOST_SAMPLES, ClassNames
+from diffult.data.class_names import MOST_SAMPLES, ClassNames, parse_classes, read_counts
 from diffult.errors import UserError
-from diffult.generate import parse_classes, read_counts
 
 DIGITS = ClassNames(tuple("0123456789"))
 ANIMALS = ClassNames(("ant", "bee", "polar bear"))

@@ -13,10 +13,10 @@ import torch
 from torch._inductor.exc import InductorError
 
 from diffult import generate as verb
-from diffult.data.class_names import ClassNames
+from diffult.data.class_names import ClassNames, read_counts
 from diffult.engine.device import pick_device
 from diffult.errors import UserError
-from diffult.generate import command, open_sampler, open_store, read_counts
+from diffult.generate import command, open_sampler, open_store
 from diffult.generation import shards
 from diffult.generation.candidates import CandidateBatch
 from diffult.generation.fill import fill
