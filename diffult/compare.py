@@ -8,7 +8,6 @@ settings, by hard links. The same command resumes; with one more method it train
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import shlex
 from collections.abc import Iterable, Sequence
@@ -33,7 +32,7 @@ from diffult.longtail.rows import Row, ablation, parse_row, parse_rows
 from diffult.planning import DEFAULT_HOURS, plan_name, propose
 from diffult.reporting.comparison import render
 from diffult.runs.children import Children
-from diffult.runs.files import lock_folder, read_json, write_json, write_text
+from diffult.runs.files import lock_folder, read_json, read_lines, write_json, write_text
 from diffult.runs.run_dir import RunDir
 from diffult.runs.variants import Plan, Variant, plan
 from ffcv_writers import available_cores
@@ -132,7 +131,7 @@ def _training(variant: Variant, method: str) -> tuple[int, float]:
     start = find_method(method).start
     before, seconds = _training(variant, start) if start else (0, 0.0)
     file, steps = variant.path / "classifier" / f"{method}.metrics.jsonl", 0
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else ()):
+    for line in read_lines(file) if file.exists() else ():
         seconds += (line["step"] - steps) * variant.config.classifier.batch_size / line["images_per_s"]
         steps = line["step"]
     return before + steps, seconds
@@ -176,8 +175,9 @@ def _announce(plan: Plan, todo: Sequence[Variant], jobs: int, budget: dict[str, 
 def _left_out(out: Path, rows: Sequence[Row]) -> list[str]:
     """Rows of the comparison that is there already which the command does not name."""
     file = out / "comparison.json"
-    before = [row["name"] for row in read_json(file)["rows"]] if file.exists() else []
-    return [name for name in before if name not in {row.name for row in rows}]
+    before = read_json(file).get("rows") if file.exists() else []
+    names = [row.get("name") for row in before if isinstance(row, dict)] if isinstance(before, list) else []
+    return [str(name) for name in names if name not in {row.name for row in rows}]
 
 
 def _aligned(markdown: str) -> str:

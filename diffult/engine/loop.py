@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffult.engine.checkpoints import load_checkpoint, save_checkpoint
 from diffult.engine.device import seed_step
 from diffult.errors import UserError
-from diffult.runs.files import write_text
+from diffult.runs.files import read_lines, write_text
 
 Batch = TypeVar("Batch")
 Losses = dict[str, torch.Tensor]
@@ -174,10 +174,8 @@ def _resume(config: LoopConfig, parts: Mapping[str, Any]) -> tuple[int, float]:
     if start:
         log.info("%s: resuming at step %d of %d", config.title, start, config.steps)
     if config.writes and config.metrics is not None and config.metrics.exists():
-        whole = [
-            line for line in config.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-        ]
-        write_text(config.metrics, "".join(line for line in whole if json.loads(line)["step"] <= start))
+        readings = [reading for reading in read_lines(config.metrics) if reading["step"] <= start]
+        write_text(config.metrics, "".join(json.dumps(reading) + "\n" for reading in readings))
     return start, first
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import numpy as np
 
 from diffult.config import Config
 from diffult.reporting.pictures import Samples
-from diffult.runs.files import load_tensors
+from diffult.runs.files import load_tensors, read_lines
 
 Tensors = Mapping[str, np.ndarray]
 Curve = Sequence[Mapping[str, Any]]
@@ -75,15 +74,9 @@ def read_content(
         content.copies = copies
     files = {stage: folder / stage / "metrics.jsonl" for stage in ("extractor", "diffusion")}
     files |= {name: folder / "classifier" / f"{name}.metrics.jsonl" for name in content.methods}
-    content.trainings = {name: lines for name, file in files.items() if file.exists() and (lines := _lines(file))}
+    content.trainings = {name: lines for name, file in files.items() if file.exists() and (lines := read_lines(file))}
     return content
 
 
 def _tensors(file: Path) -> Tensors:
     return {name: tensor.numpy() for name, tensor in load_tensors(file)[0].items()} if file.exists() else {}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file: a killed training may leave a part of one."""
-    whole: Iterable[str] = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]

@@ -112,6 +112,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The readings of a training, a JSON object a line; a part of a line, which a killed training may leave, is left
+    out. Raises UserError where a line is anything else."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            reading = json.loads(line)
+            if not all(isinstance(value, int | float) for value in reading.values()):
+                raise TypeError("not a number")
+            lines.append({**reading, "step": int(reading["step"]), "images_per_s": float(reading["images_per_s"])})
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            raise UserError(f"{path}: line {number} is damaged; remove the line, or the file") from None
+    return lines
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Writes safetensors with text metadata and a checksum of both. Raises UserError where the disk is full or the
     system refuses."""

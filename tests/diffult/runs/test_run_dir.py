@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
+from diffult import evaluate, generate, report
 from diffult.config import load_preset
 from diffult.engine.distributed import World
 from diffult.errors import UserError
@@ -233,6 +234,46 @@ def test_after_pack_the_source_is_needed_no_more(on_folder):
     shutil.rmtree(source)
     run_pipeline(RunDir.open(run.path))
     assert (run.path / "report.html").exists()
+
+
+def test_classes_named_by_any_bytes_reach_the_report(tmp_path):
+    """Such as an archive made on an old system leaves them: no text in any encoding of this one."""
+    classes = tuple(os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe8", b"a\nb\x01"))
+    source = write_folder(tmp_path / "images", classes)
+    run = RunDir.open(tmp_path / "run", "digits-lt", [*TINY, *FOLDER, f"data.path={source}"])
+    run_pipeline(run)
+    assert run.packed().classes == tuple(sorted(classes))
+    page = (run.path / "report.html").read_bytes().decode("utf-8")
+    assert r"caf\udce9" in page and r"caf\udce8" in page
+
+
+@pytest.fixture
+def read_only(tiny_run, tmp_path):
+    """The tiny run on a read-only file system, which stops even root."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    mount = ["mount", "--bind", "-o", "ro", str(tiny_run.path), str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_finished_run_that_cannot_be_written_to_is_drawn_from_and_reported(read_only, tmp_path, capsys):
+    with pytest.raises(OSError, match="Read-only file system"):
+        (read_only / "file").touch()
+    generate.command(run=read_only, fast=True, steps=2, per_class=1, out=tmp_path / "drawn")
+    assert json.loads(capsys.readouterr().out)["accepted"] == 10
+    report.command(read_only, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    evaluate.command(read_only)
+    assert "DiffuLT" in capsys.readouterr().out
+    run_pipeline(RunDir.open(read_only), "evaluate")  # every stage is finished
+    with pytest.raises(OSError, match="Read-only file system"):
+        generate.command(run=read_only, fast=True, steps=2, per_class=1)
+    new = RunDir.open(tmp_path / "new", "digits-lt", TINY)
+    new.share(RunDir.open(read_only))
+    assert list(written(new)) == ["pack", "extractor", "diffusion", "generate"]
 
 
 def test_a_source_that_changed_after_pack_is_logged_and_the_packed_images_are_used(on_folder, caplog):

@@ -30,6 +30,7 @@ from diffult.runs.files import (
     lock_folder,
     metadata,
     read_json,
+    read_lines,
     save_tensors,
     temporary_path,
     write_json,
@@ -319,6 +320,26 @@ def test_tried_timesteps_are_read_or_refused_in_a_line(tmp_path: Path, data: st.
     else:
         assert all(isinstance(t, int) for timesteps in read for t in timesteps)
         assert all(isinstance(distance, float) for distance in read.values())
+
+
+READINGS = [{"step": 50 * n, "images_per_s": 99.5, "loss": 1 / n, "held_out_loss": float("nan")} for n in (1, 2, 3)]
+
+
+@given(mutated_bytes("".join(json.dumps(reading) + "\n" for reading in READINGS).encode()))
+def test_readings_of_a_training_are_read_or_refused_in_a_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    try:
+        readings = read_lines(tmp_path / "metrics.jsonl")
+    except UserError as error:
+        assert in_a_line(error) and "line " in str(error)
+    else:
+        assert all(isinstance(value, int | float) for reading in readings for value in reading.values())
+        assert all(reading.keys() >= {"step", "images_per_s"} for reading in readings)
+
+
+def test_a_part_of_a_reading_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 50, "images_per_s": 9.5, "loss": 0.5}\n{"step": 100, "im')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 50, "images_per_s": 9.5, "loss": 0.5}]
 
 
 def test_copies_are_told_where_only_some_classes_have_samples() -> None:
