@@ -18,7 +18,7 @@ SamplerName = Annotated[str, AfterValidator(partial(one_of, SAMPLERS))]
 SpacingName = Annotated[str, AfterValidator(partial(one_of, SPACINGS))]
 FilterName = Annotated[str, AfterValidator(partial(one_of, FILTERS))]
 
-LARGEST_BATCH = 10**6
+LARGEST_BATCH = 2**16
 
 
 class GenerateConfig(StrictModel):
@@ -42,7 +42,7 @@ class GenerateConfig(StrictModel):
     # What is denoised: noise alone, or a training image of another class with the first timestep's noise. See
     # diffult.generation.starts.
     start: Literal["noise", "other_classes"] = "noise"
-    guidance: float = Field(0.0, ge=0)  # w in eps + w (eps - eps_unconditional); 0: off
+    guidance: float = Field(0.0, ge=0, le=1000)  # w in eps + w (eps - eps_unconditional); 0: off
     batch_size: int = Field(64, ge=1, le=LARGEST_BATCH)
     # What is dropped: see diffult.longtail.filter.
     filter: FilterName = "distance"

@@ -29,6 +29,8 @@ _CHECKSUM = "crc32"  # in the metadata of safetensors
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, on disk and renamed to it when the block ends well, removed when it does not."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # root could put a file in the place of /dev/null
+        raise UserError(f"{path}: is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:

@@ -97,6 +97,13 @@ def test_a_file_that_cannot_be_written_is_called_by_its_name(tmp_path: Path) -> 
     assert caught.value.filename == str(tmp_path / "full" / "folder")
 
 
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is a device or a pipe"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo() and [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_lock_of_someone_else_serves_who_may_only_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with lock_folder(tmp_path):
         pass
