@@ -187,7 +187,8 @@ class ShardStore:
     def _table(self) -> dict[str, torch.Tensor]:
         """Of every candidate on disk, in the order (class, index)."""
         names = ("labels", "indices", "distance", "verdict")
-        columns = [[getattr(shard, name) for name in names] for _, shard in self.shards()]
+        # Copies: a view would keep the whole shard in memory.
+        columns = [[getattr(shard, name).copy() for name in names] for _, shard in self.shards()]
         if not columns:
             return {name: torch.empty(0) for name in names}
         table = dict(zip(names, map(np.concatenate, zip(*columns, strict=True)), strict=True))
