@@ -96,7 +96,11 @@ def test_override_and_differences():
         ("digits-lt", ["diffusion.steps"], r"expected section.key=value"),
         ("digits-lt", ["generate.steps=5000"], r"generate.steps = 5000 exceeds"),
         ("digits-lt", ["generate.sigma_max=0.001"], r"generate: sigma_min = 0.05 is not below sigma_max = 0.001"),
-        ("digits-lt", ["generate.timesteps=[9, 5]", "generate.steps=10"], r"generate: 2 timesteps, but steps = 10: set steps to 2, or"),
+        (
+            "digits-lt",
+            ["generate.timesteps=[9, 5]", "generate.steps=10"],
+            r"generate: 2 timesteps, but steps = 10: set steps to 2, or",
+        ),
         ("digits-lt", ["generate.timesteps=[9, 9]", "generate.steps=2"], r"timesteps = \[9, 9\] do not fall"),
         ("digits-lt", ["generate.timesteps=[9, -1]", "generate.steps=2"], r"\[9, -1\] do not fall, or not to 0"),
         ("digits-lt", ["generate.timesteps=[1000, 9]", "generate.steps=2"], r"1000 is not below diffusion.timesteps"),
