@@ -29,7 +29,8 @@ from diffult.longtail.methods import find_method
 from diffult.models.resnet import load_classifier
 from diffult.reporting.accuracy import ranked
 from diffult.reporting.text import readable
-from diffult.runs.files import atomic_write, read_json
+from diffult.runs.files import atomic_write
+from diffult.runs.records import read_metrics
 from diffult.runs.run_dir import RunDir
 from ffcv_writers import CenterCrop, available_cores
 from ffcv_writers.readers.folder import images_below, in_words
@@ -85,16 +86,13 @@ def choose_method(run: RunDir, given: str | None = None) -> str:
             raise UserError(f"--method: {error}") from None
     if len(methods) == 1:
         return methods[0]
-    metrics = read_json(file) if file.exists() else {}
-    if metrics.get("hash") != run.hash("evaluate"):
+    metrics = read_metrics(file, run.hash("evaluate"), methods)
+    if metrics is None:
         raise UserError(
             f"{file}: no accuracies of the present settings to choose a classifier by; give --method, one of "
             f"{', '.join(methods)}, or run python -m diffult.evaluate --run {run.path}"
         )
-    try:
-        return ranked(metrics, methods)[0]
-    except (KeyError, TypeError):
-        raise UserError(f"{file}: damaged; give --method, or delete it and run diffult.evaluate again") from None
+    return ranked(metrics, methods)[0]
 
 
 def predict_files(run: RunDir, method: str, files: Sequence[Path]) -> Iterator[Prediction]:
