@@ -34,6 +34,7 @@ TINY = [
     "generate.batch_size=8",
     "generate.max_draws=3",
     "generate.filter=distance",  # a hardly trained extractor sees no classes in hardly trained samples
+    "generate.start=noise",
     "generate.match_histogram=false",  # samples are as the networks draw them
     "classifier.steps=8",
     "classifier.methods=['ce', 'diffult']",
