@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import on_device, tile, use_triton
-from kernels.group_norm_silu_cpu import backward, forward, use_cpp
+from kernels.group_norm_silu_cpu import backward, forward, is_for_cpp, use_cpp
 
 NAME = "group_norm_silu"
 _ELEMENTS = 16 * 1024  # of the largest tile that registers hold whole
@@ -320,7 +320,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y as x, channels-last; mean and rstd, float32 [B, C], each group's for each of its channels."""
     x = x.contiguous(memory_format=torch.channels_last)  # a copy only where the caller's layout is another
-    if use_cpp(x):
+    if is_for_cpp(x):
         return forward(x, _outputs(x), groups, (weight, bias, scale, shift), silu, eps)
     (y, mean, rstd), t = _outputs(x), _tiling(x, groups, _key(x), tensors=1)
     _launch(_forward_kernel, t, silu, (x, y, mean, rstd, eps), weight, bias, scale, shift)
@@ -335,7 +335,7 @@ def _backward(
     """dx as x, channels-last; P and Q, float32 [B, C]."""
     # Compilers may hand a contiguous gradient to a channels-last operation.
     dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
-    if use_cpp(x):
+    if is_for_cpp(x):
         return backward(dy, x, _outputs(x), (mean, rstd), groups, (weight, bias, scale, shift), silu)
     dx, p, q = _outputs(x)
     t = _tiling(x, groups, f"{_key(x)}-backward", tensors=2)

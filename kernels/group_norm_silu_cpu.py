@@ -26,6 +26,11 @@ def use_cpp(x: Tensor) -> bool:
     return x.dtype in _TYPES and cpp_refusal(x.device) is None
 
 
+def is_for_cpp(x: Tensor) -> bool:
+    """The same within the operator, where Triton is the only other choice: compiled graphs keep what was chosen."""
+    return x.device.type == "cpu" and dispatch.mode() != "triton"
+
+
 @torch.compiler.assume_constant_result  # a compiled graph holds the choice
 def cpp_refusal(device: torch.device | str) -> str | None:
     """Why C++ does not serve on this device in the present mode, or None where it does. The first call compiles, which
