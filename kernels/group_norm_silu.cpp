@@ -128,7 +128,8 @@ void backward(const T *all_dy, const T *all_x, T *all_dx, float *all_p, float *a
   const int64_t N = shape.pixels, C = shape.channels, width = C / shape.groups;
 #pragma omp parallel
   {
-    std::vector<float> room((4 + N) * C);
+    thread_local std::vector<float> room;  // kept: new memory would cost as much as a pass
+    room.resize((4 + N) * C);
     float *gain = room.data(), *offset = gain + C, *mean_p = gain + 2 * C, *mean_q = gain + 3 * C, *dz = gain + 4 * C;
 #pragma omp for schedule(dynamic)
     for (int64_t sample = 0; sample < shape.batch; sample++) {
