@@ -57,6 +57,10 @@ struct Affine {
   }
 };
 
+struct alignas(64) CacheLine {
+  float values[16];
+};
+
 #define EACH_CHANNEL _Pragma("GCC ivdep") for (int64_t c = 0; c < C; c++)
 
 // body(rows, first element, channel) for all pixels, four at a time: what belongs to a channel is loaded once for them.
@@ -102,8 +106,8 @@ void forward(const T *all_x, T *all_y, float *means, float *rstds, Affine affine
   const int64_t N = shape.pixels, C = shape.channels;
 #pragma omp parallel
   {
-    std::vector<float> room(4 * C);
-    float *sum = room.data(), *square = sum + C, *gain = sum + 2 * C, *offset = sum + 3 * C;
+    std::vector<CacheLine> room(C / 4 + 1);
+    float *sum = room[0].values, *square = sum + C, *gain = sum + 2 * C, *offset = sum + 3 * C;
 #pragma omp for schedule(dynamic)
     for (int64_t sample = 0; sample < shape.batch; sample++) {
       const T *x = all_x + sample * N * C;
@@ -128,9 +132,9 @@ void backward(const T *all_dy, const T *all_x, T *all_dx, float *all_p, float *a
   const int64_t N = shape.pixels, C = shape.channels, width = C / shape.groups;
 #pragma omp parallel
   {
-    thread_local std::vector<float> room;  // kept: new memory would cost as much as a pass
-    room.resize((4 + N) * C);
-    float *gain = room.data(), *offset = gain + C, *mean_p = gain + 2 * C, *mean_q = gain + 3 * C, *dz = gain + 4 * C;
+    thread_local std::vector<CacheLine> room;  // kept: new memory would cost as much as a pass
+    room.resize((4 + N) * C / 16 + 1);
+    float *gain = room[0].values, *offset = gain + C, *mean_p = gain + 2 * C, *mean_q = gain + 3 * C, *dz = gain + 4 * C;
 #pragma omp for schedule(dynamic)
     for (int64_t sample = 0; sample < shape.batch; sample++) {
       const T *dy = all_dy + sample * N * C, *x = all_x + sample * N * C;
