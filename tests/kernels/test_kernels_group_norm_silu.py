@@ -210,6 +210,15 @@ def test_default_tiles(device: torch.device, channels: int, groups: int, size: i
     check(inputs(device, (1, channels, size, size), torch.bfloat16), groups, True)
 
 
+def test_what_is_no_number_stays_none(device: torch.device) -> None:
+    tensors = inputs(device, (2, 24, 5, 6), torch.bfloat16)
+    with torch.no_grad():
+        tensors[0][0, 3, 2, 1], tensors[0][1, 5, 0, 0] = float("nan"), float("inf")
+    for out in results(ours, tensors, 6, True, torch.ones_like(tensors[0]))[:2]:
+        groups = out.reshape(2, 6, -1).isfinite()
+        assert groups.all(2).eq(groups.any(2)).all() and (~groups.all(2)).nonzero().tolist() == [[0, 0], [1, 1]]
+
+
 def test_a_large_batch(device: torch.device) -> None:
     check(inputs(device, (4096 if device.type == "cuda" else 50, 6, 1, 1), torch.float32), 1, True)
 
@@ -390,12 +399,8 @@ def test_the_table_can_send_a_shape_to_torch(triton_kernels: torch.device, monke
 
 def test_shapes_that_do_not_fit() -> None:
     x, weight, rows = torch.ones(2, 6, 3, 3), torch.ones(6), torch.ones(2, 6)
-    for arguments in (
-        (x[0], 2, weight, weight),
-        (x, 4, weight, weight),
-        (x, 2, weight[:3], weight),
-        (x, 2, weight, rows),
-    ):
+    wrong = [(x[0], 2, weight, weight), (x, 4, weight, weight), (x, 2, weight[:3], weight), (x, 2, weight, rows)]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="weight and bias"):
             group_norm_silu(*arguments)
     for scale, shift in ((rows, None), (None, rows), (rows, rows[:1]), (weight, weight)):
