@@ -3,7 +3,7 @@
 One switch: the environment variable DIFFULT_KERNELS, or `set_mode`.
 
     auto    Triton on CUDA cards of compute capability 8.0 and newer, the reference elsewhere and at the shapes
-            where the table says that PyTorch was measured faster (the default)
+            where the table says that PyTorch was measured faster; on a CPU C++ for group_norm_silu (the default)
     triton  Triton everywhere; on the CPU that needs TRITON_INTERPRET=1, as in the tests
     torch   the reference everywhere
 

@@ -18,7 +18,7 @@ of channels) of one sample, whose memory is [pixels, channels], in one of three 
                chunk's sums, a second merges them (Chan, Golub and LeVeque, 1983) and applies; everything is read twice
 
 Statistics are float32 sums of deviations from a tile's own mean, so a large mean does not cancel. Sums run in a fixed
-order, without atomics: the same bits on every run.
+order, without atomics: the same bits on every run. On a CPU group_norm_silu.cpp does the same, sample by sample.
 """
 
 # mypy: allow-untyped-defs
@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import on_device, tile, use_triton
+from kernels.group_norm_silu_cpu import backward, forward, is_for_cpp, use_cpp
 
 NAME = "group_norm_silu"
 _ELEMENTS = 16 * 1024  # of the largest tile that registers hold whole
@@ -45,14 +46,11 @@ def reference_group_norm_silu(
     silu: bool = True, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """The plain PyTorch version; arguments as in `group_norm_silu`, x in any floating type."""
-    # One cast up and one down: in bfloat16 the steps below take two to three times as long on a CPU.
     y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps=eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift[:, :, None, None].float(), y, 1 + scale[:, :, None, None].float())
-    if silu:
-        y = F.silu(y)
-    # CUDA's group_norm always returns NCHW; elsewhere nothing is copied here.
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    y = F.silu(y) if silu else y
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)  # a copy on CUDA, whose group_norm returns NCHW
 
 
 # ---- kernels. A tile is [ROWS, BLOCK]: some of a sample's N pixels by some of its C channels, the first WIDTH real.
@@ -322,8 +320,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y as x, channels-last; mean and rstd, float32 [B, C], each group's for each of its channels."""
     x = x.contiguous(memory_format=torch.channels_last)  # a copy only where the caller's layout is another
-    y, mean, rstd = _outputs(x)
-    t = _tiling(x, groups, _key(x), tensors=1)
+    if is_for_cpp(x):
+        return forward(x, _outputs(x), groups, (weight, bias, scale, shift), silu, eps)
+    (y, mean, rstd), t = _outputs(x), _tiling(x, groups, _key(x), tensors=1)
     _launch(_forward_kernel, t, silu, (x, y, mean, rstd, eps), weight, bias, scale, shift)
     return y, mean, rstd
 
@@ -336,6 +335,8 @@ def _backward(
     """dx as x, channels-last; P and Q, float32 [B, C]."""
     # Compilers may hand a contiguous gradient to a channels-last operation.
     dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
+    if is_for_cpp(x):
+        return backward(dy, x, _outputs(x), (mean, rstd), groups, (weight, bias, scale, shift), silu)
     dx, p, q = _outputs(x)
     t = _tiling(x, groups, f"{_key(x)}-backward", tensors=2)
     _launch(_backward_kernel, t, silu, (dy, x, dx, p, q, mean, rstd), weight, bias, scale, shift)
@@ -360,10 +361,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _gradients(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight, bias, scale, shift = ctx.saved_tensors
     dx, p, q = _backward(dy, x, mean, rstd, ctx.groups, weight, bias, scale, shift, ctx.silu)
-    dscale, dshift = None, None
+    dscale = dshift = None
     if scale is not None:
-        dscale = (weight.float() * p + bias.float() * q).to(scale.dtype)
-        dshift = q.to(shift.dtype)
+        dscale, dshift = (weight.float() * p + bias.float() * q).to(scale.dtype), q.to(shift.dtype)
         p, q = ((1 + scale.float()) * sums for sums in (p, q))
     return dx, None, p.sum(0).to(weight.dtype), q.sum(0).to(bias.dtype), dscale, dshift, None, None
 
@@ -390,11 +390,11 @@ def group_norm_silu(
     if x.ndim != 4 or x.shape[1] % groups or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(
             f"group_norm_silu: x must be [B, C, H, W] with C a multiple of {groups} groups, weight and bias [C], "
-            f"got {tuple(x.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
+            f"got {', '.join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))}"
         )
     rows = [tuple(tensor.shape) for tensor in (scale, shift) if tensor is not None]
     if rows and rows != 2 * [tuple(x.shape[:2])]:
         raise ValueError(f"group_norm_silu: scale and shift must be [B, C], both or neither, got {rows}")
-    if use_triton(NAME, _key(x), x.device):
+    if use_triton(NAME, _key(x), x.device) or use_cpp(x):
         return _forward(x, groups, weight, bias, scale, shift, silu, eps)[0]
     return reference_group_norm_silu(x, groups, weight, bias, scale, shift, silu, eps)

@@ -125,18 +125,29 @@ class Sampler:
             return
         begun = time.perf_counter()
         try:
-            labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
-            self._predict(normal(self.seed, labels, labels, 0, self.shape), self._grid[0], labels)
+            self._predict_once()
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if self.device.type == "cuda":
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: {reason}; it needs g++, leave the option out to run without") from None
+            raise UserError(f"--compile: {reason}; it needs g++; --no-compile runs without") from None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.compiled:
             log.info("network compiled in %.1f s", time.perf_counter() - begun)
         self._prepared = True
+
+    def _predict_once(self) -> None:
+        labels = torch.zeros(self.settings.batch_size, dtype=torch.int64, device=self.device)
+        self._predict(normal(self.seed, labels, labels, 0, self.shape), self._grid[0], labels)
+
+    @torch.no_grad()
+    def seconds(self, samples: int) -> float:
+        """How long drawing so many takes on a CPU, from the time of one evaluation of the network."""
+        self._predict_once()
+        begun = time.perf_counter()
+        self._predict_once()
+        return (time.perf_counter() - begun) * len(self._grid) * samples / self.settings.batch_size
 
     def flops(self) -> int:
         """Work of the network for one sample, in FLOP."""

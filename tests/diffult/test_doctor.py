@@ -7,16 +7,18 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
 
 from diffult import doctor
 from diffult.doctor import Row
+from kernels import group_norm_silu_cpu
 
 OPERATIONS = [
     "Python", "torch", "device", "convolutions, products", "attention",
-    "norms, noise, sampler, AdamW, crops",
+    "norms", "noise, sampler, AdamW, crops",
     "JPEG decoding", "memory", "disk", "presets",
 ]  # fmt: skip
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,17 +41,27 @@ def test_cpu_rows(cpu_rows: dict[str, Row]) -> None:
     assert cpu_rows["device"].used == f"CPU, {torch.get_num_threads()} threads"
     assert cpu_rows["attention"].used == "torch SDPA"
     assert "CUDA device" in cpu_rows["attention"].why
-    assert cpu_rows["norms, noise, sampler, AdamW, crops"].used == "torch"
-    assert "CUDA device" in cpu_rows["norms, noise, sampler, AdamW, crops"].why
+    assert cpu_rows["norms"].used == ("C++" if which("g++") else "torch")
+    assert cpu_rows["noise, sampler, AdamW, crops"].used == "torch"
+    assert "CUDA device" in cpu_rows["noise, sampler, AdamW, crops"].why
     assert "digits-lt" in cpu_rows["presets"].why
 
 
 def test_the_switch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.dispatch._mode", "torch")
     assert "DIFFULT_KERNELS is set to torch" in doctor.kernels_row(CPU).why
+    assert "DIFFULT_KERNELS is set to torch" in doctor.norms_row(CPU).why
     monkeypatch.setattr("kernels.dispatch._mode", "triton")
     row = doctor.kernels_row(CPU)
     assert row.used.startswith("Triton 3.") and "knows 0 shapes" in row.why
+    assert doctor.norms_row(CPU) == row._replace(operation="norms")
+
+
+def test_what_is_missing_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("kernels.group_norm_silu_cpu._library", group_norm_silu_cpu._library.__wrapped__)
+    assert doctor.norms_row(CPU)[1:2] == ("torch",) and doctor.norms_row(CPU).why.startswith("there is no g++; ")
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux what the CPU has")

@@ -1,4 +1,4 @@
-"""The Triton kernels of group_norm_silu against the formula and its autograd in float64."""
+"""group_norm_silu in Triton and in C++ against the formula and its autograd in float64."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from diffult.models.config import UNetConfig
 from diffult.models.unet import UNet
-from kernels import dispatch
+from kernels import dispatch, group_norm_silu_cpu
 from kernels import group_norm_silu as module
 from kernels.group_norm_silu import group_norm_silu, reference_group_norm_silu
+from kernels.group_norm_silu_cpu import cpp_refusal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -33,6 +34,16 @@ def _poison() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["Triton", "C++"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton serves, and where C++ does."""
+    if request.param == "Triton":
+        return request.getfixturevalue("triton_kernels")
+    if (reason := cpp_refusal("cpu")) is not None:
+        pytest.skip(reason)
+    return torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -128,20 +139,18 @@ def check(tensors: list[Tensor], groups: int, silu: bool) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("adaptive", "silu"), [(True, True), (False, True), (True, False)])
-def test_float32(
-    triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, adaptive: bool, silu: bool, way: str
-) -> None:
+def test_float32(device: torch.device, monkeypatch: pytest.MonkeyPatch, adaptive: bool, silu: bool, way: str) -> None:
     set_tile(monkeypatch, **WAYS[way])
-    check(inputs(triton_kernels, (2, 16, 7, 9), torch.float32, adaptive), 4, silu)
+    check(inputs(device, (2, 16, 7, 9), torch.float32, adaptive), 4, silu)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_no_worse_than_torchs(
-    triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, way: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, way: str
 ) -> None:
     set_tile(monkeypatch, **WAYS[way])
-    tensors = inputs(triton_kernels, (2, 16, 7, 9), dtype)
+    tensors = inputs(device, (2, 16, 7, 9), dtype)
     dy = torch.randn_like(tensors[0])
     want = results(formula, copies(tensors, torch.float64), 4, True, dy)
     theirs = results(torchs, copies(tensors, dtype), 4, True, dy)
@@ -168,7 +177,7 @@ def test_half_precision_is_no_worse_than_torchs(
 @example((1, 6, 5, 1, 7), torch.bfloat16, True, True, None, 1, 0)
 @example((2, 1, 20, 5, 3), torch.float32, True, True, 4, 2, 0)
 def test_any_shape(
-    triton_kernels: torch.device,
+    device: torch.device,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     adaptive: bool,
@@ -183,13 +192,13 @@ def test_any_shape(
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rows is not None:
             set_tile(monkeypatch, rows=rows, chunks=chunks)
-        tensors = inputs(triton_kernels, (batch, groups * per_group, height, width), dtype, adaptive)
+        tensors = inputs(device, (batch, groups * per_group, height, width), dtype, adaptive)
         check(tensors, groups, silu)
 
 
-def test_a_group_of_one_element(triton_kernels: torch.device) -> None:
+def test_a_group_of_one_element(device: torch.device) -> None:
     """It is its own mean: x has no say, and gets no gradient."""
-    tensors = inputs(triton_kernels, (2, 3, 1, 1), torch.float32, adaptive=False)
+    tensors = inputs(device, (2, 3, 1, 1), torch.float32, adaptive=False)
     y, dx, dweight, dbias = results(ours, tensors, 3, True, torch.ones_like(tensors[0]))
     torch.testing.assert_close(y[:, :, 0, 0], F.silu(tensors[2]).expand(2, 3))
     assert not dweight.any() and dbias.all()
@@ -197,21 +206,30 @@ def test_a_group_of_one_element(triton_kernels: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("channels", "groups", "size"), [(32, 8, 32), (24, 2, 33), (2048, 1, 2), (96, 32, 3)])
-def test_default_tiles(triton_kernels: torch.device, channels: int, groups: int, size: int) -> None:
-    check(inputs(triton_kernels, (1, channels, size, size), torch.bfloat16), groups, True)
+def test_default_tiles(device: torch.device, channels: int, groups: int, size: int) -> None:
+    check(inputs(device, (1, channels, size, size), torch.bfloat16), groups, True)
 
 
-def test_a_large_batch(triton_kernels: torch.device) -> None:
-    check(inputs(triton_kernels, (4096 if triton_kernels.type == "cuda" else 50, 6, 1, 1), torch.float32), 1, True)
+def test_what_is_no_number_stays_none(device: torch.device) -> None:
+    tensors = inputs(device, (2, 24, 5, 6), torch.bfloat16)
+    with torch.no_grad():
+        tensors[0][0, 3, 2, 1], tensors[0][1, 5, 0, 0] = float("nan"), float("inf")
+    for out in results(ours, tensors, 6, True, torch.ones_like(tensors[0]))[:2]:
+        groups = out.reshape(2, 6, -1).isfinite()
+        assert groups.all(2).eq(groups.any(2)).all() and (~groups.all(2)).nonzero().tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_large_batch(device: torch.device) -> None:
+    check(inputs(device, (4096 if device.type == "cuda" else 50, 6, 1, 1), torch.float32), 1, True)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["everywhere", "first tile", "one pixel"])
 def test_a_mean_1000_times_the_deviation(
-    triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, way: str, where: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, way: str, where: str
 ) -> None:
     set_tile(monkeypatch, **WAYS[way])
-    tensors = inputs(triton_kernels, (2, 16, 7, 9), torch.float32)
+    tensors = inputs(device, (2, 16, 7, 9), torch.float32)
     with torch.no_grad():
         flat = tensors[0].permute(0, 2, 3, 1).view(2, 63, 16)  # the memory
         flat[:, slice({"everywhere": 63, "first tile": 8, "one pixel": 1}[where])] += 1000
@@ -228,17 +246,17 @@ def test_a_mean_1000_times_the_deviation(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_bits_on_every_run(triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_the_same_bits_on_every_run(device: torch.device, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     set_tile(monkeypatch, **WAYS[way])
-    tensors = inputs(triton_kernels, (3, 24, 7, 9), torch.bfloat16)
+    tensors = inputs(device, (3, 24, 7, 9), torch.bfloat16)
     dy = torch.randn_like(tensors[0])
     first, second = (results(ours, tensors, 6, True, dy) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
 
-def test_other_layouts_give_the_same_bits(triton_kernels: torch.device) -> None:
-    tensors = inputs(triton_kernels, (2, 24, 5, 6), torch.bfloat16)
+def test_other_layouts_give_the_same_bits(device: torch.device) -> None:
+    tensors = inputs(device, (2, 24, 5, 6), torch.bfloat16)
     dy = torch.randn_like(tensors[0])
     want = results(ours, tensors, 6, True, dy)
     x, weight, bias, both = (tensor.detach() for tensor in tensors)
@@ -250,9 +268,9 @@ def test_other_layouts_give_the_same_bits(triton_kernels: torch.device) -> None:
     assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_gradient_without_strides(triton_kernels: torch.device) -> None:
+def test_a_gradient_without_strides(device: torch.device) -> None:
     """sum() hands one number back, expanded."""
-    tensors = inputs(triton_kernels, (2, 24, 5, 6), torch.float32)
+    tensors = inputs(device, (2, 24, 5, 6), torch.float32)
     ones = torch.ones_like(tensors[0])
     for a, b in zip(
         torch.autograd.grad(ours(tensors, 6).sum(), tensors), results(ours, tensors, 6, True, ones)[1:], strict=True
@@ -260,8 +278,8 @@ def test_a_gradient_without_strides(triton_kernels: torch.device) -> None:
         assert torch.equal(a, b)
 
 
-def test_gradients_come_in_the_type_of_their_tensor(triton_kernels: torch.device) -> None:
-    x, weight, bias, both = inputs(triton_kernels, (2, 8, 3, 3), torch.bfloat16)
+def test_gradients_come_in_the_type_of_their_tensor(device: torch.device) -> None:
+    x, weight, bias, both = inputs(device, (2, 8, 3, 3), torch.bfloat16)
     scale, shift = (half.detach().float().requires_grad_() for half in both.chunk(2, dim=1))
     weight, bias = (tensor.detach().to(torch.float16).requires_grad_() for tensor in (weight, bias))
     wanted = [x, weight, bias, scale, shift]
@@ -309,9 +327,9 @@ def test_the_default_way(batch: int, channels: int, size: int, way: str) -> None
 
 
 @pytest.mark.parametrize(("adaptive", "way"), [(False, "one tile"), (True, "split")])
-def test_opcheck(triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, adaptive: bool, way: str) -> None:
+def test_opcheck(device: torch.device, monkeypatch: pytest.MonkeyPatch, adaptive: bool, way: str) -> None:
     set_tile(monkeypatch, **WAYS[way])
-    tensors = inputs(triton_kernels, (2, 8, 7, 9), torch.float32, adaptive)
+    tensors = inputs(device, (2, 8, 7, 9), torch.float32, adaptive)
     x, weight, bias = tensors[:3]
     scale, shift = halves(tensors)
     torch.library.opcheck(module._forward, (x, 4, weight, bias, scale, shift, True, 1e-5))
@@ -321,8 +339,8 @@ def test_opcheck(triton_kernels: torch.device, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_break(triton_kernels: torch.device, dynamic: bool) -> None:
-    tensors = inputs(triton_kernels, (2, 8, 3, 5), torch.bfloat16)
+def test_compiles_without_a_break(device: torch.device, dynamic: bool) -> None:
+    tensors = inputs(device, (2, 8, 3, 5), torch.bfloat16)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     dy = torch.randn_like(tensors[0])
     for a, b in zip(results(compiled, tensors, 4, True, dy), results(ours, tensors, 4, True, dy), strict=True):
@@ -356,8 +374,9 @@ def test_a_compiled_unet_trains_on_it(triton_kernels: torch.device, monkeypatch:
 # ---- the choice
 
 
-def test_on_a_cpu_the_reference_serves_as_it_always_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_forward", None)
+    monkeypatch.setattr(group_norm_silu_cpu, "_library", lambda: "there is no g++")
     assert dispatch.mode() == "auto"
     tensors = inputs(torch.device("cpu"), (2, 24, 7, 9), torch.bfloat16)
     y = ours(tensors, 6)
@@ -380,12 +399,8 @@ def test_the_table_can_send_a_shape_to_torch(triton_kernels: torch.device, monke
 
 def test_shapes_that_do_not_fit() -> None:
     x, weight, rows = torch.ones(2, 6, 3, 3), torch.ones(6), torch.ones(2, 6)
-    for arguments in (
-        (x[0], 2, weight, weight),
-        (x, 4, weight, weight),
-        (x, 2, weight[:3], weight),
-        (x, 2, weight, rows),
-    ):
+    wrong = [(x[0], 2, weight, weight), (x, 4, weight, weight), (x, 2, weight[:3], weight), (x, 2, weight, rows)]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="weight and bias"):
             group_norm_silu(*arguments)
     for scale, shift in ((rows, None), (None, rows), (rows, rows[:1]), (weight, weight)):

@@ -20,10 +20,12 @@ from diffult.generate import command, open_sampler, open_store
 from diffult.generation import shards
 from diffult.generation.candidates import CandidateBatch
 from diffult.generation.fill import fill
+from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore, open_kept
 from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
+from diffult.runs import sampler as runs_sampler
 from diffult.runs.files import load_tensors, lock_folder
 from diffult.runs.run_dir import RunDir
 from diffult.runs.sampler import LEVELS
@@ -192,15 +194,30 @@ def test_command_counts_and_output(tiny_run, tmp_path, capsys):
     }
 
 
-def test_compiled_on_request_it_draws_the_same(tiny_run, tmp_path, front_end_alone, caplog):
-    bits = {}
-    for compiled in (False, True):
-        out = tmp_path / str(compiled)
+def test_compiled_on_request_or_where_it_pays_it_draws_the_same(
+    tiny_run, tmp_path, monkeypatch, front_end_alone, caplog
+):
+    monkeypatch.setattr(runs_sampler, "which", lambda name: name)
+    bits = []
+    for number, (asked, seconds, compiles) in enumerate([(False, 1e9, 0), (True, 0, 1), (None, 1e9, 1), (None, 9, 0)]):
+        monkeypatch.setattr(Sampler, "seconds", lambda sampler, samples, each=seconds: each * samples / 4)
+        out = tmp_path / str(number)
+        caplog.clear()
         with caplog.at_level("INFO"):
-            command(run=tiny_run.path, fast=True, steps=2, per_class=2, classes="3,7", out=out, compile_=compiled)
-        assert caplog.text.count("network compiled in") == compiled
-        bits[compiled] = kept(out)[1]
-    assert np.array_equal(bits[True], bits[False])
+            command(run=tiny_run.path, fast=True, steps=2, per_class=2, classes="3,7", out=out, compile_=asked)
+        assert caplog.text.count("network compiled in") == compiles
+        assert ("the network is compiled first" in caplog.text) == (asked is None and compiles)
+        bits.append(kept(out)[1])
+    assert all(np.array_equal(bits[0], other) for other in bits)
+
+
+def test_the_time_of_a_draw_is_that_of_its_evaluations(tiny_run, monkeypatch):
+    sampler = open_sampler(tiny_run, tiny_run.config.generate.model_copy(update={"steps": 100}), 5)
+    evaluated = []
+    monkeypatch.setattr(sampler, "_evaluate", lambda x, t, labels: evaluated.append(len(x)))
+    monkeypatch.setattr("time.perf_counter", lambda: 3.0 * len(evaluated))
+    assert sampler.seconds(20) == pytest.approx(3.0 * 100 * 20 / 8)  # batches of 8
+    assert evaluated == [8, 8]
 
 
 def test_without_a_compiler_compiling_ends_in_one_line(tiny_run, tmp_path, monkeypatch):
