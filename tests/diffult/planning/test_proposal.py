@@ -74,7 +74,7 @@ def test_any_set_gets_a_plan_that_builds_and_ends_in_time(name: str, speeds: Spe
     assert read_config(tmp_path / "config.toml") == config
     assert all(f"# {why.split()[0]}" in text for why in plan.comments.values())
     assert config.generate.balance_to >= 1 and plan.amounts.synthetic(config.generate.balance_to) > 0
-    assert all("\n" not in line for line in lines(survey, plan, speeds, 2.0))
+    assert all("\n" not in line for line in lines(survey, plan, speeds))
 
 
 def test_image_size_width_and_patch_follow_the_images_and_the_machine() -> None:
