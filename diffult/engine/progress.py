@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 _EVERY = 60.0  # seconds between lines in a file: a log of two hours stays readable
+_LINE = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class _Lines:
@@ -23,7 +24,9 @@ class _Lines:
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm[Any]:
     """A `tqdm` on standard error with these options. Where that is no terminal, such as a log, no line is overwritten:
-    a new one a minute, and one at the end."""
+    a new one a minute, and one at the end of what took a
+    second."""
     if sys.stderr.isatty():
         return tqdm(*arguments, mininterval=1.0, dynamic_ncols=True, **options)
-    return tqdm(*arguments, mininterval=_EVERY, maxinterval=_EVERY, ncols=120, file=_Lines(), ascii=True, **options)
+    pace = {"mininterval": _EVERY, "maxinterval": _EVERY, "delay": 1.0}
+    return tqdm(*arguments, file=_Lines(), bar_format=_LINE, **pace, **options)
