@@ -28,5 +28,5 @@ def progress_bar(*arguments: Any, **options: Any) -> tqdm[Any]:
     second."""
     if sys.stderr.isatty():
         return tqdm(*arguments, mininterval=1.0, dynamic_ncols=True, **options)
-    pace = {"mininterval": _EVERY, "maxinterval": _EVERY, "delay": 1.0}
+    pace = {"mininterval": _EVERY, "miniters": 1, "delay": 1.0}
     return tqdm(*arguments, file=_Lines(), bar_format=_LINE, **pace, **options)

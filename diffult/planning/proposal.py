@@ -16,6 +16,7 @@ import numpy as np
 
 from diffult.config import Config, complete
 from diffult.data.survey import Survey
+from diffult.errors import UserError
 from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
 from diffult.planning.cost import PASS_RATE, Amounts, Cost, Speeds, classifier_cost, costs, radius_flops, unet_cost
@@ -88,9 +89,10 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
             break
         left -= over * _share_of_plain_steps(config, rows, images, draft)
     if over > 0:
+        why = "with what --set asks for" if fixed else "less than this would not be worth its time"
         draft.notes.append(
-            f"does not fit into {duration(seconds)}: less than this, which takes {duration(seconds + over)} at the "
-            f"most, would not be worth its time; give --hours {math.ceil(10.5 * (1 + over / seconds) * hours) / 10:g}"
+            f"does not fit into {duration(seconds)}: {why}, and this takes {duration(seconds + over)} at the most; "
+            f"give --hours {math.ceil(10.5 * (1 + over / seconds) * hours) / 10:g}"
         )
     return Proposal(config, draft.comments, draft.notes, amounts)
 
@@ -156,7 +158,13 @@ def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, second
                 f"images are scaled down to {side}x{side} pixels: at {limits[0]} the diffusion model would take longer "
                 "than there is"
             )
+    own = side
     side = draft.put("data.image_size", side, why)
+    if survey.arrays and (side, channels) != (own, 3 if survey.colour else 1):
+        raise UserError(
+            f"{survey.place['path']}: arrays of {own}x{own} pixels and {3 if survey.colour else 1} channels are taken "
+            "as they are; leave out --set data.image_size and data.channels"
+        )
     most = _most_images(amounts)
     wide = takewhile(lambda w: min(images(side, w), most) >= 400_000 * (w / 32) ** 2, _WIDTHS[1:])
     width = [_WIDTHS[0], *wide][-1]
@@ -194,7 +202,8 @@ def _classifiers(draft: Draft, images: _Set, seconds: float) -> float:
     share = seconds / (trained + 1)
 
     def flops(network: str, size: int = side) -> float:
-        return 3.0 * classifier_cost(network, size, images.channels, len(amounts.counts)).flops
+        passes = 1 + bool(draft.set_by_user("classifier.sam"))
+        return 3.0 * passes * classifier_cost(network, size, images.channels, len(amounts.counts)).flops
 
     def affordable(network: str) -> float:
         return share * speeds.classify / flops(network)
