@@ -132,15 +132,15 @@ def test_files_of_every_kind_and_size_are_surveyed(tmp_path, mode):
 def test_of_a_million_files_some_hundred_are_opened(tmp_path, monkeypatch):
     file = write_images(tmp_path / "one", {"a": 1}) / "a" / "0.png"
     opened = []
-    samples = Contents(1_000_000, lambda number: opened.append(number) or file.read_bytes(), str)
-    counts = np.maximum(1, 100_000 * 0.999 ** np.arange(8142)).astype(int)
-    labels = np.repeat(np.arange(8142), counts)[:1_000_000]
-    classes = tuple(f"species{i}" for i in range(labels.max() + 1))
+    counts = np.maximum(1, 1000 * 0.999 ** np.arange(8142)).astype(int)
+    labels = np.repeat(np.arange(8142), counts)
+    samples = Contents(len(labels), lambda number: opened.append(number) or file.read_bytes(), str)
+    classes = tuple(f"species{i}" for i in range(8142))
     source = Source({}, lambda: ({"train": Split(samples, labels)}, classes))
     monkeypatch.setattr("diffult.data.survey.open_source", lambda *_, **__: source)
     survey = take_survey(tmp_path)
-    assert survey.counts.sum() == 1_000_000 and survey.colour
-    assert len(opened) <= 400 and len({labels[number] for number in opened}) == len(classes)
+    assert survey.counts.sum() > 990_000 and survey.colour
+    assert len(opened) <= 400 and len({labels[number] for number in opened}) > 200
 
 
 def test_a_test_folder_is_the_test_split_and_is_not_cut(tmp_path):
