@@ -18,6 +18,7 @@ from diffult.diffusion.objective import stride
 from diffult.generation.checks import CHECK_SHARE
 from diffult.generation.levels import pilot_names
 from diffult.generation.timesteps import trial_names
+from diffult.longtail.copies import rows_at_a_time
 from diffult.longtail.methods import find_method, in_waves, trained_share
 from diffult.longtail.quota import quotas_to
 from diffult.models.config import UNetConfig
@@ -26,7 +27,8 @@ from diffult.models.resnet import build_classifier
 from diffult.models.unet import UNet
 
 PASS_RATE = 0.5  # of the candidates that a filter keeps; 0.6 to 0.75 in the measured runs
-_REPORT_S = 10.0  # evaluation's start, plots and report
+# Seconds of evaluation's start, plots and report, and for each class of the search for copies.
+_REPORT_S, _COPIES_S = 10.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,20 @@ def radius_flops(counts: np.ndarray) -> float:
     return 3.0 * 128 * float((counts.astype(float) ** 2).sum())
 
 
+def copies_flops(config: Config, amounts: Amounts) -> float:
+    """Of the search for copies among samples: `diffult.longtail.copies.nearest` for them, the validation images and
+    some training images of each class, whose features are computed and whose distances are products."""
+    generate, counts, data = config.generate, amounts.counts.astype(float), config.data
+    pixels, orientations = data.channels * data.image_size**2, 1 + config.diffusion.flip
+    rows = rows_at_a_time(data.image_size, data.channels)
+    features, total = classifier_flops(config, config.extractor, len(counts)), 0.0
+    validation = np.full(len(counts), max(0.0, amounts.held_out - amounts.tests.sum()) / len(counts))
+    for samples in quotas_to(generate.balance_to, amounts.counts, generate.dose), validation, counts.clip(max=256):
+        embedded = orientations * samples + np.ceil(samples / rows) * counts
+        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (samples * counts).sum())
+    return total
+
+
 def costs(config: Config, amounts: Amounts, speeds: Speeds) -> list[Cost]:
     """Of each stage. The first includes the start of the program, the last what the report takes."""
     classes, generate, data = len(amounts.counts), config.generate, config.data
@@ -213,7 +229,8 @@ def costs(config: Config, amounts: Amounts, speeds: Speeds) -> list[Cost]:
     seconds = {stage: flops[stage] / rates.get(stage, speeds.classify) for stage in flops}
     seconds["pack"] = speeds.start + amounts.packed * amounts.seconds_per_image / speeds.decode
     seconds["extractor"] += radius_flops(amounts.counts) / speeds.classify
-    seconds["evaluate"] = _REPORT_S + shown / speeds.classify
+    seconds["evaluate"] = _REPORT_S + _COPIES_S * classes
+    seconds["evaluate"] += (shown + copies_flops(config, amounts)) / speeds.classify
     program = 0.6e9  # Python, PyTorch and what they load
     memory = {
         "extractor": program + 12.0 * phi0.parameters + config.extractor.batch_size * phi0.kept_bytes,

@@ -14,7 +14,7 @@ from diffult.longtail.metrics import class_groups
 from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
 from diffult.planning.cost import Amounts, Speeds, radius_flops
 from diffult.planning.draft import Draft
-from diffult.reporting.text import counted
+from diffult.reporting.text import counted, shortened
 
 _ENOUGH_TESTS, _FEW_TESTS = 20, 50  # test images of a group: the usual groups need so many; below, the plan says so
 
@@ -157,5 +157,5 @@ def choose_groups(draft: Draft, amounts: Amounts) -> None:
 
 def _named(survey: Survey, which: np.ndarray) -> str:
     """`class7, class8 (2 of 9 classes)`."""
-    names = [survey.classes[label] for label in np.flatnonzero(which)[:5]]
+    names = [shortened(survey.classes[label], 40) for label in np.flatnonzero(which)[:5]]
     return f"{', '.join(names)}{', ...' if which.sum() > 5 else ''} ({which.sum()} of {len(which)} classes)"

@@ -33,6 +33,7 @@ _SIZES = ((8, 0, 32), (16, 0, 32), (32, 100_000, 32), (48, 1_000_000, 64), (64, 
 _WIDTHS = (32, 48, 64, 96, 128, 192)
 # Training images below which a run is not worth its time: samples are blots, and what classifiers reach is chance.
 _LEAST_DIFFUSION, _LEAST_DIFFUSION_32, _LEAST_CLASSIFY = 20_000, 100_000, 20_000
+_LEAST_EPOCHS = 3  # of the classifiers: with fewer they learn less from 32 pixels than with more from 16
 _METHODS = ["ce", "logit_adjust", "mislas", "duplicates", "diffult", "mix+logit_adjust"]
 _MANY_CLASSES = 20  # above, the extractor's label is wrong too often to be asked for
 _SMALL = 1000  # training images: smaller sets are copied early, so the diffusion model's images are augmented
@@ -74,7 +75,7 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
     seconds = 3600 * hours
     work = max(_USED * seconds - speeds.start - 10, 0.25 * seconds)
     amounts = choose_images(draft, survey, speeds, _PACK * seconds)
-    images = _Set(amounts, speeds, *_unet(draft, survey, amounts, speeds, _DIFFUSION * work), _photographs(survey))
+    images = _Set(amounts, speeds, *_unet(draft, survey, amounts, speeds, work), _photographs(survey))
     packing = amounts.packed * amounts.seconds_per_image / speeds.decode
     least = _least_images(images) / _images_per_second(draft, images)
     classify = _classifiers(draft, images, min(_CLASSIFY * work, (1 - _DRAW) * work - packing - least))
@@ -136,11 +137,21 @@ def _least_images(images: _Set) -> int:
 
 
 def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, seconds: float) -> tuple[int, int]:
-    """Image size and network; returns the size and the channels."""
+    """Image size and network, for a run of these seconds; returns the size and the channels."""
     channels, classes = int(draft.document["data"]["channels"]), len(amounts.counts)
+    trained = 1 + trained_share(draft.set_by_user("classifier.methods") or _METHODS)
 
     def images(side: int, width: int) -> float:
-        return seconds * speeds.train / (3.0 * unet_cost(_shape(side, width), side, channels, classes).flops)
+        cost = unet_cost(_shape(side, width), side, channels, classes)
+        return _DIFFUSION * seconds * speeds.train / (3.0 * cost.flops)
+
+    def epochs(side: int) -> float:
+        cost = classifier_cost("convnet", side, channels, classes)
+        return _CLASSIFY * seconds / trained * speeds.classify / (3.0 * cost.flops) / amounts.counts.sum()
+
+    def there_is_time(size: tuple[int, int, int]) -> bool:
+        side, least, width = size
+        return images(side, width) >= least and (side <= 16 or epochs(side) >= _LEAST_EPOCHS)
 
     shorter = int(np.median(survey.sides.min(1)))
     if survey.arrays:
@@ -149,14 +160,14 @@ def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, second
         side, why = shorter, "The images' size."
     else:
         fitting = [row for row in _SIZES if row[0] <= shorter] or [_SIZES[0]]
-        side = [z for z, *_ in takewhile(lambda row: images(row[0], row[2]) >= row[1], fitting)][-1]
+        side = [z for z, *_ in takewhile(there_is_time, fitting)][-1]
         why = f"Half of the images have {shorter} pixels or more on the shorter side"
         limits = [str(z) for z, *_ in fitting if z > side]
-        why += f"; {limits[0]} would take the diffusion model longer than there is." if limits else "."
+        why += f"; training at {limits[0]} would take longer than there is." if limits else "."
         if limits and draft.set_by_user("data.image_size") is None:
             draft.notes.append(
-                f"images are scaled down to {side}x{side} pixels: at {limits[0]} the diffusion model would take longer "
-                "than there is"
+                f"images are scaled down to {side}x{side} pixels: training at {limits[0]} would take longer than "
+                "there is"
             )
     own = side
     side = draft.put("data.image_size", side, why)

@@ -83,7 +83,8 @@ def test_image_size_width_and_patch_follow_the_images_and_the_machine() -> None:
     slow, fast = proposed(SETS["colour, 2000 pixels"]).config, proposed(SETS["colour, 2000 pixels"], CARD).config
     assert (slow.data.image_size, slow.unet.patch, slow.unet.channels) == (32, 2, 32)
     assert fast.data.image_size >= 64 and fast.unet.channels > 32
-    assert "at 48 the diffusion model would take longer" in "\n".join(proposed(SETS["colour, 2000 pixels"]).notes)
+    assert "training at 48 would take longer than there is" in "\n".join(proposed(SETS["colour, 2000 pixels"]).notes)
+    assert proposed(SETS["a million"]).config.data.image_size == 16  # less than an epoch at 32
     assert proposed(SETS["arrays of 25 pixels"], CARD).config.data.image_size == 25
     same = survey_of([50, 9], sides=np.array([[28, 28], [28, 28]]), colour=False)
     assert proposed(same, CARD).config.data.image_size == 28
