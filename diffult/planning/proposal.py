@@ -345,7 +345,7 @@ def _accumulate(draft: Draft, images: _Set, batch: int) -> None:
     """Cuts the batch into parts that the memory holds."""
     cost = unet_cost(_shape_of(draft), images.side, images.channels, len(images.amounts.counts))
     local = max(1, batch // images.speeds.processes)
-    fits = max(1.0, 0.6 * images.speeds.memory / max(cost.kept_bytes, 1))
+    fits = max(1.0, 0.3 * images.speeds.memory / max(cost.kept_bytes, 1))
     parts = next(n for n in range(1, local + 1) if (local % n == 0 and local / n <= fits) or n == local)
     if parts > 1:
         draft.put("diffusion.accumulate", parts, "Parts of a batch, for the memory.")
