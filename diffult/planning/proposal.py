@@ -19,7 +19,7 @@ from diffult.data.survey import Survey
 from diffult.errors import UserError
 from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
-from diffult.planning.cost import PASS_RATE, Amounts, Cost, Speeds, classifier_cost, costs, radius_flops, unet_cost
+from diffult.planning.cost import Amounts, Cost, Speeds, classifier_cost, costs, pass_rate, radius_flops, unet_cost
 from diffult.planning.draft import Draft
 from diffult.planning.images import choose_groups, choose_images
 from diffult.reporting.text import duration
@@ -274,27 +274,36 @@ def _generate(draft: Draft, images: _Set, seconds: float) -> float:
     evaluation = unet_cost(_shape_of(draft), images.side, images.channels, len(counts)).flops
     evaluation *= 1 + (draft.put("generate.guidance", 0.0) > 0)
     candidates = seconds * speeds.sample / (steps * evaluation)
+    passing = pass_rate(_filter(draft, images))
     most = int(counts.max()) * (1 if counts.max() >= 2 * counts.min() else 2)
-    target = _level(counts, min(counts.sum(), PASS_RATE * candidates / 1.5), most)
+    target = _level(counts, min(counts.sum(), passing * candidates / 1.5), most)
     why = "As many synthetic images as real ones at the most, and no class more than the largest has."
     if most > counts.max():
         why = "The classes are nearly even: each is filled up beyond the largest, to twice the images."
         draft.notes.append("the classes are nearly even: this is not the long tail that DiffuLT is made for")
-    elif PASS_RATE * candidates / 1.5 < counts.sum():
+    elif passing * candidates / 1.5 < counts.sum():
         why = "As many synthetic images as can be drawn in the time."
     target = draft.put("generate.balance_to", max(target, int(counts.min()) + 1), why)
     needed = amounts.synthetic(target, draft.put("generate.dose", 1.0))
-    draws = round(min(10.0, max(1.5 / PASS_RATE, candidates / max(needed, 1))), 1)
+    draws = round(min(10.0, max(1.5 / passing, candidates / max(needed, 1))), 1)
     draws = draft.put(
         "generate.max_draws", draws, "Candidates for each sample needed: so that a hard class ends in time."
     )
-    few_classes = len(counts) <= _MANY_CLASSES
-    draft.put(
-        "generate.filter", "distance+label" if few_classes else "distance",
-        "The extractor must also see the sample's own class." if few_classes else
-        f"With {len(counts):,} classes the extractor is wrong too often to be asked for the class.",
-    )  # fmt: skip
     return needed * max(draws, 1.0) * steps * evaluation / speeds.sample
+
+
+def _filter(draft: Draft, images: _Set) -> str:
+    classes = len(images.amounts.counts)
+    if classes > _MANY_CLASSES:
+        name, why = "distance", f"With {classes:,} classes the extractor is wrong too often to be asked for the class."
+    elif images.channels == 3:
+        name, why = (
+            "distance",
+            "Asked for the class, too, an extractor refused 98 % of the rarest class of photographs.",
+        )
+    else:
+        name, why = "distance+label", "The extractor must also see the sample's own class, as on the small grey sets."
+    return str(draft.put("generate.filter", name, why))
 
 
 def _level(counts: np.ndarray, budget: float, most: int) -> int:

@@ -167,12 +167,14 @@ def test_training_and_drawing_are_those_of_the_preset_that_was_measured() -> Non
     preset, plan = load_preset("fashion-mnist-lt"), proposed(survey_of(long_tail(8, 6800, 7))).config
     for section, names in {
         "diffusion": "schedule prediction cbdm aid batches label_dropout flip batch_size learning_rate cosine_decay",
-        "generate": "sampler steps spacing sigma_max sigma_min rho filter batch_size",
+        "generate": "sampler steps spacing sigma_max sigma_min rho batch_size",
         "unet": "dropout scale_shift patch num_res_blocks channels",
         "extractor": "network loss learning_rate weight_decay warmup milestones",
     }.items():
         for name in names.split():
             assert getattr(getattr(plan, section), name) == getattr(getattr(preset, section), name), name
+    assert (plan.generate.filter, preset.generate.filter) == ("distance", "distance+label")  # of photographs, of grey
+    assert proposed(SETS["grey, 16 pixels"]).config.generate.filter == "distance+label"
     assert {"ce", "logit_adjust", "mislas", "duplicates", "diffult"} < set(plan.classifier.methods)
     small = proposed(SETS["arrays of 25 pixels"]).config
     assert small.diffusion.augment_probability > 0 and small.unet.augment_dim == 9  # as digits-lt
