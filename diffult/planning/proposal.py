@@ -78,7 +78,8 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
     images = _Set(amounts, speeds, *_unet(draft, survey, amounts, speeds, work), _photographs(survey))
     packing = amounts.packed * amounts.seconds_per_image / speeds.decode
     least = _least_images(images) / _images_per_second(draft, images)
-    classify = _classifiers(draft, images, min(_CLASSIFY * work, (1 - _DRAW) * work - packing - least))
+    rest = (1 - _DRAW) * work - packing
+    classify = _classifiers(draft, images, min(_CLASSIFY * work, max(rest - least, rest / 3)))
     draw = _generate(draft, images, _DRAW * work)
     choose_groups(draft, amounts)
     left = min(_DIFFUSION_MOST * seconds, work - classify - draw - packing)
