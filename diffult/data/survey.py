@@ -132,14 +132,14 @@ def _of_files(split: Split, path: Path) -> tuple[np.ndarray, bool, float]:
                 if image.mode not in _GREY:
                     suspects.append(number)
         except Exception as error:  # whatever arbitrary bytes lead to: packing names each file
-            failures.append(f"image {number} of the training split: {error}")
+            failures.append((number, f"image {number} of the training split: {error}"))
         if time.perf_counter() - begun > _SECONDS:
             break
     if not sides:
-        raise UserError(f"{path}: none of the images looked at can be read ({failures[0]})")
+        raise UserError(f"{path}: none of the images looked at can be read ({min(failures)[1]})")
     if failures:
-        seen = len(failures) + len(sides)
-        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, len(failures), seen, failures[0])
+        count, seen, first = len(failures), len(failures) + len(sides), min(failures)[1]
+        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, count, seen, first)
     return np.array(sides), _any_colour(split, suspects), _seconds(split)
 
 
