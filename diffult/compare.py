@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from tqdm import tqdm
 
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import Config, load_preset, preset_name, preset_names
 from diffult.data.survey import locate
 from diffult.engine.device import machine, pick_device
+from diffult.engine.progress import progress_bar
 from diffult.errors import UserError
 from diffult.longtail.comparison import baseline, compare, table, to_csv
 from diffult.longtail.methods import METHODS, MODIFIERS, find_method
@@ -64,7 +64,7 @@ def run_all(plan: Plan, todo: Sequence[Variant], jobs: int) -> list[str]:
     with ThreadPoolExecutor(jobs) as pool, Children() as children:
         for variant in todo:
             futures[variant.path] = pool.submit(work, variant)
-        with tqdm(total=len(todo), desc="compare", unit="run", dynamic_ncols=True) as bar:
+        with progress_bar(total=len(todo), desc="compare", unit="run") as bar:
             try:
                 for future in as_completed(futures.values()):
                     bar.update()

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import init_distributed
+from diffult.engine.progress import progress_bar
 from diffult.generation.shards import open_kept
 from diffult.longtail.classification import evaluation_loader, predict
 from diffult.longtail.copies import EXPECTED, copy_shares, measure_copies, rows_at_a_time
@@ -74,7 +74,7 @@ def _predictions(run: RunDir, images: ImageSet) -> dict[str, np.ndarray]:
     dtype = compute_dtype(run.config.precision, device)
     loader = evaluation_loader(images, run.config.data, run.config.classifier.image_size, device)
     result = {}
-    for method in tqdm(run.config.classifier.methods, "evaluate", unit="classifier", dynamic_ncols=True):
+    for method in progress_bar(run.config.classifier.methods, "evaluate", unit="classifier"):
         model = load_classifier(run.folder("classifier") / f"{method}.safetensors", device)
         result[method], _ = predict(model, loader, dtype)
     return result

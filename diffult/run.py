@@ -89,14 +89,21 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     world.barrier()
 
 
-def open_data_run(run: Path, data: Path, hours: float | None, overrides: list[str], world: World) -> RunDir:
+def open_data_run(
+    run: Path, data: Path, hours: float | None, overrides: list[str], world: World, anew: bool = False
+) -> RunDir:
     """The run of the images at `data`: a new one, planned and the plan printed, or the one that is there already, whose
     images may have moved.
+
+    Args:
+        anew: a plan that is there is made again, as with `hours`, unless the run has begun.
 
     Raises:
         UserError: the run is of other images, or see `propose`.
     """
-    if not (run / "config.toml").exists():
+    planned = (run / "config.toml").exists()
+    begun = any((run / stage).exists() for stage in STAGES)
+    if not planned or (not begun and (anew or hours is not None)):
         plan = propose(data, hours or DEFAULT_HOURS, overrides, run, world) if world.is_main else None
         plan = world.gather(plan)[0]
         assert plan is not None  # the first process's
@@ -130,7 +137,9 @@ def command(
         float | None,
         typer.Option(help="With --data: what the run may take here.", show_default=f"{DEFAULT_HOURS:g}"),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="With --data: print the plan and stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="With --data: print the plan, write it to RUN/config.toml, and stop.")
+    ] = False,
     set_: SetOption = None,
     from_: Annotated[
         Path | None,
@@ -141,8 +150,8 @@ def command(
     """Rebalance a long-tailed image set and train on it: every stage, resumable, from images to report.
 
     Start with --data DIR or --preset NAME; the same command again resumes. --data looks at the images, times a few
-    steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why.
-    --set on an existing run redoes the stages that read the setting.
+    steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why,
+    and may be edited between --plan and the start. --set on an existing run redoes the stages that read the setting.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """
@@ -156,13 +165,19 @@ def command(
         if preset is None and data is None:
             raise UserError(f"give --data DIR, --preset NAME (one of {', '.join(preset_names())}) or --run DIR")
         run = Path("runs") / (preset or plan_name(data or Path()))
-    if plan and (run / "config.toml").exists():
+    if plan and any((run / stage).exists() for stage in STAGES):
         raise UserError(f"{run}: holds a run, with its plan in config.toml; give another --run to plan anew")
     if until not in STAGES:
         raise UserError(f"--until {until!r}: expected one of {', '.join(STAGES)}")
     world = init_distributed()
-    run_dir = RunDir.open(run, preset, set_) if data is None else open_data_run(run, data, hours, set_ or [], world)
+    if data is None:
+        run_dir = RunDir.open(run, preset, set_)
+    else:
+        run_dir = open_data_run(run, data, hours, set_ or [], world, anew=plan)
     if plan:
+        if world.is_main:
+            run_dir.save_config()
+            print(f"written to {run / 'config.toml'}, with the reasons; the same command without --plan starts it")
         return
     if from_ is not None:
         world.barrier()  # every process has opened the run before the first writes to it

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from diffult.data.config import FASHION_MNIST_PATH, DataConfig
 from diffult.data.pixels import file_transform
 from diffult.data.splits import choose_splits
+from diffult.engine.progress import progress_bar
 from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 from ffcv_writers import ImageSet, SampleError, Samples, SourceError, available_cores, open_set, write
@@ -148,7 +148,7 @@ def _write_split(config: DataConfig, source: Source, split: str, numbers: np.nda
     """Writes one split; returns a digest of each image."""
     origin = _origin(source, split)
     transform = None if isinstance(origin.samples, np.ndarray) else file_transform(config)
-    with tqdm(total=len(numbers), unit="img", desc=f"pack {split}", disable=None) as bar:
+    with progress_bar(total=len(numbers), unit="img", desc=f"pack {split}") as bar:
         return write(
             path,
             _Chosen(origin.samples, numbers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import time
@@ -19,7 +20,9 @@ from ffcv_writers.decoding import centre_square, decode_rgb
 from ffcv_writers.errors import UnknownFormatError
 from ffcv_writers.readers import Split, guess_format, open_source
 
-_HEADERS, _DECODED, _SECONDS = 300, 32, 2.0  # files whose size is read; files that are decoded; and for how long
+# Files that are opened, for their size and colour; files that are decoded, for the time that takes; seconds for each.
+_HEADERS, _DECODED, _SECONDS = 300, 32, 2.0
+_GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L")  # Pillow's modes that have no colours
 _COLOURFUL = 3.0  # levels of 255 between a pixel's channels, on average: grey saved as colour JPEG has below 1
 _log = logging.getLogger(__name__)
 
@@ -90,9 +93,11 @@ def take_survey(path: Path) -> Survey:
         source = open_source(options.pop("source"), options.pop("path"), **options)
         check_labels(source, str(path))
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}{_hint(path)}") from error
     if len(source.classes) < 2:
-        raise UserError(f"{path}: holds one class alone, {source.classes[0]!r}; a classifier needs two or more")
+        raise UserError(
+            f"{path}: holds one class alone, {source.classes[0]!r}; a classifier needs two or more{_hint(path)}"
+        )
     train = source.splits["train"]
     counts = np.bincount(train.labels, minlength=len(source.classes))
     arrays = isinstance(train.samples, np.ndarray)
@@ -103,6 +108,12 @@ def take_survey(path: Path) -> Survey:
     )  # fmt: skip
 
 
+def _hint(path: Path) -> str:
+    """To try the list that lies in a folder, "" where there is none."""
+    lists = [file for file in path.expanduser().glob("*.txt") if "train" in file.name] if path.is_dir() else []
+    return f"; should {lists[0].name} list the images, give --data {lists[0]}" if lists else ""
+
+
 def _of_arrays(images: Any, path: Path) -> tuple[np.ndarray, bool, float]:
     _, height, width, channels = images.shape
     if height != width or channels not in (1, 3):
@@ -111,31 +122,61 @@ def _of_arrays(images: Any, path: Path) -> tuple[np.ndarray, bool, float]:
 
 
 def _of_files(split: Split, path: Path) -> tuple[np.ndarray, bool, float]:
-    """Sides, colour and seconds of images spread evenly over the classes' files."""
-    count, sides, failed = len(split.labels), [], ""
-    looked_at = np.unique(np.linspace(0, count - 1, _HEADERS).astype(int)).tolist()
-    for number in looked_at:
+    """Sides, colour and seconds of images of many classes, common and rare."""
+    sides, suspects, failures = [], [], []
+    begun = time.perf_counter()
+    for number in _spread(split.labels, _HEADERS).tolist():
         try:
             with Image.open(io.BytesIO(_content(split, number))) as image:
                 sides.append((image.height, image.width))
+                if image.mode not in _GREY:
+                    suspects.append(number)
         except Exception as error:  # whatever arbitrary bytes lead to: packing names each file
-            failed = failed or f"image {number} of the training split: {error}"
-    if not sides:
-        raise UserError(f"{path}: none of the images looked at can be read ({failed})")
-    if failed:
-        unread = len(looked_at) - len(sides)
-        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, unread, len(looked_at), failed)
-    begun, decoded, colour = time.perf_counter(), 0, False
-    for number in np.random.default_rng(0).permutation(count)[:_DECODED].tolist():
-        try:
-            pixels = decode_rgb(_content(split, number))
-        except ValueError:
-            continue
-        colour |= float(np.ptp(centre_square(pixels, min(64, *pixels.shape[:2])), axis=2).mean()) > _COLOURFUL
-        decoded += 1
+            failures.append((number, f"image {number} of the training split: {error}"))
         if time.perf_counter() - begun > _SECONDS:
             break
-    return np.array(sides), colour, (time.perf_counter() - begun) / max(decoded, 1)
+    if not sides:
+        raise UserError(f"{path}: none of the images looked at can be read ({min(failures)[1]})")
+    if failures:
+        count, seen, first = len(failures), len(failures) + len(sides), min(failures)[1]
+        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, count, seen, first)
+    return np.array(sides), _any_colour(split, suspects), _seconds(split)
+
+
+def _spread(labels: np.ndarray, count: int) -> np.ndarray:
+    """So many numbers of samples, fewer only of a smaller set: half spread over the images, half over the classes, in
+    random order."""
+    order = np.argsort(labels, kind="stable")
+    firsts = order[np.searchsorted(labels[order], np.unique(labels))]
+    evenly = [np.linspace(0, len(part) - 1, count // 2).astype(int) for part in (order, firsts)]
+    return np.random.default_rng(0).permutation(np.union1d(order[evenly[0]], firsts[evenly[1]]))
+
+
+def _any_colour(split: Split, numbers: list[int]) -> bool:
+    """Whether one of these images has colours; JPEGs are decoded at an eighth of their size."""
+    begun = time.perf_counter()
+    for number in numbers:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(_content(split, number))) as image:
+            image.draft("RGB", (64, 64))
+            small = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX))
+            if float(np.ptp(small, axis=2).mean()) > _COLOURFUL:
+                return True
+        if time.perf_counter() - begun > _SECONDS:
+            break
+    return False
+
+
+def _seconds(split: Split) -> float:
+    """To read, decode and scale an image."""
+    begun, decoded = time.perf_counter(), 0
+    for number in np.random.default_rng(0).permutation(len(split.labels))[:_DECODED].tolist():
+        with contextlib.suppress(ValueError):
+            pixels = decode_rgb(_content(split, number))
+            centre_square(pixels, min(64, *pixels.shape[:2]))
+            decoded += 1
+        if time.perf_counter() - begun > _SECONDS:
+            break
+    return (time.perf_counter() - begun) / max(decoded, 1)
 
 
 def _content(split: Split, number: int) -> bytes:

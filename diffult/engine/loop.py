@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from diffult.engine.checkpoints import load_checkpoint, save_checkpoint
 from diffult.engine.device import seed_step
+from diffult.engine.progress import progress_bar
 from diffult.errors import UserError
 from diffult.runs.files import read_lines, write_text
 
@@ -190,10 +190,7 @@ def _run(
     check: Check | None,
 ) -> Iterator[int]:
     logged, since = start, time.perf_counter()
-    bar = tqdm(
-        total=config.steps, initial=start, desc=config.title, unit="step", mininterval=1.0, dynamic_ncols=True,
-        disable=not config.writes,
-    )  # fmt: skip
+    bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not config.writes)
     with bar:
         for i, batch in zip(range(start, config.steps), batches, strict=False):
             if check is not None and check.reason:

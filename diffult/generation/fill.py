@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from diffult.engine.device import peak_flops
 from diffult.engine.distributed import ALONE, World
+from diffult.engine.progress import progress_bar
 from diffult.generation.candidates import generate
 from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore
@@ -19,6 +19,7 @@ from diffult.longtail.extractor import Extractor
 from diffult.longtail.quota import Quota
 
 log = logging.getLogger(__name__)
+_NAMED = 5  # classes that lack samples
 
 
 def fill(
@@ -43,12 +44,7 @@ def fill(
     if world.is_main:
         store.finish(quota)
     tallies = [quota.tally(c) for c in range(len(classes))]
-    for name, wanted, tally in zip(classes, quota.quotas, tallies, strict=True):
-        if tally["accepted"] < wanted:
-            log.warning(
-                "class %s: only %d of %d samples after %d candidates; the filter hardly ever accepts this class "
-                "(train longer, or raise generate.max_draws)", name, tally["accepted"], wanted, tally["drawn"],
-            )  # fmt: skip
+    _warn_of_short(classes, quota, tallies)
     totals = {key: sum(tally[key] for tally in tallies) for key in tallies[0]}
     return totals | {
         "images_per_s": round(drawn / seconds, 2) if drawn else None,
@@ -56,6 +52,20 @@ def fill(
         "gflop_per_sample": round(flops / 1e9, 6),
         "by_class": {name: tally for name, tally in zip(classes, tallies, strict=True) if tally["drawn"]},
     }
+
+
+def _warn_of_short(classes: tuple[str, ...], quota: Quota, tallies: list[dict[str, int]]) -> None:
+    """Names the classes that lack most samples; of thousands of classes many may."""
+    lacking = quota.quotas - np.array([tally["accepted"] for tally in tallies])
+    short = [c for c in np.argsort(-lacking, kind="stable").tolist() if lacking[c] > 0]
+    for c in short[:_NAMED]:
+        log.warning(
+            "class %s: only %d of %d samples after %d candidates; the filter hardly ever accepts this class "
+            "(train longer, or raise generate.max_draws)", classes[c], tallies[c]["accepted"], quota.quotas[c],
+            tallies[c]["drawn"],
+        )  # fmt: skip
+    if rest := short[_NAMED:]:
+        log.warning("and %d more classes lack %d samples together", len(rest), lacking[rest].sum())
 
 
 def _draw(
@@ -70,9 +80,9 @@ def _draw(
     """Returns how many candidates this process drew. flops: of a sample."""
     drawn, begun = 0, time.perf_counter()
     peak = peak_flops(sampler.device) * world.size
-    bar = tqdm(
+    bar = progress_bar(
         total=int(quota.quotas.sum()), initial=int(quota.accepted.sum()), desc="generate", unit="img",
-        dynamic_ncols=True, disable=not world.is_main,
+        disable=not world.is_main,
     )  # fmt: skip
     written: Future[None] | None = None
     with bar, ThreadPoolExecutor(1) as writer:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffult.diffusion.samplers import SigmaRange, sigma_grid
 from diffult.diffusion.timestep_search import search_timesteps
 from diffult.engine.distributed import ALONE, World
+from diffult.engine.progress import progress_bar
 from diffult.errors import UserError
 from diffult.generation.levels import HistogramMatching, match
 from diffult.generation.sampler import Sampler
@@ -60,7 +60,7 @@ def search(
         bar.set_postfix_str(f"distance {min(tried.values()):.4g}, of the spacing {tried[tuple(starts[0])]:.4g}")
         return known[name]
 
-    bar = tqdm(total=settings.search, desc="timesteps", unit="list", dynamic_ncols=True, disable=not world.is_main)
+    bar = progress_bar(total=settings.search, desc="timesteps", unit="list", disable=not world.is_main)
     with bar:
         best = search_timesteps(abar, starts, remembered, settings.search)
     log.info(

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffult.engine.device import autocast
+from diffult.engine.progress import progress_bar
 from diffult.longtail.extractor import Extractor
 from ffcv_writers import Loader
 from kernels.augment import normalise
@@ -170,7 +170,7 @@ def nearest(
         with autocast(dtype, train.device):
             return _pixels(x), extractor.features(x).float()
 
-    for label in tqdm(np.unique(labels), title, unit="class", dynamic_ncols=True):
+    for label in progress_bar(np.unique(labels), title, unit="class"):
         members, of_class = np.flatnonzero(labels == label), np.flatnonzero(train.image_set.labels == label)
         parts = np.split(members, range(images.batch_size, len(members), images.batch_size))
         for part, batch in zip(parts, images.batches(rows[members]), strict=True):

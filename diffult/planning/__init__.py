@@ -37,7 +37,8 @@ class Plan:
 
 def plan_name(path: Path) -> str:
     """What a run of the images at `path` is called."""
-    return path.expanduser().absolute().resolve().stem or "images"
+    path = path.expanduser().absolute().resolve()
+    return (path.name if path.is_dir() else path.stem) or "images"
 
 
 def propose(
@@ -68,14 +69,14 @@ def propose(
         proposal = propose_settings(plan_name(path), survey, speeds, hours, fixed)
         if _networks(timed) == _networks(proposal.config):
             break
-    return Plan(proposal.config, proposal.comments, lines(survey, proposal, speeds, hours))
+    return Plan(proposal.config, proposal.comments, lines(survey, proposal, speeds))
 
 
 def _networks(config: Config) -> tuple[object, ...]:
     return config.unet, config.data.image_size, config.classifier.network
 
 
-def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> list[str]:
+def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
     """The plan as text: the set, the settings, and time, memory and disk of each stage."""
     config, counts, shorter = proposal.config, proposal.amounts.counts, survey.sides.min(1)
     low, middle, high = (int(value) for value in (shorter.min(), np.median(shorter), shorter.max()))
@@ -83,7 +84,7 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> l
         f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
     )
     many, few = config.groups.many, config.groups.few
-    synthetic = proposal.amounts.synthetic(config.generate.balance_to)
+    synthetic = proposal.amounts.synthetic(config.generate.balance_to, config.generate.dose)
     text = [
         f"{survey.place['path']}: {survey.counts.sum():,} images of {len(counts):,} classes "
         f"({survey.counts.max():,} down to {survey.counts.min():,}), {size}, {'colour' if survey.colour else 'grey'}",
@@ -99,10 +100,10 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds, hours: float) -> l
         f"  generate: every class filled up to {config.generate.balance_to:,}, {synthetic:,} images, "
         f"filter {config.generate.filter}",
     ]
-    return text + _table(costs(config, proposal.amounts, speeds), speeds, hours)
+    return text + _table(costs(config, proposal.amounts, speeds), speeds)
 
 
-def _table(rows: list[Cost], speeds: Speeds, hours: float) -> list[str]:
+def _table(rows: list[Cost], speeds: Speeds) -> list[str]:
     text = [f"  {'stage':12}{'time':>15}{'memory':>12}{'disk':>12}"]
     text += [f"  {row.stage:12}{duration(row.seconds):>15}{_size(row.memory):>12}{_size(row.disk):>12}" for row in rows]
     seconds, limit = sum(row.seconds for row in rows), sum(row.limit for row in rows)
@@ -110,8 +111,6 @@ def _table(rows: list[Cost], speeds: Speeds, hours: float) -> list[str]:
     text.append(f"  {'together':12}{duration(seconds):>15}{_size(memory):>12}{_size(disk):>12}")
     if limit > 1.02 * seconds:
         text.append(f"  at the most {duration(limit)}, should the filter drop most of what is drawn")
-    if limit > 3600 * hours:
-        text.append(f"  note: this does not fit into {duration(3600 * hours)}; give --hours more")
     if memory > speeds.memory:
         text.append(f"  note: {_size(speeds.memory)} of memory are free; --set data.image_size takes a smaller size")
     if disk > speeds.disk:

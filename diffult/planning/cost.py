@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,18 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffult.config import Config, TrainingConfig
+from diffult.config import ClassifierConfig, Config, TrainingConfig
 from diffult.diffusion.objective import stride
 from diffult.generation.checks import CHECK_SHARE
+from diffult.generation.levels import pilot_names
 from diffult.generation.timesteps import trial_names
-from diffult.longtail.methods import trained_share
+from diffult.longtail.copies import rows_at_a_time
+from diffult.longtail.methods import find_method, in_waves, trained_share
+from diffult.longtail.quota import quotas_to
 from diffult.models.config import UNetConfig
 from diffult.models.cost import parameters
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import UNet
 
-PASS_RATE = 0.5  # of the candidates that a filter keeps; 0.6 to 0.75 in the measured runs
-_REPORT_S = 10.0  # evaluation's start, plots and report
+# Seconds of evaluation's start, plots and report, and for each class of the search for copies.
+_REPORT_S, _COPIES_S = 10.0, 0.01
+
+
+def pass_rate(filter: str) -> float:
+    """Of the candidates, what a filter keeps; measured: nearly all by distance, 0.22 to 0.97 with the label."""
+    return {"none": 1.0, "distance": 0.9}.get(filter, 0.5)
 
 
 @dataclass(frozen=True)
@@ -51,16 +60,24 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many images a plan is for: training images of each class, int64 [C]; those for validation and test; and
-    those that packing reads, and seconds to read one on one core."""
+    """How many images a plan is for.
+
+    Attributes:
+        counts: training images of each class, int64 [C].
+        tests: test images of each class, [C]; where only their sum is known, the mean.
+        held_out: for validation and test.
+        packed: that packing reads.
+        seconds_per_image: to read one on one core.
+    """
 
     counts: np.ndarray
+    tests: np.ndarray
     held_out: int
     packed: int
     seconds_per_image: float
 
-    def synthetic(self, balance_to: int) -> int:
-        return int(np.maximum(balance_to - self.counts, 0).sum())
+    def synthetic(self, balance_to: int, dose: float = 1.0) -> int:
+        return int(quotas_to(balance_to, self.counts, dose).sum())
 
 
 @dataclass(frozen=True)
@@ -153,12 +170,14 @@ def step_flops(config: Config, classes: int) -> dict[str, float]:
 def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
     extractor, classifier, generate = config.extractor, config.classifier, config.generate
-    trials = generate.search * len(trial_names(np.arange(classes))[0])
+    pilot = generate.search * len(trial_names(np.arange(classes))[0])
+    if generate.match_histogram:
+        pilot += len(pilot_names(classes)[0])
     recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "generate": (trials + candidates) * generate.evaluations * evaluation_flops(config, classes),
+        "generate": (pilot + candidates) * generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
     flops["diffusion"] *= 1 + CHECK_SHARE * (config.diffusion.check_every > 0)
@@ -167,35 +186,65 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
     return flops
 
 
+def _epochs_share(settings: ClassifierConfig, real: int, synthetic: int) -> float:
+    """Times the work of `steps` that methods take whose length is given in epochs of their own images; 1 if none is."""
+    if settings.epochs is None:
+        return 1.0
+    methods = [find_method(name) for wave in in_waves(settings.methods) for name in wave]
+    images = sum(method.share * (real + synthetic * method.synthetic) for method in methods)
+    return settings.epochs * images / (settings.steps * settings.batch_size * trained_share(settings.methods))
+
+
 def radius_flops(counts: np.ndarray) -> float:
     """Of the extractor's radii: the distances between all pairs of a class's features, 128 numbers each."""
     return 3.0 * 128 * float((counts.astype(float) ** 2).sum())
 
 
+def copies_flops(config: Config, amounts: Amounts) -> float:
+    """Of the search for copies among samples: `diffult.longtail.copies.nearest` for them, the validation images and
+    some training images of each class, whose features are computed and whose distances are products."""
+    generate, counts, data = config.generate, amounts.counts.astype(float), config.data
+    pixels, orientations = data.channels * data.image_size**2, 1 + config.diffusion.flip
+    rows = rows_at_a_time(data.image_size, data.channels)
+    features, total = classifier_flops(config, config.extractor, len(counts)), 0.0
+    validation = np.full(len(counts), max(0.0, amounts.held_out - amounts.tests.sum()) / len(counts))
+    for samples in quotas_to(generate.balance_to, amounts.counts, generate.dose), validation, counts.clip(max=256):
+        embedded = orientations * samples + np.ceil(samples / rows) * counts
+        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (samples * counts).sum())
+    return total
+
+
 def costs(config: Config, amounts: Amounts, speeds: Speeds) -> list[Cost]:
     """Of each stage. The first includes the start of the program, the last what the report takes."""
     classes, generate, data = len(amounts.counts), config.generate, config.data
-    synthetic = amounts.synthetic(generate.balance_to)
-    flops = stage_flops(config, classes, synthetic / PASS_RATE)
+    synthetic = amounts.synthetic(generate.balance_to, generate.dose)
+    passing = pass_rate(generate.filter)
+    batches = math.ceil(synthetic / passing / generate.batch_size)  # a small one takes as long as a full one
+    flops = stage_flops(config, classes, batches * generate.batch_size)
     real = int(amounts.counts.sum())
+    flops["classifier"] *= _epochs_share(config.classifier, real, synthetic)
     pixels = data.image_size**2 * data.channels
     unet = unet_cost(config.unet, data.image_size, data.channels, classes)
     micro = config.diffusion.batch_size / speeds.processes / config.diffusion.accumulate
     head = classifier_cost(config.classifier.network, config.classifier.image_size, data.channels, classes)
+    phi0 = classifier_cost(config.extractor.network, config.extractor.image_size, data.channels, classes)
     shown = float(amounts.held_out) * len(config.classifier.methods) * head.flops
     rates = {"extractor": speeds.classify, "diffusion": speeds.train, "generate": speeds.sample}
     seconds = {stage: flops[stage] / rates.get(stage, speeds.classify) for stage in flops}
     seconds["pack"] = speeds.start + amounts.packed * amounts.seconds_per_image / speeds.decode
     seconds["extractor"] += radius_flops(amounts.counts) / speeds.classify
-    seconds["evaluate"] = _REPORT_S + shown / speeds.classify
-    program = 0.6e9  # Python, PyTorch and what they load
+    seconds["evaluate"] = _REPORT_S + _COPIES_S * classes
+    seconds["evaluate"] += (shown + copies_flops(config, amounts)) / speeds.classify
+    program, held = 0.75e9, 2.5  # Python, PyTorch and what they load; times what autograd keeps, as measured on a CPU
     memory = {
-        "diffusion": program + 20.0 * unet.parameters + micro * unet.kept_bytes,
+        "extractor": program + 12.0 * phi0.parameters + held * config.extractor.batch_size * phi0.kept_bytes,
+        "diffusion": program + 20.0 * unet.parameters + held * micro * unet.kept_bytes,
         "generate": program + 4.0 * unet.parameters,
+        "classifier": program + 12.0 * head.parameters + held * config.classifier.batch_size * head.kept_bytes,
     }
-    memory["classifier"] = program + 12.0 * head.parameters + config.classifier.batch_size * head.kept_bytes
-    disk = {"pack": float((real + amounts.held_out) * pixels), "diffusion": 24.0 * unet.parameters}
-    disk |= {"generate": 2.0 * synthetic * pixels, "classifier": 8.0 * head.parameters * len(config.classifier.methods)}
-    limit = seconds | {"generate": seconds["generate"] * max(1.0, generate.max_draws * PASS_RATE)}
+    disk = {"pack": float((real + amounts.held_out) * pixels), "extractor": 12.0 * phi0.parameters}
+    disk |= {"diffusion": 24.0 * unet.parameters, "generate": 2.0 * synthetic * pixels}
+    disk["classifier"] = 12.0 * head.parameters * len(config.classifier.methods)
+    limit = seconds | {"generate": seconds["generate"] * max(1.0, generate.max_draws * passing)}
     stages = ("pack", "extractor", "diffusion", "generate", "classifier", "evaluate")
     return [Cost(s, seconds[s], memory.get(s, program), disk.get(s, 0.0), limit[s]) for s in stages]

@@ -1,35 +1,43 @@
 """Settings for a set of images, from what it is like, a machine's speeds and the hours that it may take.
 
-Every number is a rule of thumb with its reason beside it, and the reason goes into config.toml. Diffusion follows the
-presets for small sets: v-prediction, cosine schedule, ten steps of DPM-Solver++, patches of 2x2 from 28 pixels up.
+Every number is a rule of thumb with its reason beside it, and the reason goes into config.toml. Training and drawing
+follow the presets for small sets, fashion-mnist-lt first, as docs/experiments.md measures them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffult.config import Config, complete
-from diffult.data.splits import MIN_IMAGES_FOR_TEST, test_sizes
 from diffult.data.survey import Survey
 from diffult.errors import UserError
-from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
+from diffult.longtail.methods import trained_share
 from diffult.models.config import UNetConfig
-from diffult.planning.cost import PASS_RATE, Amounts, Speeds, classifier_cost, radius_flops, unet_cost
+from diffult.planning.cost import Amounts, Cost, Speeds, classifier_cost, costs, pass_rate, radius_flops, unet_cost
+from diffult.planning.draft import Draft
+from diffult.planning.images import choose_groups, choose_images
+from diffult.reporting.text import duration
 
-# Shares of the time: packing at most; training the UNet, first and at the most; drawing, were every class as hard as
-# max_draws allows; extractor and classifiers together. A tenth is kept for what cannot be foreseen.
-_PACK, _DIFFUSION, _DIFFUSION_MOST, _DRAW, _CLASSIFY, _USED = 0.15, 0.4, 0.5, 0.2, 0.25, 0.9
-# Pixels, and the training images at a width that must be affordable: fewer learn less than a smaller size would show.
+# Shares of the time: packing at most; training the UNet, reckoned with when its images are chosen and at the most;
+# drawing, were every class as hard as max_draws allows; extractor and classifiers at most. A tenth is kept for what
+# cannot be foreseen.
+_PACK, _DIFFUSION, _DIFFUSION_MOST, _DRAW, _CLASSIFY, _USED = 0.15, 0.4, 0.5, 0.15, 0.4, 0.9
+# Pixels; the training images that must be affordable at a width: fewer learn less than a smaller size would show.
 _SIZES = ((8, 0, 32), (16, 0, 32), (32, 100_000, 32), (48, 1_000_000, 64), (64, 2_000_000, 64), (128, 50_000_000, 128))
 _WIDTHS = (32, 48, 64, 96, 128, 192)
-_METHODS = ["ce", "resample", "logit_adjust", "duplicates", "diffult", "mix+logit_adjust"]
+# Training images below which a run is not worth its time: samples are blots, and what classifiers reach is chance.
+_LEAST_DIFFUSION, _LEAST_DIFFUSION_32, _LEAST_CLASSIFY = 20_000, 100_000, 20_000
+_LEAST_EPOCHS = 3  # of the classifiers: with fewer they learn less from 32 pixels than with more from 16
+_METHODS = ["ce", "logit_adjust", "mislas", "duplicates", "diffult", "mix+logit_adjust"]
 _MANY_CLASSES = 20  # above, the extractor's label is wrong too often to be asked for
+_SMALL = 1000  # training images: smaller sets are copied early, so the diffusion model's images are augmented
+_NOT_FLIPPED = "Small grey images, single letters or digits, left and right: mirrored, they may be another class."
 
 
 @dataclass(frozen=True)
@@ -42,34 +50,19 @@ class Proposal:
     amounts: Amounts
 
 
-@dataclass
-class _Draft:
-    """A document that grows; what the user has set wins over what is put."""
+class _Set(NamedTuple):
+    """What the settings of all networks depend on; `flip`: why images may be mirrored, "" if they may not."""
 
-    fixed: Mapping[str, Any]
-    document: dict[str, Any] = field(default_factory=dict)
-    comments: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def put(self, key: str, value: Any, why: str = "") -> Any:
-        """Sets a value unless the user has; returns what holds."""
-        *section, name = key.split(".")
-        fixed: Any = self.fixed
-        for part in [*section, name]:
-            fixed = fixed.get(part) if isinstance(fixed, Mapping) else None
-        if fixed is not None:
-            value, why = fixed, "Set on the command line."
-        target = self.document
-        for part in section:
-            target = target.setdefault(part, {})
-        target[name] = value
-        if why:
-            self.comments[key] = why
-        return value
+    amounts: Amounts
+    speeds: Speeds
+    side: int
+    channels: int
+    flip: str
 
 
 def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fixed: Mapping[str, Any]) -> Proposal:
-    """The settings of a run that ends within `hours` where that can be done at all.
+    """The settings of a run that ends within `hours` where that can be done at all: of what costs time, the training
+    of the diffusion model is cut first.
 
     Args:
         fixed: settings of the user, as `parse_overrides` gives them: kept, and reckoned with.
@@ -77,95 +70,39 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
     Raises:
         UserError: no class has images enough to train, or the user's settings do not fit each other.
     """
-    draft = _Draft(fixed)
+    draft = Draft(fixed)
     draft.put("name", name)
     seconds = 3600 * hours
     work = max(_USED * seconds - speeds.start - 10, 0.25 * seconds)
-    amounts = _data(draft, survey, speeds, seconds)
-    flip = _photographs(survey)
-    side, channels = _unet(draft, survey, amounts, speeds, _DIFFUSION * work)
-    classify = _classifiers(draft, amounts, side, channels, flip, speeds, _CLASSIFY * work)
-    draw = _generate(draft, amounts, speeds, _DRAW * work, side, channels)
+    amounts = choose_images(draft, survey, speeds, _PACK * seconds)
+    images = _Set(amounts, speeds, *_unet(draft, survey, amounts, speeds, work), _photographs(survey))
     packing = amounts.packed * amounts.seconds_per_image / speeds.decode
-    left = min(_DIFFUSION_MOST * seconds, max(work - classify - draw - packing, 0.05 * seconds))
-    _diffusion(draft, amounts, speeds, left, side, channels, flip)
-    _groups(draft, amounts.counts)
-    return Proposal(complete(draft.document, fixed), draft.comments, draft.notes, amounts)
-
-
-def _named(survey: Survey, which: np.ndarray) -> str:
-    """`class7, class8 (2 of 9 classes)`."""
-    names = [survey.classes[label] for label in np.flatnonzero(which)[:5]]
-    return f"{', '.join(names)}{', ...' if which.sum() > 5 else ''} ({which.sum()} of {len(which)} classes)"
-
-
-def _data(draft: _Draft, survey: Survey, speeds: Speeds, seconds: float) -> Amounts:
-    """Splits, and how many images of each class are left to train on."""
-    for key, value in survey.place.items():
-        draft.put(f"data.{key}", value)
-    draft.put("data.channels", 3 if survey.colour else 1, "" if survey.colour else "None of the images has colours.")
-    draft.put("data.profile", "natural", "All images, as the set has them.")
-    counts, total = survey.counts, int(survey.counts.sum())
-    tests = np.zeros_like(counts)
-    if survey.test is None:
-        share = round(min(0.2, max(0.02, 50_000 / total)), 2)
-        share = draft.put(
-            "data.test_share",
-            share,
-            "The set has no test split: so much of each class, at least one image, becomes it.",
-        )
-        tests = test_sizes(counts, share)
-        draft.notes.append(f"no test split: {share:.0%} of each class is set aside, {tests.sum():,} images")
-        if (small := tests == 0).any():
-            draft.notes.append(
-                f"fewer than {MIN_IMAGES_FOR_TEST} images, so all are trained on and none is tested: "
-                f"{_named(survey, small)}"
-            )
-    counts = counts - tests
-    held_out = survey.test or int(tests.sum())
-    cap = _most_per_class(counts, held_out + (survey.val or 0), survey, speeds, _PACK * seconds)
-    if cap is not None:
-        cap = draft.put(
-            "data.n_max", cap, "Larger classes are cut to so many images: reading all of them would take too long."
-        )
-        draft.notes.append(f"{(counts > cap).sum()} classes are cut to {cap:,} images: reading them all takes too long")
-        counts = np.minimum(counts, cap)
-    packed = int(counts.sum()) + held_out + (survey.val or 0)
-    if survey.val is None:
-        limit = draft.put(
-            "data.val_per_class", max(1, min(50, 2000 // len(counts))),
-            "Held out to choose settings by: at most a tenth of a class, so none of a class of fewer than ten images.",
-        )  # fmt: skip
-        val = np.minimum(limit, counts // 10)
-        if (small := val == 0).any():
-            draft.notes.append(
-                f"fewer than 10 images besides those for test, so none for validation: {_named(survey, small)}"
-            )
-        counts, held_out = counts - val, held_out + int(val.sum())
-    if (small := counts < MIN_IMAGES_FOR_RADIUS).all():
-        raise UserError(
-            f"{survey.place['path']}: no class has {MIN_IMAGES_FOR_RADIUS} images left to train on: there is nothing "
-            "to learn a class's spread from; add images"
-        )
-    if small.any():
+    least = _least_images(images) / _images_per_second(draft, images)
+    rest = (1 - _DRAW) * work - packing
+    classify = _classifiers(draft, images, min(_CLASSIFY * work, max(rest - least, rest / 3)))
+    draw = _generate(draft, images, _DRAW * work)
+    choose_groups(draft, amounts)
+    left = min(_DIFFUSION_MOST * seconds, work - classify - draw - packing)
+    for _ in range(3):  # what the user's settings take beyond what was reckoned with, the diffusion model gives up
+        _diffusion(draft, images, left)
+        config = complete(draft.document, fixed)
+        rows = costs(config, amounts, speeds)
+        if (over := sum(row.limit for row in rows) - seconds) <= 0:
+            break
+        left -= over * _share_of_plain_steps(config, rows, images, draft)
+    if over > 0:
+        why = "with what --set asks for" if fixed else "less than this would not be worth its time"
         draft.notes.append(
-            f"fewer than {MIN_IMAGES_FOR_RADIUS} training images, so the filter takes the median radius of the other "
-            f"classes: {_named(survey, small)}"
+            f"does not fit into {duration(seconds)}: {why}, and this takes {duration(seconds + over)} at the most; "
+            f"give --hours {math.ceil(10.5 * (1 + over / seconds) * hours) / 10:g}"
         )
-    return Amounts(counts, held_out, packed, survey.seconds_per_image)
+    return Proposal(config, draft.comments, draft.notes, amounts)
 
 
-def _most_per_class(counts: np.ndarray, others: int, survey: Survey, speeds: Speeds, seconds: float) -> int | None:
-    """The most images of a class with which packing, and measuring radii, take these seconds; None: all."""
-
-    def takes(cap: int) -> float:
-        kept = np.minimum(counts, cap)
-        return (kept.sum() + others) * survey.seconds_per_image / speeds.decode + radius_flops(kept) / speeds.classify
-
-    cap, most = int(counts.max()), int(counts.max())
-    while cap > 20 and takes(cap) > seconds:
-        cap = max(20, int(cap * 0.9))
-    return cap if cap < most else None
+def _share_of_plain_steps(config: Config, rows: list[Cost], images: _Set, draft: Draft) -> float:
+    """Seconds of a diffusion step as `_diffusion` reckons with it to those that it takes."""
+    plain = config.diffusion.steps * config.diffusion.batch_size / _images_per_second(draft, images)
+    return plain / next(row.seconds for row in rows if row.stage == "diffusion")
 
 
 def _photographs(survey: Survey) -> str:
@@ -184,22 +121,38 @@ def _shape(side: int, width: int) -> UNetConfig:
         grids.append(grids[-1] // 2)
     return UNetConfig(
         channels=width, multipliers=(1, *[2] * (len(grids) - 1)), num_res_blocks=2 if width >= 128 else 1,
-        attention_resolutions=tuple(grid for grid in grids if grid <= 8)[:1], dropout=0.1, scale_shift=True,
-        patch=patch,
+        attention_resolutions=tuple(grid for grid in grids if grid <= 8)[:1], scale_shift=True, patch=patch,
     )  # fmt: skip
 
 
 def _most_images(amounts: Amounts) -> int:
-    """Images to train the UNet on at the most: later it copies small sets rather than learns them."""
-    return 20_000 + 1000 * int(amounts.counts.sum())
+    """Images to train the UNet on at the most. On small sets the held-out loss rises from 120 epochs on and samples
+    become copies, while their distance to real images falls up to 230 (docs/experiments.md). Of larger ones less is
+    known: cifar10-lt-100-fast trains for 650."""
+    real = int(amounts.counts.sum())
+    return max(_LEAST_DIFFUSION, (250 if real < 5000 else 650) * real)
 
 
-def _unet(draft: _Draft, survey: Survey, amounts: Amounts, speeds: Speeds, seconds: float) -> tuple[int, int]:
-    """Image size and network; returns the size and the channels."""
+def _least_images(images: _Set) -> int:
+    return min(_LEAST_DIFFUSION_32 if images.side >= 32 else _LEAST_DIFFUSION, _most_images(images.amounts))
+
+
+def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, seconds: float) -> tuple[int, int]:
+    """Image size and network, for a run of these seconds; returns the size and the channels."""
     channels, classes = int(draft.document["data"]["channels"]), len(amounts.counts)
+    trained = 1 + trained_share(draft.set_by_user("classifier.methods") or _METHODS)
 
     def images(side: int, width: int) -> float:
-        return seconds * speeds.train / (3.0 * unet_cost(_shape(side, width), side, channels, classes).flops)
+        cost = unet_cost(_shape(side, width), side, channels, classes)
+        return _DIFFUSION * seconds * speeds.train / (3.0 * cost.flops)
+
+    def epochs(side: int) -> float:
+        cost = classifier_cost("convnet", side, channels, classes)
+        return _CLASSIFY * seconds / trained * speeds.classify / (3.0 * cost.flops) / amounts.counts.sum()
+
+    def there_is_time(size: tuple[int, int, int]) -> bool:
+        side, least, width = size
+        return images(side, width) >= least and (side <= 16 or epochs(side) >= _LEAST_EPOCHS)
 
     shorter = int(np.median(survey.sides.min(1)))
     if survey.arrays:
@@ -208,11 +161,22 @@ def _unet(draft: _Draft, survey: Survey, amounts: Amounts, speeds: Speeds, secon
         side, why = shorter, "The images' size."
     else:
         fitting = [row for row in _SIZES if row[0] <= shorter] or [_SIZES[0]]
-        side = [z for z, *_ in takewhile(lambda row: images(row[0], row[2]) >= row[1], fitting)][-1]
+        side = [z for z, *_ in takewhile(there_is_time, fitting)][-1]
         why = f"Half of the images have {shorter} pixels or more on the shorter side"
         limits = [str(z) for z, *_ in fitting if z > side]
-        why += f"; {limits[0]} would take the diffusion model longer than there is." if limits else "."
+        why += f"; training at {limits[0]} would take longer than there is." if limits else "."
+        if limits and draft.set_by_user("data.image_size") is None:
+            draft.notes.append(
+                f"images are scaled down to {side}x{side} pixels: training at {limits[0]} would take longer than "
+                "there is"
+            )
+    own = side
     side = draft.put("data.image_size", side, why)
+    if survey.arrays and (side, channels) != (own, 3 if survey.colour else 1):
+        raise UserError(
+            f"{survey.place['path']}: arrays of {own}x{own} pixels and {3 if survey.colour else 1} channels are taken "
+            "as they are; leave out --set data.image_size and data.channels"
+        )
     most = _most_images(amounts)
     wide = takewhile(lambda w: min(images(side, w), most) >= 400_000 * (w / 32) ** 2, _WIDTHS[1:])
     width = [_WIDTHS[0], *wide][-1]
@@ -221,53 +185,68 @@ def _unet(draft: _Draft, survey: Survey, amounts: Amounts, speeds: Speeds, secon
     for key, value in shape.model_dump(mode="json", exclude_defaults=True, exclude={"channels"}).items():
         why = "2x2 pixels are one position: three times as fast." if key == "patch" else ""
         draft.put(f"unet.{key}", value, why)
+    if amounts.counts.sum() < _SMALL:
+        draft.put("unet.augment_dim", 9)
     return side, channels
 
 
-def _shape_of(draft: _Draft) -> UNetConfig:
+def _shape_of(draft: Draft) -> UNetConfig:
     """The network with the user's settings."""
-    return UNetConfig(**draft.document["unet"])
+    return UNetConfig(**draft.document["unet"] | draft.fixed.get("unet", {}))
 
 
-def _classifiers(
-    draft: _Draft, amounts: Amounts, side: int, channels: int, flip: str, speeds: Speeds, seconds: float
-) -> float:
+def _images_per_second(draft: Draft, images: _Set) -> float:
+    """That the UNet is trained on by L_DDPM alone."""
+    cost = unet_cost(_shape_of(draft), images.side, images.channels, len(images.amounts.counts))
+    return images.speeds.train / (3.0 * cost.flops)
+
+
+def _classifiers(draft: Draft, images: _Set, seconds: float) -> float:
     """Extractor and classifiers, alike; returns the seconds that they take."""
-    classes, real = len(amounts.counts), int(amounts.counts.sum())
-    methods = draft.put("classifier.methods", _METHODS, "Cross-entropy, the strongest rivals, and DiffuLT.")
-    share = seconds / (len(methods) + 1)
-    wanted = min(30_000 + 80 * real, 5_000_000)  # 40 epochs of real and as many synthetic images
+    amounts, speeds, side = images.amounts, images.speeds, images.side
+    real = int(amounts.counts.sum())
+    methods = draft.put(
+        "classifier.methods", _METHODS,
+        "Cross-entropy; the strongest methods without synthetic images; real images as often as DiffuLT has synthetic "
+        "ones; DiffuLT; and a quarter of each batch synthetic.",
+    )  # fmt: skip
+    trained = trained_share(methods)
+    share = seconds / (trained + 1)
 
-    def images(network: str) -> float:
-        return share * speeds.classify / (3.0 * classifier_cost(network, side, channels, classes).flops)
+    def flops(network: str, size: int = side) -> float:
+        passes = 1 + bool(draft.set_by_user("classifier.sam"))
+        return 3.0 * passes * classifier_cost(network, size, images.channels, len(amounts.counts)).flops
 
-    if side >= 64 and images("resnet10") >= wanted / 4:
-        network, reason = "resnet10", "For images from 64 pixels up."
-    elif side >= 32 and images("resnet32") >= 0.75 * wanted:
-        network, reason = "resnet32", "CIFAR's network: there is time for it."
+    def affordable(network: str) -> float:
+        return share * speeds.classify / flops(network)
+
+    wanted = min(30_000 + 50 * real, 5_000_000)  # as the presets for small sets; longer gained nothing there
+    large = min(150 * real, 15_000_000)  # CIFAR's 200 epochs, or most of them
+    if side >= 64 and affordable("resnet10") >= wanted / 4:
+        network, reason, wanted = "resnet10", "For images from 64 pixels up.", max(wanted, large)
+    elif side >= 32 and real >= 5000 and affordable("resnet32") >= large / 2:
+        network, reason, wanted = "resnet32", "CIFAR's network: there are images and time for it.", large
     else:
-        network, reason = "convnet", "Sees the whole image, and is the fastest."
-    augment = {"pad": max(1, side // (8 if flip else 12)), "flip": bool(flip)}
+        network, reason = "convnet", "Sees the whole image: better than residual networks on small sets, and faster."
+    augment = {"pad": max(1, side // (8 if images.flip else 12)), "flip": bool(images.flip)}
     total = 0.0
     for section in ("extractor", "classifier"):
         chosen = draft.put(f"{section}.network", network, reason)
         size = draft.put(f"{section}.image_size", side)
         batch = draft.put(f"{section}.batch_size", _batch(64 if network == "convnet" else 128, speeds))
-        flops = 3.0 * classifier_cost(chosen, size, channels, classes).flops
-        affordable = share * speeds.classify / flops
-        count = min(affordable, wanted if section == "classifier" else 30_000 + 60 * real)
-        why = f"{count / real:.0f} epochs of the {real:,} real images" + ("." if count < affordable else ": the time.")
+        count = min(max(share * speeds.classify / flops(chosen, size), _LEAST_CLASSIFY), wanted)
+        why = f"{count / real:.0f} epochs of the {real:,} real images" + ("." if count == wanted else ": the time.")
         steps = draft.put(f"{section}.steps", max(1, int(count / batch)), why)
-        _recipe(draft, section, chosen, augment, flip)
-        total += steps * batch * flops / speeds.classify * (len(methods) if section == "classifier" else 1)
-    tested = amounts.held_out * len(methods) * flops / 3.0  # of the final classifiers
+        _recipe(draft, section, chosen, augment, images.flip)
+        total += steps * batch * flops(chosen, size) / speeds.classify * (trained if section == "classifier" else 1)
+    tested = amounts.held_out * len(methods) * flops(chosen, size) / 3.0  # of the final classifiers
     total += (tested + radius_flops(amounts.counts)) / speeds.classify
     draft.put("extractor.loss", "logit_adjust", "Knows rare classes better, and its label is asked for by the filter.")
     draft.put("classifier.omega", 0.5, "Weight of a synthetic image; from 0.3 to 1 it hardly mattered in our runs.")
     return total
 
 
-def _recipe(draft: _Draft, section: str, network: str, augment: Mapping[str, Any], flip: str) -> None:
+def _recipe(draft: Draft, section: str, network: str, augment: Mapping[str, Any], flip: str) -> None:
     """Rate, decay and augmentation, as in the presets."""
     recipe: dict[str, Any] = {"learning_rate": 0.05, "weight_decay": 5e-4, "warmup": 0.05, "milestones": [0.6, 0.85]}
     if network == "resnet32":
@@ -278,45 +257,54 @@ def _recipe(draft: _Draft, section: str, network: str, augment: Mapping[str, Any
         draft.put(f"{section}.augment.{key}", value, (flip or _NOT_FLIPPED) if key == "flip" else "")
 
 
-_NOT_FLIPPED = "Small grey images, single letters or digits, left and right: mirrored, they may be another class."
-
-
 def _batch(size: int, speeds: Speeds) -> int:
     """A batch that the processes share evenly."""
     return -(-size // speeds.processes) * speeds.processes
 
 
-def _generate(draft: _Draft, amounts: Amounts, speeds: Speeds, seconds: float, side: int, channels: int) -> float:
+def _generate(draft: Draft, images: _Set, seconds: float) -> float:
     """N_t, sampler and filter; returns the seconds that drawing takes at the most."""
+    amounts, speeds = images.amounts, images.speeds
     counts = amounts.counts
-    draft.put("generate.sampler", "dpm++sde")
+    draft.put("generate.sampler", "dpm++sde", "Eight evaluations, between these levels of noise: the best samples of "
+              "fashion-mnist-lt.")  # fmt: skip
     steps = draft.put("generate.steps", 8)
     for key, value in {"spacing": "sigma", "sigma_max": 40.0, "sigma_min": 0.05, "rho": 3.0}.items():
         draft.put(f"generate.{key}", value)
-    draft.put("generate.batch_size", 64 if side < 16 else 128)
-    evaluation = unet_cost(_shape_of(draft), side, channels, len(counts)).flops
+    draft.put("generate.batch_size", 64 if images.side < 16 else 128)
+    evaluation = unet_cost(_shape_of(draft), images.side, images.channels, len(counts)).flops
+    evaluation *= 1 + (draft.put("generate.guidance", 0.0) > 0)
     candidates = seconds * speeds.sample / (steps * evaluation)
+    passing = pass_rate(_filter(draft, images))
     most = int(counts.max()) * (1 if counts.max() >= 2 * counts.min() else 2)
-    target = _level(counts, min(counts.sum(), PASS_RATE * candidates / 1.5), most)
+    target = _level(counts, min(counts.sum(), passing * candidates / 1.5), most)
     why = "As many synthetic images as real ones at the most, and no class more than the largest has."
     if most > counts.max():
         why = "The classes are nearly even: each is filled up beyond the largest, to twice the images."
         draft.notes.append("the classes are nearly even: this is not the long tail that DiffuLT is made for")
-    elif PASS_RATE * candidates / 1.5 < counts.sum():
+    elif passing * candidates / 1.5 < counts.sum():
         why = "As many synthetic images as can be drawn in the time."
-    target = draft.put("generate.balance_to", target, why)
-    needed = amounts.synthetic(target)
-    draws = round(min(10.0, max(1.5 / PASS_RATE, candidates / max(needed, 1))), 1)
+    target = draft.put("generate.balance_to", max(target, int(counts.min()) + 1), why)
+    needed = amounts.synthetic(target, draft.put("generate.dose", 1.0))
+    draws = round(min(10.0, max(1.5 / passing, candidates / max(needed, 1))), 1)
     draws = draft.put(
         "generate.max_draws", draws, "Candidates for each sample needed: so that a hard class ends in time."
     )
-    few_classes = len(counts) <= _MANY_CLASSES
-    draft.put(
-        "generate.filter", "distance+label" if few_classes else "distance",
-        "The extractor must also see the sample's own class." if few_classes else
-        f"With {len(counts):,} classes the extractor is wrong too often to be asked for the class.",
-    )  # fmt: skip
     return needed * max(draws, 1.0) * steps * evaluation / speeds.sample
+
+
+def _filter(draft: Draft, images: _Set) -> str:
+    classes = len(images.amounts.counts)
+    if classes > _MANY_CLASSES:
+        name, why = "distance", f"With {classes:,} classes the extractor is wrong too often to be asked for the class."
+    elif images.channels == 3:
+        name, why = (
+            "distance",
+            "Asked for the class, too, an extractor refused 98 % of the rarest class of photographs.",
+        )
+    else:
+        name, why = "distance+label", "The extractor must also see the sample's own class, as on the small grey sets."
+    return str(draft.put("generate.filter", name, why))
 
 
 def _level(counts: np.ndarray, budget: float, most: int) -> int:
@@ -331,47 +319,43 @@ def _level(counts: np.ndarray, budget: float, most: int) -> int:
     return low
 
 
-def _diffusion(
-    draft: _Draft, amounts: Amounts, speeds: Speeds, seconds: float, side: int, channels: int, flip: str
-) -> None:
-    shape = _shape_of(draft)
-    cost = unet_cost(shape, side, channels, len(amounts.counts))
-    most = _most_images(amounts)
-    affordable = seconds * speeds.train / (3.0 * cost.flops)
-    count = min(affordable, most)
+def _diffusion(draft: Draft, images: _Set, seconds: float) -> None:
+    """Training of the UNet for these seconds, as far as that is neither too little nor too much for the set."""
+    amounts, speeds, flip = images.amounts, images.speeds, images.flip
+    least, most = _least_images(images), _most_images(amounts)
+    affordable = seconds * _images_per_second(draft, images)
+    count = min(max(affordable, least), most)
     for key, value in {"schedule": "cosine", "prediction": "v"}.items():
         draft.put(f"diffusion.{key}", value)
     for key in ("cbdm", "aid"):
         draft.put(f"diffusion.{key}", False, "Twice the time a step, or nearly, and no gain in short trainings.")
-    draft.put("diffusion.batches", "class_balanced", "Rare classes as often as common ones.")
+    draft.put("diffusion.batches", "square_root", "Rare classes more often than they have images, less than all alike.")
     draft.put("diffusion.flip", bool(flip), flip or _NOT_FLIPPED)
-    batch = 64 if side < 16 else 128 if count < 5e6 else 256 if count < 2e7 else 512
+    if amounts.counts.sum() < _SMALL:
+        draft.put("diffusion.augment_probability", 0.15, "The set is small: fewer of the samples are copies.")
+    batch = 64 if count < 2e6 else 128 if count < 5e6 else 256 if count < 2e7 else 512
+    rate = 3e-3 if batch == 64 else 2e-3
     batch = draft.put("diffusion.batch_size", _batch(batch, speeds))
-    local = max(1, batch // speeds.processes)
-    fits = max(1.0, 0.6 * speeds.memory / max(cost.kept_bytes, 1))
-    parts = next(n for n in range(1, local + 1) if (local % n == 0 and local / n <= fits) or n == local)
-    if parts > 1:
-        draft.put("diffusion.accumulate", parts, "Parts of a batch, for the memory.")
-    steps = draft.put(
-        "diffusion.steps", max(1, int(count / batch)),
-        "Until it would begin to copy: a thousand epochs." if count == most else
-        f"What {seconds / 3600:.2g} hours allow: {count:,.0f} images. Quality grows with them: give --hours more.",
-    )  # fmt: skip
-    draft.put("diffusion.learning_rate", round(2e-3 * math.sqrt(32 / shape.channels), 5))
-    draft.put("diffusion.warmup_steps", min(500, steps // 20))
+    _accumulate(draft, images, batch)
+    why = f"What {duration(max(seconds, 0))} allow: {count:,.0f} images. Quality grows with them: give --hours more."
+    if count == most:
+        why = f"{count / amounts.counts.sum():,.0f} epochs: beyond, samples become copies."
+    elif count == least:
+        why = f"{count:,.0f} images, the least that is worth the time: give --hours more."
+    steps = draft.put("diffusion.steps", max(1, int(count / batch)), why)
+    draft.put("diffusion.learning_rate", round(rate * math.sqrt(32 / _shape_of(draft).channels), 5))
+    draft.put("diffusion.warmup_steps", min(50 if rate == 3e-3 else 500, steps // 10))
     draft.put("diffusion.cosine_decay", True)
-    draft.put("diffusion.ema", round(1 - 1 / min(10_000, max(20, steps / 5)), 5), "Over a fifth of the steps.")
+    average = min(10_000, max(steps / 9, min(500, steps), 2))
+    draft.put("diffusion.ema", round(1 - 1 / average, 5), f"Over {average:,.0f} steps.")
     draft.put("diffusion.checkpoint_every", max(1, min(5000, steps // 10)))
 
 
-def _groups(draft: _Draft, counts: np.ndarray) -> None:
-    """100 and 20 images as in the literature where they leave no group empty; else thirds of the classes."""
-    if (counts > 100).any() and (counts < 20).any() and ((counts >= 20) & (counts <= 100)).any():
-        return
-    ordered, third = np.sort(counts), max(1, len(counts) // 3)
-    few, many = int(ordered[third - 1]) + 1, max(1, int(ordered[-third]) - 1)
-    if few > many + 1:
-        few = many = int(ordered[0])
-    why = "A third of the classes: the usual 100 and 20 images would leave a group empty."
-    draft.put("groups.many", max(1, many), why)
-    draft.put("groups.few", few, why)
+def _accumulate(draft: Draft, images: _Set, batch: int) -> None:
+    """Cuts the batch into parts that the memory holds."""
+    cost = unet_cost(_shape_of(draft), images.side, images.channels, len(images.amounts.counts))
+    local = max(1, batch // images.speeds.processes)
+    fits = max(1.0, 0.3 * images.speeds.memory / max(cost.kept_bytes, 1))
+    parts = next(n for n in range(1, local + 1) if (local % n == 0 and local / n <= fits) or n == local)
+    if parts > 1:
+        draft.put("diffusion.accumulate", parts, "Parts of a batch, for the memory.")

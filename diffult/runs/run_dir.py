@@ -48,13 +48,14 @@ class RunDir:
 
     @classmethod
     def start(cls, path: Path, config: Config, comments: Mapping[str, str] | None = None) -> RunDir:
-        """A new run at `path`. Nothing is written before a stage starts.
+        """A new run at `path`, where at most the plan of one lies. Nothing is written before a stage starts.
 
         Raises:
-            UserError: something lies there, or networks that do not fit the images.
+            UserError: something else lies there, or networks that do not fit the images.
         """
         _refuse_file(path)
-        if path.is_dir() and any(entry.name[0] != "." for entry in path.iterdir()):  # .lock, .*.tmp: after a kill
+        others = [entry for entry in path.iterdir() if entry.name != "config.toml"] if path.is_dir() else []
+        if any(entry.name[0] != "." for entry in others):  # .lock, .*.tmp: after a kill
             raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
         _check_networks(config)
         return cls(path, config, comments)

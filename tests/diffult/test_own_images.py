@@ -15,7 +15,8 @@ from diffult.data.survey import locate, take_survey
 from diffult.engine.distributed import ALONE
 from diffult.errors import UserError
 from diffult.planning import propose, timing
-from diffult.run import command
+from diffult.run import command, open_data_run
+from ffcv_writers.readers.source import Contents, Source, Split
 
 TINY = [
     "extractor.steps=12", "diffusion.steps=6", "diffusion.batch_size=8", "unet.channels=8", "generate.steps=2",
@@ -25,8 +26,9 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    """A step of each network is timed, not a second."""
+    """A small step of each network is timed, not a second."""
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_WORK", {"cpu": 1e8})
 
 
 def write_images(root: Path, counts: dict[str, int], mode: str = "RGB", size: tuple[int, int] = (20, 16)) -> Path:
@@ -75,16 +77,24 @@ def test_one_folder_becomes_a_finished_run_and_the_same_command_resumes(folder, 
         command(run=run, data=moved, plan=True)
 
 
-def test_the_plan_alone_is_printed_and_nothing_is_written(folder, tmp_path, capsys, monkeypatch):
+def test_the_plan_alone_is_printed_and_written_and_may_be_made_again(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command(data=folder, plan=True)
     lines = capsys.readouterr().out.splitlines()
+    run = tmp_path / "runs" / "animals"
+    assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["config.toml"]
+    text = (run / "config.toml").read_text()
+    assert "diffult.run" not in text and "# The set has no test split" in text
+    command(data=folder, plan=True, hours=0.01, set_=["seed=7"])
+    assert "does not fit" in capsys.readouterr().out and read_config(run / "config.toml").seed == 7
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("seed = 7", "seed = 8"))  # by hand
+    opened = open_data_run(run, folder, None, [], ALONE)
+    assert opened.config.seed == 8 and "data.test_share" in opened.comments
     stages = ["stage", "pack", "extractor", "diffusion", "generate", "classifier", "evaluate", "together"]
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("  stage ")) :]
     rows = {line.split()[0]: line for line in table if line.split()[0] in stages}
     assert list(rows) == stages and all("B" in rows[stage] for stage in stages[1:])
     assert any("none is tested: owl (1 of 3 classes)" in line for line in lines)
-    assert [path.name for path in tmp_path.iterdir()] == ["animals"]
 
 
 def test_grey_files_are_stored_grey_and_colours_hide_in_no_mode(tmp_path):
@@ -97,6 +107,40 @@ def test_grey_files_are_stored_grey_and_colours_hide_in_no_mode(tmp_path):
             Image.open(file).convert("RGB").save(as_colour / name / f"{file.stem}.jpg")
     assert [take_survey(path).colour for path in (grey, coloured, as_colour)] == [False, True, False]
     assert take_survey(grey).sides.tolist() == [[16, 20]] * 6
+
+
+def test_colours_of_a_rare_class_are_seen(tmp_path):
+    write_images(tmp_path / "set", {"a": 900, "b": 1}, "L", (8, 8))
+    assert not take_survey(tmp_path / "set").colour
+    write_images(tmp_path / "set", {"c": 1}, "RGB", (8, 8))
+    assert take_survey(tmp_path / "set").colour
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_files_of_every_kind_and_size_are_surveyed(tmp_path, mode):
+    for name, sides in {"a": (20, 16), "b": (300, 9)}.items():
+        (tmp_path / name).mkdir()
+        noise = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
+        deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 256)
+        image = deep if mode == "I;16" else Image.fromarray(noise).convert(mode)
+        image.save(tmp_path / name / ("0.jpg" if mode == "CMYK" else "0.png"))
+    survey = take_survey(tmp_path)
+    assert survey.colour == (mode in ("P", "RGB", "RGBA", "CMYK"))
+    assert sorted(survey.sides.tolist()) == [[20, 16], [300, 9]] and survey.counts.tolist() == [1, 1]
+
+
+def test_of_a_million_files_some_hundred_are_opened(tmp_path, monkeypatch):
+    file = write_images(tmp_path / "one", {"a": 1}) / "a" / "0.png"
+    opened = []
+    counts = np.maximum(1, 1000 * 0.999 ** np.arange(8142)).astype(int)
+    labels = np.repeat(np.arange(8142), counts)
+    samples = Contents(len(labels), lambda number: opened.append(number) or file.read_bytes(), str)
+    classes = tuple(f"species{i}" for i in range(8142))
+    source = Source({}, lambda: ({"train": Split(samples, labels)}, classes))
+    monkeypatch.setattr("diffult.data.survey.open_source", lambda *_, **__: source)
+    survey = take_survey(tmp_path)
+    assert survey.counts.sum() > 990_000 and survey.colour
+    assert len(opened) <= 400 and len({labels[number] for number in opened}) > 200
 
 
 def test_a_test_folder_is_the_test_split_and_is_not_cut(tmp_path):
@@ -137,9 +181,12 @@ def test_what_cannot_be_planned_is_refused_in_a_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("empty has no class folders", data=tmp_path / "empty")
     refused("holds one class alone, 'cat'", data=write_images(tmp_path / "one", {"cat": 4}))
-    refused("no class has 3 images left to train on", data=write_images(tmp_path / "few", {"cat": 2, "dog": 1}))
+    refused("none can be taken out of it", data=write_images(tmp_path / "few", {"cat": 2, "dog": 1}))
+    refused("no class has 3 images left to train on", data=write_images(tmp_path / "three", {"cat": 3, "dog": 1}))
     (tmp_path / "notes.doc").write_text("")
     refused("neither a folder of images nor", data=tmp_path / "notes.doc")
+    (tmp_path / "one" / "my_train.txt").write_text("cat/0.png 0")
+    refused("should my_train.txt list the images, give --data .*my_train.txt", data=tmp_path / "one")
     refused("give one of the two", data=folder, preset="digits-lt")
     refused("give --data DIR, too", plan=True)
     refused("unknown key 'difusion'; did you mean 'diffusion'", data=folder, set_=["difusion.steps=3"])
