@@ -20,7 +20,7 @@ demo: setup
 	$(PY) -m diffult.run --preset digits-lt --run runs/digits-lt
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 bench: setup
 	$(PY) -m bench --quick
