@@ -120,7 +120,7 @@ def assert_same(a: Path, b: Path, file: str) -> None:
     (x, _), (y, _) = load_tensors(a / file), load_tensors(b / file)
     assert list(x) == list(y)
     for name in x:
-        torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-3, msg=f"{file}: {name}")
+        torch.testing.assert_close(x[name], y[name], rtol=3e-3, atol=3e-3, msg=f"{file}: {name}")
 
 
 def test_two_processes_train_the_extractor_as_one(alone, shared):

@@ -75,10 +75,10 @@ def test_omega_keeps_the_weights_of_methods_that_do_not_read_it(copied):
 
 
 def test_what_a_stage_reads_is_its_settings_and_those_upstream():
-    base = load_preset("digits-lt")
+    base = load_preset("digits-lt", ["generate.spacing=log_snr"])
 
     def changed(*settings: str) -> list[str]:
-        return affected(base, load_preset("digits-lt", settings))
+        return affected(base, load_preset("digits-lt", ["generate.spacing=log_snr", *settings]))
 
     assert changed("data.path=elsewhere") == []
     assert changed("data.seed=5") == list(STAGES)
