@@ -43,6 +43,7 @@ SetOption = Annotated[
 _NO_PERMISSION = "change its permissions, or choose another place (--out, --run)"
 _MAKE_ROOM = "make room, or choose another place"
 _ADVICE = {
+    errno.EISDIR: "a file is needed there: move the folder away",
     errno.EACCES: _NO_PERMISSION,
     errno.EPERM: _NO_PERMISSION,
     errno.EROFS: "choose another place (--out, --run)",

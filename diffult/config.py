@@ -370,6 +370,8 @@ def read_config(path: Path) -> Config:
         UserError: the file is missing, not TOML, invalid, or of an earlier version.
     """
     document = _read_toml(path, "give --preset NAME to start a run there")
+    if not document:
+        raise UserError(f"{path}: is empty; restore it or start a new run elsewhere")
     if document.get("version") != Config.model_fields["version"].default:
         raise UserError(f"{path}: a run of an earlier version, which cannot be continued; start a new one elsewhere")
     return _validate(document, str(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from diffult.errors import UserError, nearest, shown
+from ffcv_writers.readers.folder import as_utf8
 
 _DIGITS = "0123456789"
 _COMMENT = re.compile(r"\s#.*")
@@ -110,7 +111,7 @@ class ClassNames:
 def parse_classes(text: str, names: ClassNames) -> list[int]:
     """`cat,3,7-9` as sorted labels. Raises UserError if it is not of this form, or there is no such class."""
     try:
-        return names.labels(text)
+        return names.labels(as_utf8(text))
     except ValueError as error:
         raise UserError(f"--classes: {error}") from None
 

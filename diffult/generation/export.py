@@ -118,8 +118,11 @@ def _png(image: np.ndarray) -> bytes:
 
 
 @contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends well."""
+def _whole_folder(path: Path, mark: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends well. Replaces an earlier one, known by its file
+    `mark`; raises UserError if something else is there."""
+    if path.exists() and any(path.iterdir()) and not (path / mark).is_file():
+        raise UserError(f"{path}: is not an earlier export (no {mark}) and would be lost; choose another --out")
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -135,7 +138,10 @@ def _imagefolder(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> P
     """CLASS/INDEX.png, as torchvision's ImageFolder reads it, and metadata.jsonl, as Hugging Face's. A class without a
     sample has an empty folder, which ImageFolder takes with allow_empty=True."""
     names = class_folders(classes)
-    with _whole_folder(folder / "images") as root, (root / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+    with (
+        _whole_folder(folder / "images", "metadata.jsonl") as root,
+        (root / "metadata.jsonl").open("w", encoding="utf-8") as metadata,
+    ):
         for name in names:
             (root / name).mkdir()
         for content, row in _rows(samples, classes, folder):
@@ -180,7 +186,7 @@ def _wds(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """samples-NUMBER.tar of 10,000 samples each, as WebDataset reads them: KEY.png, KEY.cls with the label and KEY.json
     with class and verdict too."""
     rows = _rows(samples, classes, folder)
-    with _whole_folder(folder / "webdataset") as root:
+    with _whole_folder(folder / "webdataset", "samples-000000.tar") as root:
         for number in range(-(-len(samples) // _SHARD)):
             with tarfile.open(root / f"samples-{number:06d}.tar", "w") as out:
                 for content, row in islice(rows, _SHARD):

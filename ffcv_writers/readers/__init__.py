@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -86,10 +87,12 @@ def guess_format(path: Path) -> str:
         if archive := cifar.guess(path):
             return archive
         if path.is_file():
+            if re.search(r"\.(tgz|tar\.\w{2,4})$", path.name.lower()):
+                raise SourceError(f"{path} is compressed: unpack it to a .tar of images and .cls files, or to folders")
             if path.suffix.lower() not in _ENDINGS:
                 raise UnknownFormatError(f"{path}: unknown format, give --format, one of {', '.join(READERS)}")
             return _ENDINGS[path.suffix.lower()]
-        if any(next(path.glob(pattern), None) for pattern in idx.PATTERNS):
+        if any(file.is_file() for pattern in idx.PATTERNS for file in path.glob(pattern)):
             return "idx"
         archives = any(next(path.glob(pattern), None) for pattern in ("*.tar", "train/*.tar"))
         return "tar" if archives and not folder.has_classes(path) else "folder"  # an archive may lie beside its images

@@ -63,8 +63,8 @@ def read(name: str, place: Place) -> Source:
 def guess(path: Path) -> str | None:
     """Which archive lies at `path`, "cifar10" or "cifar100", if any."""
     for name, layout in _LAYOUTS.items():
-        marks = path / layout.meta, path / layout.folder, path / layout.archive
-        if path.name == layout.archive or any(mark.exists() for mark in marks):
+        unpacked = (path / layout.meta).is_file() and (path / layout.test).is_file()  # classes may have such names, too
+        if path.name == layout.archive or unpacked or any((path / part).exists() for part in layout[:2]):
             return name
     return None
 
@@ -89,6 +89,10 @@ def _splits(layout: _Layout, place: Path) -> tuple[dict[str, Split], tuple[str, 
         names = [name.decode(errors="surrogateescape") if isinstance(name, bytes) else name for name in names]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SourceError(f"{place}: {layout.meta} has no list '{layout.names}' of class names")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SourceError(
+            f"{place}: {layout.meta} '{layout.names}' has {twice[0]!r} twice: classes need names of their own"
+        )
 
     def split(files: Sequence[str]) -> Split:
         parts = [_batch(contents[file], layout.labels, len(names), f"{place}: {file}") for file in files]

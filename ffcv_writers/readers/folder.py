@@ -44,7 +44,7 @@ def read(place: Place) -> Source:
         paths[split], counts = _files(folder, classes, place.allow_empty)
         labels = np.repeat(np.arange(len(classes)), counts)
         splits[split] = Split(image_files(paths[split], paths[split].__getitem__), labels)
-    return file_source(root, paths, splits, classes)
+    return file_source(root, paths, splits, tuple(map(as_utf8, classes)))
 
 
 def has_classes(root: Path) -> bool:
@@ -56,7 +56,12 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     """The folders in `folder`, sorted by name, without the hidden ones and what macOS puts into a .zip."""
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if _is_folder(e) and not e.name.startswith(".") and e.name != "__MACOSX"]
-    return tuple(sorted(names))
+    return tuple(sorted(names, key=as_utf8))
+
+
+def as_utf8(name: str) -> str:
+    """What the system gave as text in the encoding of the locale, as UTF-8 instead: the same under any locale."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -151,6 +156,13 @@ def _reason_to_skip(entry: os.DirEntry[str]) -> str:
     return "" if image else f"not named like an image ({os.path.splitext(entry.name)[1].lower() or 'no ending'})"
 
 
+def _has_image(folder: str) -> bool:
+    try:
+        return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))
+    except PermissionError:
+        return False
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
@@ -166,8 +178,9 @@ def _warn_of_strays(folder: Path, read: set[str], kind: str) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name in read or entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
+                hidden = entry.name.startswith(".") and _is_folder(entry) and _has_image(entry.path)
+                strays["hidden folder(s) of images"] += hidden
+            elif _is_folder(entry):
                 strays["folder(s)"] += entry.name != "__MACOSX"
             elif not os.path.exists(entry.path):
                 strays["dangling link(s)"] += 1

@@ -31,7 +31,7 @@ def unpickle(content: bytes, where: str) -> dict[str, Any]:
     except SourceError:
         raise
     except Exception as error:  # whatever arbitrary bytes lead to
-        reason = type(error).__name__
+        reason = str(error)[:80] if type(error) is pickle.UnpicklingError else type(error).__name__
         raise SourceError(f"{where} is not a CIFAR pickle ({reason}): fetch it again") from error
     if not isinstance(value, dict):
         raise SourceError(f"{where} is not a CIFAR pickle (no dictionary): fetch it again")
@@ -61,7 +61,7 @@ class _Array:
         self.value = _array(content, kind, shape, "F" if by_columns else "C").value
 
 
-_CODES = {"b1", "f4", "f8", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))}
+_CODES = {"b1", "f2", "f4", "f8", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))}
 
 
 def _array(content: Any, kind: _Dtype, shape: tuple[int, ...], order: Any = "C", *_: Any) -> _Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +88,14 @@ class Contents:
 
 def image_files(paths: Sequence[str], name: Callable[[int], str]) -> Contents:
     """Files as samples."""
-    return Contents(len(paths), lambda number: Path(paths[number]).read_bytes(), name)
+    return Contents(len(paths), lambda number: _file_bytes(paths[number]), name)
+
+
+def _file_bytes(path: str) -> bytes:
+    """A file's content. Raises OSError, also of a pipe, which would be waited for for ever."""
+    if stat.S_ISFIFO(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "a pipe, not a file", path)
+    return Path(path).read_bytes()
 
 
 def file_source(

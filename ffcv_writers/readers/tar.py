@@ -138,4 +138,4 @@ def _label(file: BinaryIO, name: str, offset: int, size: int) -> bytes:
     file.seek(offset)
     content = file.read(min(size, _LONGEST_LABEL))
     file.seek(before)
-    return content
+    return content + b"..." * (size > _LONGEST_LABEL)

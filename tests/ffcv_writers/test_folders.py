@@ -122,3 +122,36 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(tmp_path: Path) -> No
     finally:
         (tmp_path / "a").chmod(0o755)
     assert done.returncode == 2 and f"error: cannot read {tmp_path / 'a'}: Permission denied\n" == done.stderr
+
+
+@pytest.mark.parametrize("name", ["meta", "batches.meta", "train-images-idx3-ubyte"])
+def test_a_class_may_be_called_as_a_file_of_an_archive(tmp_path: Path, name: str) -> None:
+    for each in (name, "other"):
+        image(tmp_path / each / "0.png")
+    assert guess_format(tmp_path) == "folder"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "meta").touch()
+    assert guess_format(tmp_path / "notes") == "folder"
+
+
+def test_a_hidden_folder_of_images_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/0.png", ".net/0.png"):
+        image(tmp_path / name)
+    (tmp_path / ".git").mkdir()
+    assert open_source("folder", tmp_path).classes == ("a",)
+    assert caplog.messages == [f"{tmp_path}: not read, as in no class folder: 1 hidden folder(s) of images"]
+
+
+def test_classes_have_the_same_names_under_any_locale(tmp_path: Path) -> None:
+    names = ["a", "caf\udce9", "été", "🙂"]
+    for name in names:
+        image(tmp_path / name / "0.png")
+    code = "import sys; from ffcv_writers.readers import open_source; print(ascii(open_source('folder', sys.argv[1])"
+    told = subprocess.run(
+        [sys.executable, "-c", f"{code}.classes))", str(tmp_path)],
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == ascii(open_source("folder", tmp_path).classes) == ascii((*sorted(names),))

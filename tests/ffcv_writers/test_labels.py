@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ffcv_writers import SourceError
-from ffcv_writers.readers import Split, open_source
+from ffcv_writers.readers import guess_format, open_source
 from ffcv_writers.readers.pickles import unpickle
 
 IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
@@ -98,6 +98,7 @@ KINDS: dict[str, Callable[[list[int]], Any]] = {
     "array": np.array,
     "column": lambda labels: np.array(labels)[:, None],
     "float32": lambda labels: np.array(labels, ">f4"),
+    "float16": lambda labels: np.array(labels, np.float16),
     "scalars": lambda labels: list(np.array(labels)),
 }
 
@@ -193,7 +194,9 @@ def test_links_in_an_archive_are_followed_and_what_is_passed_over_is_counted(
     assert "1 archive(s) are of no split and not read, such as" in caplog.text and "more.tar" in caplog.text
 
 
-@pytest.mark.parametrize("label", [b"1_0", b"+3", b"-1", b"1.0", b"cat", b"", b"1000000", b"\xd9\xa3", b"1" * 99])
+@pytest.mark.parametrize(
+    "label", [b"1_0", b"+3", b"-1", b"1.0", b"cat", b"", b"1000000", b"\xd9\xa3", b"1" * 99, b"1%99d" % 2]
+)
 def test_a_cls_that_is_no_number_is_refused(tmp_path: Path, label: bytes) -> None:
     tar_of(tmp_path / "a.tar", ("0.png", b""), ("0.cls", label))
     with pytest.raises(SourceError, match=r"a\.tar: 0\.cls: the label is not an integer from 0 to 999999"):
@@ -225,3 +228,17 @@ def test_an_archive_that_is_cut_or_joined_to_another_is_refused(tmp_path: Path) 
         (tmp_path / "a.tar").write_bytes(changed)
         with pytest.raises(SourceError, match=message):
             open_source("tar", tmp_path / "a.tar").splits  # noqa: B018
+
+
+def test_cifar_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = write_cifar(tmp_path, {"data": DATA, "labels": LABELS}, str, 4)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghia")}))
+    with pytest.raises(SourceError, match="batches.meta 'label_names' has 'a' twice"):
+        open_source("cifar10", folder).splits  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "A.TAR.XZ"])
+def test_a_compressed_archive_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(SourceError, match="is compressed: unpack it"):
+        guess_format(tmp_path / name)

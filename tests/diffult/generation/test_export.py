@@ -209,6 +209,16 @@ def test_a_second_export_replaces_the_first_and_a_failed_one_does_not(tmp_path, 
         export("npz", tmp_path, TWELVE)
 
 
+@pytest.mark.parametrize(("name", "place"), [("imagefolder", "images"), ("wds", "webdataset")])
+def test_a_folder_that_is_no_export_is_kept(tmp_path, name, place):
+    make_kept(tmp_path)
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "photo.png").touch()
+    with pytest.raises(UserError, match=f"{place}: is not an earlier export .* choose another --out"):
+        export(name, tmp_path, TWELVE)
+    assert [file.name for file in (tmp_path / place).iterdir()] == ["photo.png"]
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_drawn(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--export: expected one of imagefolder, npz.*did you mean 'parquet'"):
         check_format("parket")
