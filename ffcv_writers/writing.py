@@ -126,6 +126,9 @@ def _alone(path: Path) -> Iterator[BinaryIO]:
         try:
             file.truncate()
             yield file
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk has no name
+            raise
         finally:
             path.unlink(missing_ok=True)
 

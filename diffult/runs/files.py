@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (temporary, str(temporary)):  # a name that the user has never seen
+        if error.filename in (None, temporary, str(temporary)):  # no name, or one that the user has never seen
             error.filename = str(path)
         raise
     finally:

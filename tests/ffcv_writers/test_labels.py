@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ffcv_writers import SourceError
-from ffcv_writers.readers import guess_format, open_source
+from ffcv_writers.readers import Split, guess_format, open_source
 from ffcv_writers.readers.pickles import unpickle
 
 IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
@@ -233,7 +233,7 @@ def test_an_archive_that_is_cut_or_joined_to_another_is_refused(tmp_path: Path) 
 def test_cifar_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     folder = write_cifar(tmp_path, {"data": DATA, "labels": LABELS}, str, 4)
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghia")}))
-    with pytest.raises(SourceError, match="batches.meta 'label_names' has 'a' twice"):
+    with pytest.raises(SourceError, match=r"batches\.meta 'label_names' has 'a' twice"):
         open_source("cifar10", folder).splits  # noqa: B018
 
 

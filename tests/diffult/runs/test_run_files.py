@@ -25,6 +25,7 @@ from diffult.longtail.extractor import load_extractor
 from diffult.models.unet import load_unet
 from diffult.report import write_report
 from diffult.runs.files import (
+    atomic_write,
     load_state,
     load_tensors,
     lock_folder,
@@ -358,3 +359,9 @@ def test_a_report_of_a_run_that_is_being_written_to_is_refused(copied: RunDir, t
         with pytest.raises(UserError, match="another process writes to it"):
             write_report(copied)
         assert write_report(copied, tmp_path / "out.html").exists()
+
+
+def test_a_full_disk_is_named_by_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space") as caught, atomic_write(tmp_path / "a.json"):
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.json") and not list(tmp_path.iterdir())
