@@ -92,9 +92,10 @@ def image_files(paths: Sequence[str], name: Callable[[int], str]) -> Contents:
 
 
 def _file_bytes(path: str) -> bytes:
-    """A file's content. Raises OSError, also of a pipe, which would be waited for for ever."""
-    if stat.S_ISFIFO(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "a pipe, not a file", path)
+    """A file's content. Raises OSError, also of a pipe or a device, which may never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", path)
     return Path(path).read_bytes()
 
 
