@@ -22,7 +22,7 @@ from diffult.models.cost import summary
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.pack import pack
-from diffult.planning import DEFAULT_HOURS, plan_name, propose
+from diffult.planning import DEFAULT_HOURS, plan_name, planned_hours, propose
 from diffult.report import write_report
 from diffult.runs.files import load_state
 from diffult.runs.run_dir import RunDir
@@ -92,18 +92,16 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
 def open_data_run(
     run: Path, data: Path, hours: float | None, overrides: list[str], world: World, anew: bool = False
 ) -> RunDir:
-    """The run of the images at `data`: a new one, planned and the plan printed, or the one that is there already, whose
-    images may have moved.
+    """The run of the images at `data`: a new one, planned and the plan printed, or the one that is there already, with
+    its config.toml as it stands; its images may have moved.
 
     Args:
-        anew: a plan that is there is made again, as with `hours`, unless the run has begun.
+        anew: a plan that is there is made again.
 
     Raises:
-        UserError: the run is of other images, or see `propose`.
+        UserError: the run is of other images or was planned for other hours, or see `propose`.
     """
-    planned = (run / "config.toml").exists()
-    begun = any((run / stage).exists() for stage in STAGES)
-    if not planned or (not begun and (anew or hours is not None)):
+    if anew or not (run / "config.toml").exists():
         plan = propose(data, hours or DEFAULT_HOURS, overrides, run, world) if world.is_main else None
         plan = world.gather(plan)[0]
         assert plan is not None  # the first process's
@@ -117,8 +115,15 @@ def open_data_run(
         if before.source != place.pop("source"):
             raise UserError(f"{run}: holds a run of other images ({before.source}); give another --run")
         moved = [f"data.{key}={value}" for key, value in place.items() if getattr(before, key) != value]
+    run_dir = RunDir.open(run, overrides=[*moved, *overrides])
+    if hours is not None and (planned := planned_hours(run_dir.comments)) not in (None, f"{hours:g}"):
+        anew_by = "another --run" if any((run / stage).exists() for stage in STAGES) else "--plan"
+        raise UserError(
+            f"{run}: was planned for --hours {planned}, not {hours:g}; leave --hours out to go on with that plan, or "
+            f"give {anew_by} to plan anew"
+        )
     log.info("%s: has its plan; goes on with the settings in config.toml", run)
-    return RunDir.open(run, overrides=[*moved, *overrides])
+    return run_dir
 
 
 def command(
@@ -151,7 +156,8 @@ def command(
 
     Start with --data DIR or --preset NAME; the same command again resumes. --data looks at the images, times a few
     steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why,
-    and may be edited between --plan and the start. --set on an existing run redoes the stages that read the setting.
+    and may be edited between --plan and the start: only --plan plans anew. --set on an existing run redoes the stages
+    that read the setting.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """

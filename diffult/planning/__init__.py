@@ -7,7 +7,7 @@ propose(path, hours, overrides) -> Plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from diffult.planning.proposal import Proposal, propose_settings
 from diffult.planning.timing import guess, measure
 from diffult.reporting.text import duration
 
-__all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "propose"]
+__all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "planned_hours", "propose"]
 
 DEFAULT_HOURS = 2.0
+_FOR_HOURS = "Planned for --hours "
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,14 @@ def propose(
         proposal = propose_settings(plan_name(path), survey, speeds, hours, fixed)
         if _networks(timed) == _networks(proposal.config):
             break
-    return Plan(proposal.config, proposal.comments, lines(survey, proposal, speeds))
+    comments = proposal.comments | {"name": f"{_FOR_HOURS}{hours:g}."}
+    return Plan(proposal.config, comments, lines(survey, proposal, speeds))
+
+
+def planned_hours(comments: Mapping[str, str]) -> str | None:
+    """The hours that a plan with these comments was made for, as written there; None if they do not say."""
+    _, found, hours = comments.get("name", "").partition(_FOR_HOURS)
+    return hours.removesuffix(".") if found else None
 
 
 def _networks(config: Config) -> tuple[object, ...]:

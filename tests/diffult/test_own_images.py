@@ -71,6 +71,8 @@ def test_one_folder_becomes_a_finished_run_and_the_same_command_resumes(folder, 
     assert "stage" not in capsys.readouterr().out  # nothing is planned anew
     assert {path: path.stat().st_mtime_ns for path in times} == times
     moved = folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"planned for --hours 0.01, not 2; .* give another --run to plan anew"):
+        command(run=run, data=moved, hours=2.0)
     command(run=run, data=moved, set_=["generate.batch_size=9"])
     assert read_config(file).data.path == str(moved) and "data.test_share" in comments_in(file.read_text())
     with pytest.raises(UserError, match="holds a run, with its plan in"):
@@ -90,6 +92,10 @@ def test_the_plan_alone_is_printed_and_written_and_may_be_made_again(folder, tmp
     (run / "config.toml").write_text((run / "config.toml").read_text().replace("seed = 7", "seed = 8"))  # by hand
     opened = open_data_run(run, folder, None, [], ALONE)
     assert opened.config.seed == 8 and "data.test_share" in opened.comments
+    assert open_data_run(run, folder, 0.01, [], ALONE).config.seed == 8  # the hours of the plan, too
+    with pytest.raises(UserError, match=r"was planned for --hours 0.01, not 3; .* give --plan to plan anew"):
+        open_data_run(run, folder, 3.0, [], ALONE)
+    assert read_config(run / "config.toml").seed == 8
     stages = ["stage", "pack", "extractor", "diffusion", "generate", "classifier", "evaluate", "together"]
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("  stage ")) :]
     rows = {line.split()[0]: line for line in table if line.split()[0] in stages}
