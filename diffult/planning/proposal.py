@@ -28,8 +28,10 @@ from diffult.reporting.text import duration
 # drawing, were every class as hard as max_draws allows; extractor and classifiers at most. A tenth is kept for what
 # cannot be foreseen.
 _PACK, _DIFFUSION, _DIFFUSION_MOST, _DRAW, _CLASSIFY, _USED = 0.15, 0.4, 0.5, 0.15, 0.4, 0.9
-# Pixels; the training images that must be affordable at a width: fewer learn less than a smaller size would show.
+# Pixels; the UNet's training images that they want, at a width: fewer learn less than a smaller size would show. A set
+# that bears fewer gets the size all the same, as classifiers see more in it, unless it bears less than this share.
 _SIZES = ((8, 0, 32), (16, 0, 32), (32, 100_000, 32), (48, 1_000_000, 64), (64, 2_000_000, 64), (128, 50_000_000, 128))
+_BORNE = 0.1
 _WIDTHS = (32, 48, 64, 96, 128, 192)
 # Training images below which a run is not worth its time: samples are blots, and what classifiers reach is chance.
 _LEAST_DIFFUSION, _LEAST_DIFFUSION_32, _LEAST_CLASSIFY = 20_000, 100_000, 20_000
@@ -150,10 +152,17 @@ def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, second
         cost = classifier_cost("convnet", side, channels, classes)
         return _CLASSIFY * seconds / trained * speeds.classify / (3.0 * cost.flops) / amounts.counts.sum()
 
-    def there_is_time(size: tuple[int, int, int]) -> bool:
+    def obstacle(size: tuple[int, int, int]) -> str:
+        """Why not to train at a size, "" if nothing is against it."""
         side, least, width = size
-        return images(side, width) >= least and (side <= 16 or epochs(side) >= _LEAST_EPOCHS)
+        if most < _BORNE * least:
+            return f"the set is too small for {side}"
+        enough = images(side, width) >= least if most >= least else images(side, _WIDTHS[0]) >= most
+        if enough and (side <= 16 or epochs(side) >= _LEAST_EPOCHS):
+            return ""
+        return f"training at {side} would take longer than there is"
 
+    most = _most_images(amounts)
     shorter = int(np.median(survey.sides.min(1)))
     if survey.arrays:
         side, why = shorter, "The arrays' size."
@@ -161,15 +170,12 @@ def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, second
         side, why = shorter, "The images' size."
     else:
         fitting = [row for row in _SIZES if row[0] <= shorter] or [_SIZES[0]]
-        side = [z for z, *_ in takewhile(there_is_time, fitting)][-1]
+        side = [z for z, *_ in takewhile(lambda row: not obstacle(row), fitting)][-1]
         why = f"Half of the images have {shorter} pixels or more on the shorter side"
-        limits = [str(z) for z, *_ in fitting if z > side]
-        why += f"; training at {limits[0]} would take longer than there is." if limits else "."
-        if limits and draft.set_by_user("data.image_size") is None:
-            draft.notes.append(
-                f"images are scaled down to {side}x{side} pixels: training at {limits[0]} would take longer than "
-                "there is"
-            )
+        limit = next((obstacle(row) for row in fitting if row[0] > side), "")
+        why += f"; {limit}." if limit else "."
+        if limit and draft.set_by_user("data.image_size") is None:
+            draft.notes.append(f"images are scaled down to {side}x{side} pixels: {limit}")
     own = side
     side = draft.put("data.image_size", side, why)
     if survey.arrays and (side, channels) != (own, 3 if survey.colour else 1):
@@ -177,10 +183,13 @@ def _unet(draft: Draft, survey: Survey, amounts: Amounts, speeds: Speeds, second
             f"{survey.place['path']}: arrays of {own}x{own} pixels and {3 if survey.colour else 1} channels are taken "
             "as they are; leave out --set data.image_size and data.channels"
         )
-    most = _most_images(amounts)
     wide = takewhile(lambda w: min(images(side, w), most) >= 400_000 * (w / 32) ** 2, _WIDTHS[1:])
     width = [_WIDTHS[0], *wide][-1]
-    width = draft.put("unet.channels", width, f"Time for about {min(images(side, width), most):,.0f} training images.")
+    affordable = images(side, width)
+    why = (
+        f"Time for about {affordable:,.0f} training images." if affordable < most else f"For {most:,} training images."
+    )
+    width = draft.put("unet.channels", width, why)
     shape = _shape(side, width)
     for key, value in shape.model_dump(mode="json", exclude_defaults=True, exclude={"channels"}).items():
         why = "2x2 pixels are one position: three times as fast." if key == "patch" else ""

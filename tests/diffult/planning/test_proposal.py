@@ -92,6 +92,18 @@ def test_image_size_width_and_patch_follow_the_images_and_the_machine() -> None:
     assert proposed(survey_of([50, 9], side=5)).config.data.image_size == 8  # scaled up: no network takes 5
 
 
+def test_the_size_of_a_small_set_wants_no_more_time_than_its_training_takes() -> None:
+    """Of 1,000 images the UNet is trained on 250,000 at the most: size 48 needs time for these, not for a million."""
+    small = proposed(survey_of(long_tail(10, 400, 10), test=1000), CORES, 6.0)
+    assert small.config.data.image_size >= 48 and small.config.diffusion.steps * 64 < 400_000
+    for speeds in (CORES, CARD):
+        plan = proposed(SETS["seven images"], speeds)
+        assert plan.config.data.image_size == 32
+        assert "images are scaled down to 32x32 pixels: the set is too small for 48" in plan.notes
+        assert "the set is too small for 48" in plan.comments["data.image_size"]
+        assert not any("longer than there is" in note for note in plan.notes)
+
+
 def test_more_hours_give_more_training_but_never_more_than_the_set_bears() -> None:
     tail = survey_of(long_tail(8, 6800, 7))
     steps = [proposed(tail, CORES, hours).config.diffusion.steps for hours in (0.5, 2, 8)]
