@@ -151,8 +151,10 @@ def choose_groups(draft: Draft, amounts: Amounts) -> None:
     members = groups(many, few)["few"]
     tested = round(float(tests[members].sum()))
     if len(members) and tested < _FEW_TESTS:
-        one = f"each is {100 / tested:.2g} % of their accuracy" if tested else "nothing measures them"
-        draft.notes.append(f"{counted(tested, 'test image', 'test images')} of the few-shot classes: {one}")
+        rests = f"rests on {counted(tested, 'test image', 'test images')} ({round(100 / max(tested, 1), 1):g} points each)"
+        draft.notes.append(
+            f"few-shot accuracy {rests if tested else 'is not measured: no test image is of these classes'}"
+        )
 
 
 def _named(survey: Survey, which: np.ndarray) -> str:

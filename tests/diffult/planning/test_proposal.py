@@ -224,8 +224,10 @@ def test_groups_have_test_images_where_that_can_be_and_the_plan_says_how_few() -
     plan = proposed(survey_of([5000, 3400, 2200, 1300, 700, 300, 60, 7]))  # the last alone has 1 test image
     few = class_groups(plan.amounts.counts, plan.config.groups.many, plan.config.groups.few)["few"]
     assert few.tolist() == [6, 7]
-    assert "13 test images of the few-shot classes: each is 7.7 % of their accuracy" in plan.notes
-    assert "0 test images of the few-shot classes: nothing measures them" in proposed(SETS["seven images"]).notes
+    assert "few-shot accuracy rests on 13 test images (7.7 points each)" in plan.notes
+    assert "few-shot accuracy rests on 1 test image (100 points each)" in proposed(survey_of([500, 4])).notes
+    none = "few-shot accuracy is not measured: no test image is of these classes"
+    assert none in proposed(SETS["seven images"]).notes
 
 
 def test_classes_are_filled_by_as_many_as_the_real_ones_at_the_most() -> None:
