@@ -16,6 +16,7 @@ import numpy as np
 from diffult.config import Config, parse_overrides
 from diffult.data.survey import Survey, take_survey
 from diffult.engine.distributed import ALONE, World
+from diffult.longtail.metrics import class_groups
 from diffult.planning.cost import Cost, Speeds, costs
 from diffult.planning.proposal import Proposal, propose_settings
 from diffult.planning.timing import guess, measure
@@ -91,16 +92,14 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
     size = (
         f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
     )
-    many, few = config.groups.many, config.groups.few
     synthetic = proposal.amounts.synthetic(config.generate.balance_to, config.generate.dose)
     text = [
         f"{survey.place['path']}: {survey.counts.sum():,} images of {len(counts):,} classes "
-        f"({survey.counts.max():,} down to {survey.counts.min():,}), {size}, {'colour' if survey.colour else 'grey'}",
+        f"({_range(survey.counts)}), {size}, {'colour' if survey.colour else 'grey'}",
         *(f"  note: {note}" for note in proposal.notes),
         f"  train on {counts.sum():,}, {config.data.image_size}x{config.data.image_size} pixels, "
         f"{'colour' if config.data.channels == 3 else 'grey'}; {proposal.amounts.held_out:,} for validation and test",
-        f"  groups: many above {many}, few below {few} training images: {(counts > many).sum()}, "
-        f"{((counts <= many) & (counts >= few)).sum()} and {(counts < few).sum()} classes (many, medium, few)",
+        f"  groups: {_groups(counts, config.groups.many, config.groups.few)}",
         f"  extractor and classifiers: {config.classifier.network}, {config.extractor.steps:,} and "
         f"{config.classifier.steps:,} steps of {config.classifier.batch_size}; {', '.join(config.classifier.methods)}",
         f"  diffusion: UNet of {config.unet.channels} channels, {config.diffusion.steps:,} steps of "
@@ -109,6 +108,21 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
         f"filter {config.generate.filter}",
     ]
     return text + _table(costs(config, proposal.amounts, speeds), speeds)
+
+
+def _range(counts: np.ndarray) -> str:
+    low, high = counts.min(), counts.max()
+    return f"{high:,} of each" if low == high else f"{high:,} down to {low:,}"
+
+
+def _groups(counts: np.ndarray, many: int, few: int) -> str:
+    if counts.min() == counts.max():
+        return "none, all classes are of one size"
+    sizes = [len(members) for members in class_groups(counts, many, few).values()]
+    return (
+        f"many above {many}, few below {few} training images: {sizes[0]}, {sizes[1]} and {sizes[2]} classes "
+        "(many, medium, few)"
+    )
 
 
 def _table(rows: list[Cost], speeds: Speeds) -> list[str]:

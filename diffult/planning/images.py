@@ -146,12 +146,16 @@ def choose_groups(draft: Draft, amounts: Amounts) -> None:
     why = "A third of the classes: the usual 100 and 20 images would leave a group without classes or test images."
     if 0 <= least(100, 20) >= min(_ENOUGH_TESTS, least(many, few)):
         many, few, why = 100, 20, ""
+    elif ordered[0] == ordered[-1]:
+        why = "No groups: all classes are of one size, and are medium."
     many = draft.put("groups.many", many, why)
     few = draft.put("groups.few", min(few, many + 1), why)
     members = groups(many, few)["few"]
     tested = round(float(tests[members].sum()))
     if len(members) and tested < _FEW_TESTS:
-        rests = f"rests on {counted(tested, 'test image', 'test images')} ({round(100 / max(tested, 1), 1):g} points each)"
+        rests = (
+            f"rests on {counted(tested, 'test image', 'test images')} ({round(100 / max(tested, 1), 1):g} points each)"
+        )
         draft.notes.append(
             f"few-shot accuracy {rests if tested else 'is not measured: no test image is of these classes'}"
         )

@@ -287,11 +287,12 @@ def _generate(draft: Draft, images: _Set, seconds: float) -> float:
     passing = pass_rate(_filter(draft, images))
     most = int(counts.max()) * (1 if counts.max() >= 2 * counts.min() else 2)
     target = _level(counts, min(counts.sum(), passing * candidates / 1.5), most)
-    why = "As many synthetic images as real ones at the most, and no class more than the largest has."
+    why = "At most as many synthetic images as real ones, and no class larger than the largest."
     if most > counts.max():
-        why = "The classes are nearly even: each is filled up beyond the largest, to twice the images."
-        draft.notes.append("the classes are nearly even: this is not the long tail that DiffuLT is made for")
-    elif passing * candidates / 1.5 < counts.sum():
+        even = "of one size" if counts.max() == counts.min() else "nearly even"
+        why = f"The classes are {even}: each is filled up beyond the largest, to about twice the images."
+        draft.notes.append(f"the classes are {even}: this is not the long tail that DiffuLT is made for")
+    if target < _level(counts, counts.sum(), most):
         why = "As many synthetic images as can be drawn in the time."
     target = draft.put("generate.balance_to", max(target, int(counts.min()) + 1), why)
     needed = amounts.synthetic(target, draft.put("generate.dose", 1.0))

@@ -238,6 +238,21 @@ def test_classes_are_filled_by_as_many_as_the_real_ones_at_the_most() -> None:
     even = proposed(survey_of([400, 400, 390]))
     assert 0 < even.amounts.synthetic(even.config.generate.balance_to) <= 1190
     assert any("nearly even" in note for note in even.notes)
+    assert "to about twice the images" in even.comments["generate.balance_to"]
+
+
+def test_classes_of_one_size_are_called_so() -> None:
+    survey = survey_of([6000] * 10, side=28, colour=False, test=10_000)
+    plan = proposed(survey)
+    text = "\n".join(lines(survey, plan, CORES))
+    assert "60,000 images of 10 classes (6,000 of each)" in text and "down to" not in text
+    assert "groups: none, all classes are of one size" in text and "No groups" in plan.comments["groups.many"]
+    assert "the classes are of one size: this is not the long tail that DiffuLT is made for" in plan.notes
+    for speeds, hours in ((CORES, 0.1), (CARD, 2.0)):
+        plan = proposed(survey, speeds, hours)
+        filled = plan.amounts.synthetic(plan.config.generate.balance_to) / plan.amounts.counts.sum()
+        short = "as can be drawn in the time" in plan.comments["generate.balance_to"]
+        assert (filled < 0.99) == short
 
 
 def test_small_classes_are_named_with_what_becomes_of_them() -> None:
