@@ -59,10 +59,11 @@ class _Chosen:
         return self._samples[int(self._numbers[number])]
 
     def name(self, number: int) -> str:
-        return _name(self._samples, int(self._numbers[number]))
+        return sample_name(self._samples, int(self._numbers[number]))
 
 
-def _name(samples: Samples, number: int) -> str:
+def sample_name(samples: Samples, number: int) -> str:
+    """What messages call it."""
     return samples.name(number) if hasattr(samples, "name") else f"image {number} of the source"
 
 
@@ -137,7 +138,7 @@ def _origin(source: Source, split: str) -> Split:
 
 def _warn_of_duplicates(source: Source, numbers: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
     def name(split: str, position: int) -> str:
-        return _name(_origin(source, split).samples, int(numbers[split][position]))
+        return sample_name(_origin(source, split).samples, int(numbers[split][position]))
 
     labels = {split: _origin(source, split).labels[chosen] for split, chosen in numbers.items()}
     for line in duplicate_lines(stored, labels, name):
@@ -210,7 +211,7 @@ def check_labels(source: Source, where: str) -> None:
         if outside.size:
             wrong = int(outside[0])
             raise UserError(
-                f"{name} split, {_name(samples, wrong)}: label {labels[wrong]} is not in 0..{len(classes) - 1}, "
+                f"{name} split, {sample_name(samples, wrong)}: label {labels[wrong]} is not in 0..{len(classes) - 1}, "
                 "the labels of the training images"
             )
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)

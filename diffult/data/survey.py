@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from diffult.data.packing import check_labels
+from diffult.data.packing import check_labels, sample_name
 from diffult.errors import UserError
 from ffcv_writers import SourceError
 from ffcv_writers.decoding import centre_square, decode_rgb
@@ -132,14 +132,16 @@ def _of_files(split: Split, path: Path) -> tuple[np.ndarray, bool, float]:
                 if image.mode not in _GREY:
                     suspects.append(number)
         except Exception as error:  # whatever arbitrary bytes lead to: packing names each file
-            failures.append((number, f"image {number} of the training split: {error}"))
+            unknown = isinstance(error, UnidentifiedImageError)  # whose message names a buffer
+            reason = "not an image in a known format" if unknown else " ".join(str(error).split())
+            failures.append((number, f"{sample_name(split.samples, number)}: {reason}"))
         if time.perf_counter() - begun > _SECONDS:
             break
     if not sides:
-        raise UserError(f"{path}: none of the images looked at can be read ({min(failures)[1]})")
+        raise UserError(f"{path}: none of the {len(failures)} images looked at can be read ({min(failures)[1]})")
     if failures:
         count, seen, first = len(failures), len(failures) + len(sides), min(failures)[1]
-        _log.warning("%s: %d of %d images looked at cannot be read, such as %s", path, count, seen, first)
+        _log.warning("%s: %d of the %d images looked at cannot be read, such as %s", path, count, seen, first)
     return np.array(sides), _any_colour(split, suspects), _seconds(split)
 
 

@@ -113,4 +113,5 @@ def test_a_survey_counts_what_it_cannot_read(tmp_path: Path, caplog: pytest.LogC
     for n in (0, 2):
         (root / "train" / "a" / f"{n}.png").write_bytes(b"")
     assert take_survey(root).counts.tolist() == [4, 3]
-    assert "2 of 7 images looked at cannot be read, such as image 0 of the training split" in caplog.text
+    named = f"such as {root}/train/a/0.png: not an image in a known format"
+    assert f"2 of the 7 images looked at cannot be read, {named}" in caplog.text
