@@ -21,3 +21,8 @@ class CMYKError(ValueError):
 
 class ForeignError(ValueError):
     """A .beton with other fields than ours."""
+
+
+def counted(count: int, what: str) -> str:
+    """1 image, 3 images: `what` holds (s) where its plural has the s."""
+    return f"{count} {what.replace('(s)', '' if count == 1 else 's')}"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .crops import Crop
+from .errors import counted
 from .image_set import ImageSet
 
 _log = logging.getLogger(__name__)
@@ -205,9 +206,10 @@ class Loader:
         else:
             resident, reason = size <= room, f"for {room / 1e6:.0f} MB of {self.device} memory"
         names = ", ".join(map(str, self.image_set.paths))
-        how = f"kept on {self.device}" if resident else f"decoded ahead by {self.num_workers} thread(s)"
+        how = f"kept on {self.device}" if resident else f"decoded ahead by {counted(self.num_workers, 'thread(s)')}"
         how = "gathered from the page cache" if self._mapped else how
-        _log.info("%s: %d images, %.1f MB, %s (%s)", names, len(self.image_set), size / 1e6, how, reason)
+        level = logging.DEBUG if self._mapped else logging.INFO  # nothing was chosen, and sets are opened often
+        _log.log(level, "%s: %d images, %.1f MB, %s (%s)", names, len(self.image_set), size / 1e6, how, reason)
         return resident
 
 

@@ -290,7 +290,7 @@ def test_the_choice_of_loader_is_automatic_and_logged(
     write_all(tmp_path / "set.beton", contents, storage="jpg")
     image_set, order = open_set([tmp_path / "set.beton"]), np.array([3, 19, 3, 0, 7])
     batches = {}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, "ffcv_writers"):
         for room in (4 * 20 * 64 * 64 * 3, 4 * 20 * 64 * 64 * 3 - 4):
             monkeypatch.setattr("ffcv_writers.loader._free_memory", lambda device, room=room: room)
             loader = Loader(image_set, 3, num_workers=2)
@@ -303,8 +303,9 @@ def test_the_choice_of_loader_is_automatic_and_logged(
         Loader(open_set([tmp_path / "raw.beton"]), 3)
     kept, streamed, cropped, asked, _, raw = (record.getMessage() for record in caplog.records)
     assert "set.beton: 20 images, 0.2 MB, kept on cpu" in kept and "as asked for" in asked
-    assert "decoded ahead by 2 thread(s) (for 0 MB of cpu memory)" in streamed and "(cropped at random)" in cropped
+    assert "decoded ahead by 2 threads (for 0 MB of cpu memory)" in streamed and "(cropped at random)" in cropped
     assert "raw.beton: 20 images, 0.2 MB, gathered from the page cache" in raw
+    assert [record.levelno for record in caplog.records] == [logging.INFO] * 5 + [logging.DEBUG]
     for one, other in zip(batches[True], batches[False], strict=True):
         for name in ("images", "labels", "synthetic", "index", "sample", "position"):
             assert torch.equal(getattr(one, name), getattr(other, name))
