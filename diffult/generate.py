@@ -227,10 +227,10 @@ def _print_cost(run: RunDir, request: Request) -> None:
     rate = request.settings.batch_size / (time.perf_counter() - begun)
     if request.settings.search:
         trials = request.settings.search * len(trial_names(np.arange(len(run.packed().classes)))[0])
-        size += f"; {duration(trials / rate)} at the most to search timesteps"
+        size += f"; at most {duration(trials / rate)} to search timesteps"
     print(
         f"{size}; {speed(rate, sampler.flops(), peak_flops(sampler.device))}: {duration(samples / rate)} if all "
-        f"pass, {duration(request.settings.max_draws * samples / rate)} at the most"
+        f"pass, at most {duration(request.settings.max_draws * samples / rate)}"
     )
 
 

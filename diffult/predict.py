@@ -28,7 +28,7 @@ from diffult.longtail.classification import EVALUATED, classify, evaluation_view
 from diffult.longtail.methods import find_method
 from diffult.models.resnet import load_classifier
 from diffult.reporting.accuracy import ranked
-from diffult.reporting.text import readable
+from diffult.reporting.text import counted, readable
 from diffult.runs.files import atomic_write
 from diffult.runs.records import read_metrics
 from diffult.runs.run_dir import RunDir
@@ -62,7 +62,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             if not images:
                 raise UserError(f"{path}: holds no file that is named like an image{seen}")
             if skipped:
-                log.warning("%s: skipped %d file(s)%s", path, skipped.total(), seen)
+                log.warning("%s: skipped %s%s", path, counted(skipped.total(), "file", "files"), seen)
             files += map(Path, images)
         elif path.exists():
             files.append(path)
@@ -170,7 +170,8 @@ def command(
             with atomic_write(output) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
                 out.write("file,class,probability\n")
                 count = _write_table(rows, out, "excel")
-        log.info("%d image(s) by %s (%s)%s", count, chosen, find_method(chosen).title, f", in {output}" * bool(output))
+        what = counted(count, "image", "images")
+        log.info("%s by %s (%s)%s", what, chosen, find_method(chosen).title, f", in {output}" * bool(output))
         if count < len(files):
             raise UserError(f"{len(files) - count} of {len(files)} images could not be read, see above")
     world.barrier()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .decoding import limit_shorter_side
 from .duplicates import duplicate_lines
 from .encoding import Storage
-from .errors import SourceError
+from .errors import SourceError, counted
 from .inspection import describe, verify
 from .loader import available_cores
 from .readers import LIST_FORMAT, READERS, Place, Split, guess_format, open_place, open_source
@@ -87,7 +87,7 @@ def _open_split(path: Path, format: str | None, split: str, root: Path | None, a
         return open_source(chosen, root or path.parent, train_list=path).splits["train"]
     splits = open_place(chosen, Place(path, allow_empty=allow_empty)).splits
     if split not in splits:
-        raise SourceError(f"{path} has the split(s) {', '.join(splits)}, not {split!r}")
+        raise SourceError(f"{path} has no split {split!r}, only {', '.join(splits)}")
     return splits[split]
 
 
@@ -109,7 +109,7 @@ def verify_command(
     for line in wrong[:20]:
         print(line)
     if wrong:
-        print(f"{len(wrong)} thing(s) wrong")
+        print(f"{counted(len(wrong), 'thing(s)')} wrong")
         raise typer.Exit(1)
     print(f"all {describe(files)['images']} samples can be read")
 

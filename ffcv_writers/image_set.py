@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .decoding import resized_crop
-from .errors import ForeignError, SampleError
+from .errors import ForeignError, SampleError, counted
 from .format import (
     ALLOCATION,
     DESCRIPTOR,
@@ -83,7 +83,7 @@ class ImageSet:
         for path, file in zip(paths, self._files, strict=True):
             if file.channels != self.channels:
                 raise ValueError(
-                    f"{path} holds images of {file.channels} channel(s), {paths[0]} of {self.channels}: "
+                    f"{path} holds images of {counted(file.channels, 'channel(s)')}, {paths[0]} of {self.channels}: "
                     "write both with one kind"
                 )
         self.starts = np.cumsum([0, *(len(file.labels) for file in self._files)])

@@ -18,6 +18,7 @@ from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 from ffcv_writers import ImageSet, SampleError, Samples, SourceError, available_cores, open_set, write
 from ffcv_writers.duplicates import duplicate_lines
+from ffcv_writers.errors import counted
 from ffcv_writers.readers import Source, Split, open_source, survey_differences
 
 _log = logging.getLogger(__name__)
@@ -196,7 +197,8 @@ def _check(config: DataConfig, source: Source) -> None:
                 raise UserError(f"{config.source} images are {height}x{width}, but data.image_size is {size}")
             if channels != config.channels:
                 raise UserError(
-                    f"{config.source} images have {channels} channel(s), not data.channels = {config.channels}"
+                    f"{config.source} images have {counted(channels, 'channel(s)')}, not data.channels = "
+                    f"{config.channels}"
                 )
 
 

@@ -132,7 +132,7 @@ def _table(rows: list[Cost], speeds: Speeds) -> list[str]:
     disk, memory = sum(row.disk for row in rows), max(row.memory for row in rows)
     text.append(f"  {'together':12}{duration(seconds):>15}{_size(memory):>12}{_size(disk):>12}")
     if limit > 1.02 * seconds:
-        text.append(f"  at the most {duration(limit)}, should the filter drop most of what is drawn")
+        text.append(f"  at most {duration(limit)}, if the filter rejects most samples")
     if memory > speeds.memory:
         text.append(f"  note: {_size(speeds.memory)} of memory are free; --set data.image_size takes a smaller size")
     if disk > speeds.disk:

@@ -101,9 +101,8 @@ def _drawn(
         cap = _most_per_class(available, others, survey, speeds, seconds)
         if cap is not None:
             draft.put("data.n_max", cap, "Larger classes are cut to so many images: reading all would take too long.")
-            draft.notes.append(
-                f"{(available > cap).sum()} classes are cut to {cap:,} images: reading them all takes too long"
-            )
+            cut = counted(int((available > cap).sum()), "class is", "classes are")
+            draft.notes.append(f"{cut} cut to {cap:,} images: reading all takes too long")
     try:
         settings = DataConfig.model_validate(draft.document["data"] | data)
     except ValidationError as error:

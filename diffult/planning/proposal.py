@@ -95,7 +95,7 @@ def propose_settings(name: str, survey: Survey, speeds: Speeds, hours: float, fi
     if over > 0:
         why = "with what --set asks for" if fixed else "less than this would not be worth its time"
         draft.notes.append(
-            f"does not fit into {duration(seconds)}: {why}, and this takes {duration(seconds + over)} at the most; "
+            f"does not fit into {duration(seconds)}: {why}, and this takes up to {duration(seconds + over)}; "
             f"give --hours {math.ceil(10.5 * (1 + over / seconds) * hours) / 10:g}"
         )
     return Proposal(config, draft.comments, draft.notes, amounts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import SourceError
+from ..errors import SourceError, counted
 from .source import EXTENSIONS, SPLITS, Place, Source, Split, file_source, image_files
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _files(folder: Path, classes: tuple[str, ...], allow_empty: bool) -> tuple[l
     if empty and not (allow_empty and paths):
         raise SourceError(empty[0] + (f"; {len(empty)} classes have none" if len(empty) > 1 else ""))
     if skipped:
-        _log.warning("%s: skipped %d file(s): %s", folder, skipped.total(), in_words(skipped))
+        _log.warning("%s: skipped %s: %s", folder, counted(skipped.total(), "file(s)"), in_words(skipped))
     if nested:
         _log.warning("%s: %d of %d images lie in folders below those of their classes", folder, nested, len(paths))
     return paths, counts
@@ -168,7 +168,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def in_words(counts: Counter[str]) -> str:
-    shown = ", ".join(f"{count} {reason}" for reason, count in counts.most_common(6))
+    shown = ", ".join(counted(count, reason) for reason, count in counts.most_common(6))
     return shown + (", ..." if len(counts) > 6 else "")
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..errors import SourceError
+from ..errors import SourceError, counted
 from .labels import parse_label
 from .source import EXTENSIONS, SPLITS, Contents, Place, Source, Split, file_sizes, numbered
 
@@ -28,7 +28,9 @@ def read(place: Place) -> Source:
         archives = {split: files for split, files in found.items() if files} or {"train": sorted(path.glob("*.tar"))}
         unread = {*path.rglob("*.tar")} - {file for files in archives.values() for file in files}
         if unread and any(archives.values()):
-            _log.warning("%s: %d archive(s) are of no split and not read, such as %s", path, len(unread), min(unread))
+            _log.warning(
+                "%s: not read, as of no split: %s, such as %s", path, counted(len(unread), "archive(s)"), min(unread)
+            )
     else:
         archives = {"train": [path]}
     if not any(archives.values()):
@@ -88,10 +90,10 @@ def _members(archive: Path) -> list[tuple[str, int, int, int]]:
         raise SourceError(f"cannot read {archive}: {reason}; it must be an uncompressed .tar") from error
     odd = sorted(images.keys() ^ labels.keys())
     if odd:
-        more = f"; so have {len(odd) - 1} others" if len(odd) > 1 else ""
+        more = f"; {len(odd) - 1} more like it" if len(odd) > 1 else ""
         raise SourceError(f"{archive}: {odd[0]} needs an image and a .cls file, but has only one of them{more}")
     if dotted:
-        _log.warning("%s: skipped %d image(s) with more than one dot in their name", archive, dotted)
+        _log.warning("%s: skipped %s with more than one dot in the name", archive, counted(dotted, "image(s)"))
     return [(*image, labels[key]) for key, image in images.items()]
 
 

@@ -179,7 +179,7 @@ def test_images_are_found_below_folders(tmp_path, caplog):
     (tmp_path / "a" / "other").symlink_to(tmp_path / "c")
     found = find_images([tmp_path / "5.bin", tmp_path / "a"])
     assert [str(file.relative_to(tmp_path)) for file in found] == ["5.bin", "a/1.png", "a/b/2.JPG", "a/other/4.webp"]
-    assert "skipped 3 file(s): " in caplog.text and "1 not named like an image (.txt)" in caplog.text
+    assert "skipped 3 files: " in caplog.text and "1 not named like an image (.txt)" in caplog.text
     (tmp_path / "empty").mkdir()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     for name, message in (
@@ -196,7 +196,7 @@ def test_the_command_line(tiny_run, files):
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == [str(file) for file in (files[0], *files)]
-    assert f"{len(files) + 1} image(s) by " in done.stderr
+    assert f"{len(files) + 1} images by " in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -38,7 +38,7 @@ def test_nested_images_are_found_in_torchvisions_order(tmp_path: Path, caplog: p
     theirs = ImageFolder(str(root))
     assert found(tmp_path / "set") == theirs.samples and len(theirs.samples) == 9
     assert open_source("folder", tmp_path / "set").classes == tuple(theirs.classes)
-    assert "train: skipped 1 file(s): 1 not named like an image (.txt)" in caplog.text
+    assert "train: skipped 1 file: 1 not named like an image (.txt)" in caplog.text
     assert "6 of 9 images lie in folders below those of their classes" in caplog.text
 
 
@@ -57,10 +57,10 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, caplog: pytest.LogCaptur
     image(tmp_path / "unlabelled" / "x.png")
     assert [path for path, _ in found(tmp_path)] == [str(tmp_path / "train" / name / "0.png") for name in "ab"]
     for words in (
-        f"{tmp_path}: not read, as in no split folder: 1 folder(s)\n",
-        "train: not read, as in no class folder: 1 dangling link(s), 1 image(s)\n",
-        "train: skipped 9 file(s): 3 dangling link(s), 2 not named like an image (.heic), ",
-        "1 hidden", "1 not named like an image (no ending)", "1 link(s) to a folder around them",
+        f"{tmp_path}: not read, as in no split folder: 1 folder\n",
+        "train: not read, as in no class folder: 1 dangling link, 1 image\n",
+        "train: skipped 9 files: 3 dangling links, 2 not named like an image (.heic), ",
+        "1 hidden", "1 not named like an image (no ending)", "1 link to a folder around them",
         "1 neither file nor folder",
     ):  # fmt: skip
         assert words in caplog.text

@@ -190,8 +190,8 @@ def test_links_in_an_archive_are_followed_and_what_is_passed_over_is_counted(
     tar_of(tmp_path / "more.tar", *members)
     train = open_source("tar", tmp_path).splits["train"]
     assert [train.samples[i] for i in range(3)] == [b"zero"] * 3 and train.labels.tolist() == [0, 1, 1]
-    assert "skipped 1 image(s) with more than one dot" in caplog.text
-    assert "1 archive(s) are of no split and not read, such as" in caplog.text and "more.tar" in caplog.text
+    assert "skipped 1 image with more than one dot" in caplog.text
+    assert "not read, as of no split: 1 archive, such as" in caplog.text and "more.tar" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_cls_that_is_no_number_is_refused(tmp_path: Path, label: bytes) -> Non
     [
         ([("0.png", b""), ("0.jpg", b""), ("0.cls", b"1")], r"0 has two images, 0\.jpg the second"),
         ([("0.png", b""), ("0.cls", b"1"), ("0.cls", b"2")], r"0 has two \.cls files"),
-        ([("0.png", b""), ("1.cls", b"1"), ("1.png", "nowhere.png")], "0 needs an image and a .*; so have 1 others"),
+        ([("0.png", b""), ("1.cls", b"1"), ("1.png", "nowhere.png")], "0 needs an image and a .*; 1 more like it"),
         ([("x/0.txt", b"")], "holds no images"),
     ],
 )

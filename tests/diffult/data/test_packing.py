@@ -72,7 +72,7 @@ def test_folder_classes_are_sorted_and_files_in_order(tmp_path: Path, caplog: py
     (root / "train" / "ant" / ".hidden.png").write_text("")
     (root / "train" / "bee" / "notes.txt").write_text("")
     packed = pack(folder_config(root), tmp_path)
-    assert "skipped 2 file(s): 1 hidden, 1 not named like an image (.txt)" in caplog.text
+    assert "skipped 2 files: 1 hidden, 1 not named like an image (.txt)" in caplog.text
     assert packed.classes == ("ant", "bee", "cat") and packed.counts.tolist() == [3, 2, 1]
     for image_set in (packed.train, packed.test, packed.val):
         assert pixels(image_set)[:, 0, 0, 0].tolist() == image_set.labels.tolist() == [0, 0, 0, 1, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,11 @@ def test_a_set_too_large_to_be_read_is_cut_in_its_largest_classes_alone() -> Non
     plan = proposed(SETS["colour, 2000 pixels"], CORES, 0.25)
     cap = plan.config.data.n_max
     assert cap and plan.amounts.counts.max() <= cap and plan.amounts.counts.min() == 6  # of 7, one is tested
-    assert any("are cut to" in note for note in plan.notes)
+    assert any(re.match(r"[2-8] classes are cut to", note) for note in plan.notes)
+    one = proposed(survey_of([6800, 7], side=2000, seconds=0.04), CORES, 0.05)
+    assert any(note.startswith("1 class is cut to") for note in one.notes)
+    text = "\n".join(lines(SETS["colour, 2000 pixels"], plan, CORES))
+    assert re.search(r"\n  at most .* min .* s, if the filter rejects most samples", text)
     assert proposed(survey_of([60, 9])).config.data.n_max is None
 
 
