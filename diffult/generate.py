@@ -34,7 +34,7 @@ from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError, one_of
 from diffult.generation.candidates import draw_candidates
 from diffult.generation.config import LARGEST_BATCH, GenerateConfig
-from diffult.generation.export import FORMATS, check_format, export
+from diffult.generation.export import FORMATS, export, parse_formats
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore, manifest, open_kept, refuse_other
@@ -320,7 +320,11 @@ def command(
         Path | None, typer.Option(file_okay=False, help="Folder for the samples; default: see above.")
     ] = None,
     export_: Annotated[
-        str | None, typer.Option("--export", help=f"Also write the samples as {', '.join(FORMATS)}.")
+        list[str] | None,
+        typer.Option(
+            "--export",
+            help=f"Also write the samples as {', '.join(FORMATS)}: one, or several between commas; repeatable.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print samples, time and disk space, and stop.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also write a trace of two batches, trace.json.")] = False,
@@ -334,8 +338,7 @@ def command(
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.generate --fast --run RUN
     """
     world = init_distributed()
-    if export_ is not None:
-        check_format(export_)
+    formats = parse_formats(export_ or [])
     bundled, run = run is None, run or Path("runs") / BUNDLED
     if bundled:  # options are checked against the packed images, before any training
         _run_bundled(run, "pack", world)
@@ -369,8 +372,8 @@ def command(
     log.info("wrote %s (synthetic.beton, candidates.safetensors, manifest.json, summary.json, grid.png)", folder)
     if profile:
         _write_trace(run_dir, request, folder / "trace.json")
-    if export_ is not None:
-        log.info("wrote %s", export(export_, folder, names) or "no export: no sample was kept")
+    for name in formats:
+        log.info("wrote %s", export(name, folder, names) or f"no {name}: no sample was kept")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -37,14 +37,21 @@ _SHARD, _ROW_GROUP = 10_000, 1_000  # samples in a tar, and in the part of a Par
 _SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
-def check_format(name: str) -> None:
-    """Raises UserError unless FORMATS has this format and what writes it is installed."""
-    try:
-        one_of(FORMATS, name)
-    except ValueError as error:
-        raise UserError(f"--export: {error}") from None
-    if name == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError("--export parquet is written by pyarrow, which is not installed: pip install pyarrow")
+def parse_formats(given: Sequence[str]) -> list[str]:
+    """Formats of FORMATS, in each text one or several between commas, in this order and each once.
+
+    Raises:
+        UserError: there is no such format, or what writes it is not installed.
+    """
+    names = list(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
+    for name in names:
+        try:
+            one_of(FORMATS, name)
+        except ValueError as error:
+            raise UserError(f"--export: {error}") from None
+        if name == "parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise UserError("--export parquet is written by pyarrow, which is not installed: pip install pyarrow")
+    return names
 
 
 def export(name: str, folder: Path, classes: tuple[str, ...]) -> Path | None:

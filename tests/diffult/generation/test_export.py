@@ -19,7 +19,7 @@ import ffcv_writers.__main__
 from diffult.errors import UserError
 from diffult.generate import command
 from diffult.generation import export as module
-from diffult.generation.export import FORMATS, check_format, class_folders, class_texts, export
+from diffult.generation.export import FORMATS, class_folders, class_texts, export, parse_formats
 from diffult.longtail.filter import Verdict
 from diffult.runs.files import lock_folder, save_tensors
 from ffcv_writers import SourceError, open_set, write
@@ -221,22 +221,25 @@ def test_a_folder_that_is_no_export_is_kept(tmp_path, name, place):
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_drawn(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"--export: expected one of imagefolder, npz.*did you mean 'parquet'"):
-        check_format("parket")
+        parse_formats(["zip,parket"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        check_format("parquet")
+        parse_formats(["npz", "zip, parquet"])
+    assert parse_formats(["npz,zip", "wds, npz"]) == ["npz", "zip", "wds"] and parse_formats([]) == []
     assert [export(name, tmp_path, TWELVE) for name in FORMATS] == [None] * len(FORMATS)
 
 
 def test_generate_exports_what_it_keeps(tiny_run, tmp_path, caplog):
     options = {"steps": 2, "per_class": 2, "classes": "1-3", "out": tmp_path / "out"}
     with caplog.at_level("INFO"):
-        command(run=tiny_run.path, fast=True, export_="imagefolder", **options)
+        command(run=tiny_run.path, fast=True, export_=["imagefolder,zip", "wds"], **options)
     kept = open_set([tmp_path / "out" / "synthetic.beton"])
     names = {(label, index) for label, index in zip(kept.labels.tolist(), kept.index.tolist(), strict=True)}
     rows = [json.loads(line) for line in (tmp_path / "out" / "images" / "metadata.jsonl").read_text().splitlines()]
     assert {(row["label"], row["index"]) for row in rows} == names and {row["verdict"] for row in rows} <= {"id", "aid"}
-    assert f"wrote {tmp_path / 'out' / 'images'}" in caplog.text and len(names) == len(kept) > 0
+    for written in ("images", "samples.zip", "webdataset"):
+        assert f"wrote {tmp_path / 'out' / written}" in caplog.text and (tmp_path / "out" / written).exists()
+    assert len(names) == len(kept) > 0
 
 
 def test_verdicts_of_other_samples_are_refused(tmp_path):

@@ -150,7 +150,7 @@ def test_where_no_sample_is_kept_there_is_no_file_and_nothing_to_export(tiny_run
     options = {"run": tiny_run.path, "fast": True, "steps": 1, "per_class": 1, "classes": "3", "out": tmp_path / "out"}
     for _ in range(2):
         with caplog.at_level("INFO"):
-            command(**options, export_="zip")
+            command(**options, export_=["zip"])
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files == {".lock", "manifest.json", "candidates.safetensors", "summary.json", "grid.png"}
     assert caplog.text.count("no sample was kept") == 2
@@ -310,7 +310,7 @@ def test_a_sample_is_found_in_the_shards_of_every_process(tmp_path):
         ({"sampler": "dmp++"}, r"did you mean 'dpm\+\+'"),
         ({"steps": 2000}, "the model has 1000 timesteps"),
         ({"classes": "11"}, "no class 11"),
-        ({"export_": "gif"}, "expected one of imagefolder, npz"),
+        ({"export_": ["zip,gif"]}, "expected one of imagefolder, npz"),
     ],
 )
 def test_bad_options(tiny_run, options, message):
