@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,6 +28,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'NAME'?`, or nothing if no name is near."""
     close = get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, of each a short text, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (
+        ", ".join(name if name.isprintable() and len(name) <= 20 else shown(name[:20]) for name in names[:most]) + more
+    )
 
 
 def one_of(names: Iterable[str], given: str) -> str:

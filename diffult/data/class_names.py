@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffult.errors import UserError, nearest, shown
+from diffult.errors import UserError, listed, nearest, shown
 from ffcv_writers.readers.folder import as_utf8
 
 _DIGITS = "0123456789"
@@ -38,7 +38,8 @@ class ClassNames:
         if _composed(name) in self._composed:
             return self._composed[_composed(name)]
         if not _is_number(name):
-            raise ValueError(f"no class {shown(name)}{nearest(name[:200], self.classes)}")
+            known = nearest(name[:200], self.classes) or f"; the classes are {listed(self.classes)}"
+            raise ValueError(f"no class {shown(name)}{known}")
         if self._number is not None:
             raise ValueError(f"no class {name[:20]}; numbers are the names of classes here, such as {self._number}")
         if len(name) > 12 or int(name) >= len(self.classes):
