@@ -32,6 +32,7 @@ from diffult.reporting.text import counted, readable
 from diffult.runs.files import atomic_write
 from diffult.runs.records import read_metrics
 from diffult.runs.run_dir import RunDir
+from diffult.runs.stages import STAGES
 from ffcv_writers import CenterCrop, available_cores
 from ffcv_writers.readers.folder import images_below, in_words
 
@@ -158,6 +159,9 @@ def command(
     cannot be read, after all others are predicted.
     """
     world, run_dir = init_distributed(), RunDir.open(run)
+    if run_dir.done("classifier") is None:
+        stage = next(stage for stage in STAGES if run_dir.done(stage) is None)
+        raise UserError(f"{run}: the run is not finished (at {stage}); python -m diffult.run --run {run} goes on")
     if world.is_main:
         files, chosen = find_images(images), choose_method(run_dir, method)
         hidden = True if output is None and sys.stdout.isatty() else None  # the table is progress enough

@@ -127,6 +127,16 @@ def test_the_classifier_is_the_one_that_the_report_names_first(run):
         choose_method(run)
 
 
+def test_a_run_that_is_not_finished_is_refused_with_its_stage(run, files):
+    (run.folder("generate") / "done.json").unlink()
+    command(run=run.path, images=files[:1], method="ce")  # a finished classifier is enough
+    (run.folder("classifier") / "done.json").unlink()
+    expected = f"{run.path}: the run is not finished (at generate); python -m diffult.run --run {run.path} goes on"
+    with pytest.raises(UserError) as caught:
+        command(run=run.path, images=files[:1])
+    assert str(caught.value) == expected
+
+
 def test_the_run_is_only_read(run, files, capsys):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in [run.path, *run.path.rglob("*")]}
