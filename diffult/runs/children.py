@@ -37,8 +37,9 @@ class Children:
             signal.signal(signal.SIGTERM, self._before)
 
     def run(self, command: list[str], log: Path, threads: int) -> int:
-        """Runs a command on so many threads, its output in a file; returns its exit code, 130 after `stop`."""
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        """Runs a command on so many threads, or the fewer that the environment sets, its output in a file; returns its
+        exit code, 130 after `stop`."""
+        limits = {name: _fewer(os.environ.get(name, ""), threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             with self._lock:
@@ -67,6 +68,11 @@ class Children:
                 child.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+def _fewer(given: str, threads: int) -> str:
+    """The value of a variable such as OMP_NUM_THREADS: `given`, unless it is more than `threads`, or no number."""
+    return str(min(int(given), threads) if given.isdecimal() and int(given) > 0 else threads)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

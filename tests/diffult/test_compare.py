@@ -127,6 +127,16 @@ def test_one_run_that_fails_does_not_lose_the_others(tmp_path, inside, monkeypat
     assert "one seed: no deviation and no interval" in result.output
 
 
+@pytest.mark.parametrize(("given", "expected"), [("1", "1"), ("16", "4"), ("", "4"), ("3,2", "4")])
+def test_a_run_takes_no_more_threads_than_the_user_allows(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    with Children() as children:
+        words = ["sh", "-c", "echo $OMP_NUM_THREADS $MKL_NUM_THREADS"]
+        assert children.run(words, tmp_path / "log", threads=4) == 0
+    assert (tmp_path / "log").read_text() == f"{expected} 4\n"
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.slow
 def test_interrupted_it_stops_its_runs(tmp_path):
