@@ -82,11 +82,14 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
     kept = open_kept(run.folder("generate"))
     both = open_set([*packed.train.paths, *kept.paths], mixed_sizes=True) if kept else packed.train
     real_loader, loader = (training_loader(part, data, config, seed, device, world) for part in (packed.train, both))
-    for wave in in_waves(config.methods):
+    waves = in_waves(config.methods)
+    names = [name for wave in waves for name in wave]
+    titles = {name: f"classifier {number} of {len(names)}: {name}" for number, name in enumerate(names, start=1)}
+    for wave in waves:
         missing = [name for name in wave if not _up_to_date(run, folder / f"{name}.safetensors")]
         missing = world.gather(missing)[0]  # of the first process: it may already write the first of them
         loaders = {name: loader if find_method(name).synthetic else real_loader for name in missing}
-        trainings = [_training(run, packed, *pair, world) for pair in loaders.items()]
+        trainings = [_training(run, packed, name, titles[name], loaders[name], world) for name in missing]
         for training in fit_all(trainings):
             if world.is_main:
                 name = training.checkpoint.name.removesuffix(".state.pt")
@@ -113,7 +116,7 @@ def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> N
     method.adapt(training.model, prior, validate)
 
 
-def _training(run: RunDir, packed: Packed, name: str, loader: Loader, world: World) -> Training:
+def _training(run: RunDir, packed: Packed, name: str, title: str, loader: Loader, world: World) -> Training:
     config, method, images = run.config.classifier, find_method(name), loader.image_set
     filling, num_classes, device = run.config.generate, len(packed.classes), loader.device
     train = TrainingSet(
@@ -122,7 +125,7 @@ def _training(run: RunDir, packed: Packed, name: str, loader: Loader, world: Wor
     )  # fmt: skip
     dtype = compute_dtype(run.config.precision, device)
     return Training(
-        f"classifier {name}", _network(run, method, num_classes, device), loader,
+        title, _network(run, method, num_classes, device), loader,
         tuple(_phase(method, phase, train, device) for phase in method.phases), config,
         run.folder("classifier") / f"{name}.state.pt", (run.config.seed, _STAGE), method_hash(run, name), dtype, world,
         method.mix, method.trains != "all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -29,6 +30,7 @@ from diffult.models.resnet import Classifier
 from ffcv_writers import Batch, CenterCrop, ImageSet, Loader, Order, RandomResizedCrop
 from kernels.augment import augment, center_crop, normalise
 
+log = logging.getLogger(__name__)
 _OF_PARTNERS = 2**40  # beyond all places in a stream
 EVALUATED = 256  # images at a time
 _SHOWN = 224 / 256  # of the shorter side of larger stored images, as usual on ImageNet
@@ -51,7 +53,7 @@ class Training:
     """One classifier to train.
 
     Attributes:
-        title: on the progress bar.
+        title: in the log as the training begins, and on the progress bar.
         model: trained in place, on the loader's device.
         loader: made by `training_loader` with the same config, seed and world.
         phases: one after the other, under one schedule of the learning rate.
@@ -224,6 +226,7 @@ def _steps(training: Training) -> Iterator[int]:
     """Trains; yields the number of steps done after each."""
     config, world, loader, seed = training.config, training.world, training.loader, _stream_seed(training.seed)
     steps = training.steps
+    log.info("%s: %d steps", training.title, steps)
     step = _Step(training, seed)
     average = {"average": step.average} if step.average else {}
     factors = [

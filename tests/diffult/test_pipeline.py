@@ -21,6 +21,7 @@ from diffult.models.resnet import load_classifier
 from diffult.models.unet import load_unet
 from diffult.run import run_pipeline
 from diffult.runs.run_dir import RunDir
+from diffult.train_classifier import train_classifier
 from ffcv_writers import open_set
 
 # Runs the pipeline in children that each die by SIGKILL just before a rename, the 2nd, 3rd, ... 6th in turn: some files
@@ -169,6 +170,16 @@ def test_a_deleted_file_is_made_again(copied_run, tiny_run, file):
     run_pipeline(RunDir.open(copied_run))
     assert (copied_run / file).exists()
     assert comparable(copied_run) == comparable(tiny_run.path)
+
+
+def test_each_classifier_is_logged_as_its_training_begins(copied_run, caplog):
+    (copied_run / "classifier" / "diffult.safetensors").unlink()
+    with caplog.at_level("INFO"):
+        train_classifier(RunDir.open(copied_run))
+    assert [line for line in caplog.messages if line.startswith("classifier")][
+        1
+    ] == "classifier 2 of 2: diffult: 8 steps"
+    assert "1 of 2" not in caplog.text  # which was whole
 
 
 def test_damaged_samples_are_named_and_drawn_again(copied_run, tiny_run):
