@@ -31,11 +31,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first names, of each a short text, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (
-        ", ".join(name if name.isprintable() and len(name) <= 20 else shown(name[:20]) for name in names[:most]) + more
-    )
+    """The first names, shortened, and how many more there are."""
+    texts = [name if name.isprintable() and len(name) <= 20 else shown(name[:20]) for name in names[:most]]
+    return ", ".join(texts) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_of(names: Iterable[str], given: str) -> str:
