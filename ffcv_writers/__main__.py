@@ -84,7 +84,11 @@ def _warn(images: Split, digests: np.ndarray) -> None:
 def _open_split(path: Path, format: str | None, split: str, root: Path | None, allow_empty: bool) -> Split:
     chosen = format or ("digits" if str(path) == "digits" else guess_format(path))
     if chosen == "list":
-        return open_source(chosen, root or path.parent, train_list=path).splits["train"]
+        source = open_source(chosen, root or path.parent, train_list=path)
+        if not source.classes[0].isdecimal():
+            shown = ", ".join(source.classes[:10]) + ", ..." * (len(source.classes) > 10)
+            _log.warning("labels from 0 are the names in this list alone, sorted: %s", shown)
+        return source.splits["train"]
     splits = open_place(chosen, Place(path, allow_empty=allow_empty)).splits
     if split not in splits:
         raise SourceError(f"{path} has no split {split!r}, only {', '.join(splits)}")

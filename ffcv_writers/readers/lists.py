@@ -13,15 +13,21 @@ import numpy as np
 
 from ..errors import SourceError
 from .labels import parse_label
-from .source import EXTENSIONS, Place, Source, Split, file_source, image_files, numbered
+from .source import EXTENSIONS, SPLITS, Place, Source, Split, file_source, image_files, numbered
 
 LIST_FORMAT = (
     "A list has a line 'path label' for each image: the path from the list's root, or absolute; then spaces, a tab or "
-    "a comma; then the class, a number from 0. Paths may hold spaces or be in quotes; a first line such as "
+    "a comma; then the class, a number from 0, or in every line a name: these are numbered as they sort in the "
+    "training list. Paths may hold spaces or be in quotes, as may names after a comma; a first line such as "
     "'path,label', empty lines and lines that begin with # are passed over; the text is UTF-8, or UTF-16 with its mark."
 )
 _LABEL = re.compile(r"[\s,;]([^\s,;]+)$")
 _MORE_COLUMNS = re.compile(rf"({'|'.join(map(re.escape, EXTENSIONS))})[\"']?[\s,;]", re.IGNORECASE)
+_SPACED_NAME = re.compile(
+    rf"(.*(?:{'|'.join(map(re.escape, EXTENSIONS))})[\"']?)"
+    r"(?:[\s,;]+(\"[^\"]+\"|'[^']+')|\s*[,;\t]\s*([^\s,;\"]+(?: [^\s,;\"]+)*))",
+    re.IGNORECASE,
+)
 _TITLES = {"path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id", "img", "id", "name"}
 _MARKS = {  # the longer ones first: the mark of UTF-16 begins that of UTF-32
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
@@ -30,23 +36,86 @@ _MARKS = {  # the longer ones first: the mark of UTF-16 begins that of UTF-32
 
 
 def read(place: Place) -> Source:
-    """Classes are named by their labels. Paths may hold spaces, and are opened only when an image is read."""
+    """Classes are named as in the training list, or by their numbers. Paths may hold spaces; a file is opened only when
+    its image is read."""
     if not place.lists:
         raise SourceError("a source of lists needs a train list")
     if not place.path.is_dir():
         raise SourceError(f"{place.path} is not a folder")
-    paths, splits = {}, {}
-    for split, file in place.lists.items():
-        paths[split], labels, lines = _read_list(file, place.path)
+    paths, splits, classes = {}, {}, _Classes()
+    for split in (split for split in SPLITS if split in place.lists):  # the training list first: it has all names
+        file = place.lists[split]
+        paths[split], labels, lines = _read_list(file, place.path, classes)
 
         def name(i: int, file: Path = file, paths: list[str] = paths[split], lines: array = lines) -> str:
             return f"{paths[i]}, {file.name}:{lines[i]}"
 
         splits[split] = Split(image_files(paths[split], name), labels)
-    return file_source(place.path, paths, splits, numbered(splits))
+    return file_source(place.path, paths, splits, classes.names or numbered(splits))
 
 
-def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
+class _Classes:
+    """Numbers for the labels of several lists: all are numbers, or all are names that the first list has.
+
+    Attributes:
+        names: sorted, as torchvision sorts folders; () while the first list is read, and where labels are numbers.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self._numbers: dict[str, int] = {}
+        self._named: bool | None = None  # as the first label is
+
+    def number(self, label: str, path: str) -> int:
+        """The number of a label; of a name in the first list, how many others came before it.
+
+        Raises:
+            SourceError: neither a number nor the name of an image's class, the other of the two, or no name of the
+                first list.
+        """
+        if self._named is False or not (_is_name(label) and _is_image(path)):
+            number = parse_label(label)
+            if self._named:
+                other = next(iter(self._numbers))
+                raise SourceError(f"the label is the number {number}, others are names, as {other[:40]!r}")
+            self._named = False
+            return number
+        if self.names and label not in self._numbers:
+            raise SourceError(f"the training list has no class {label[:40]!r}")
+        self._named = True
+        return self._numbers.setdefault(label, len(self._numbers))
+
+    def labels(self, numbers: array) -> np.ndarray:
+        """Labels int64 (N,) of a list that has been read to its end."""
+        labels = np.array(numbers, dtype=np.int64)
+        if not self._named or self.names:
+            return labels
+        self.names = tuple(sorted(self._numbers))
+        ranks = {name: rank for rank, name in enumerate(self.names)}
+        labels = np.array([ranks[name] for name in self._numbers])[labels]
+        self._numbers = ranks
+        return labels
+
+
+def _is_name(label: str) -> bool:
+    """Whether it may be a class's name: no path of an image, and no number of any kind, such as nan or 1e3."""
+
+    def is_number(word: str) -> bool:
+        try:
+            float(word)
+        except ValueError:
+            return False
+        return True
+
+    return not label.lower().endswith(EXTENSIONS) and not all(map(is_number, label.split()))
+
+
+def _is_image(path: str) -> bool:
+    """Whether it looks like one or is there: the titles of columns do not."""
+    return path.rstrip("\"'").lower().endswith(EXTENSIONS) or os.path.isfile(path)
+
+
+def _read_list(path: Path, root: Path, classes: _Classes) -> tuple[list[str], np.ndarray, array]:
     """Paths, labels int64 (N,) and line numbers of a list, see LIST_FORMAT.
 
     Raises:
@@ -63,21 +132,22 @@ def _read_list(path: Path, root: Path) -> tuple[list[str], np.ndarray, array]:
             name = os.fsdecode(name.encode(errors="surrogateescape"))  # the bytes of the list, whatever the locale
             if is_first and not label.isdecimal() and name.strip("\"'").lower() in _TITLES:
                 continue
-            if line[0] == "#" and not os.path.lexists(os.path.join(root, _existing(name, root))):
+            file = os.path.join(root, _existing(name, root))
+            if line[0] == "#" and not os.path.lexists(file):
                 continue
-            labels.append(parse_label(label))
+            labels.append(classes.number(label, file))
         except SourceError as error:
             if line[0] == "#":
                 continue
             wrong, wrong_lines = wrong or f"{path}:{number}: {error}", wrong_lines + 1
             continue
-        paths.append(os.path.join(root, _existing(name, root)))
+        paths.append(file)
         lines.append(number)
     if wrong:
         raise SourceError(wrong + (f"; {wrong_lines} lines are wrong" if wrong_lines > 1 else ""))
     if not paths:
         raise SourceError(f"the list {path} has no lines: it needs 'relative/path label' for each image")
-    return paths, np.array(labels, dtype=np.int64), lines
+    return paths, classes.labels(labels), lines
 
 
 def _text(path: Path) -> str:
@@ -103,9 +173,14 @@ def _columns(line: str) -> tuple[str, str]:
     if found is None or not (name := line[: found.start()].rstrip(" \t,;")):
         raise SourceError(f"a line must be 'relative/path label', not {line[:200]!r}")
     if _MORE_COLUMNS.search(name) and not name.strip("\"'").lower().endswith(EXTENSIONS):
+        if (spaced := _SPACED_NAME.fullmatch(line)) and _is_name(label := _unquoted(spaced[2] or spaced[3])):
+            return spaced[1], label
         raise SourceError(f"a line must be 'relative/path label', not of more columns: {line[:200]!r}")
-    label = found[1]
-    return name, label[1:-1] if label[0] in "\"'" and label[-1] == label[0] else label
+    return name, _unquoted(found[1])
+
+
+def _unquoted(label: str) -> str:
+    return label[1:-1] if label[0] in "\"'" and label[-1] == label[0] else label
 
 
 def _existing(name: str, root: Path) -> str:

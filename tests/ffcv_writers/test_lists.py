@@ -16,7 +16,7 @@ from diffult.data.config import DataConfig
 from diffult.data.packing import open_data
 from diffult.errors import UserError
 from diffult.run import command
-from ffcv_writers import SourceError
+from ffcv_writers import SourceError, open_set
 from ffcv_writers.__main__ import app
 from ffcv_writers.readers import LIST_FORMAT, guess_format, open_source
 
@@ -72,6 +72,47 @@ def test_every_way_to_write_a_list_is_read(folder: Path, content: bytes | str) -
     assert [os.path.normpath(path) for path in paths] == NAMES and labels == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "img/0.png dog\nimg/a b.png cat\nimg/c,d.png dog\n",
+        "path,label\nimg/0.png,dog\nimg/a b.png,cat\nimg/c,d.png,dog\n",
+        '"path","label"\r\n"img/0.png","dog"\r\n"img/a b.png","cat"\r\n"img/c,d.png","dog"\r\n',
+    ],
+)
+def test_classes_of_a_list_may_be_names_and_sort_as_folders_do(folder: Path, content: str) -> None:
+    for old, new in (("cat", "cat"), ("cat", "Zebra"), ("dog", "polar bear"), ("dog", "caf\udce9")):
+        if " " in new and "img/0.png dog" in content:
+            new = f'"{new}"'  # after a space
+        named = content.replace(old, new)
+        paths, labels = read(folder, os.fsencode(named))
+        names = sorted({new.strip('"'), *({"cat", "dog"} - {old})})
+        expected = [new.strip('"') if name == old else name for name in ("dog", "cat", "dog")]
+        source = open_source("list", folder, train_list=folder / "train.txt")
+        assert paths == NAMES and source.classes == tuple(names) == tuple(source.survey["classes"])
+        assert [names[label] for label in labels] == expected
+
+
+def test_other_lists_have_classes_of_the_training_list_alone(folder: Path) -> None:
+    (folder / "train.txt").write_text("img/0.png dog\nimg/0.png cat\nimg/0.png eel\n")
+    (folder / "val.txt").write_text("img/0.png eel\nimg/0.png dog\n")
+    lists = {f"{split}_list": folder / f"{split}.txt" for split in ("train", "val")}
+    source = open_source("list", folder, **lists)
+    assert source.classes == ("cat", "dog", "eel")
+    assert {name: split.labels.tolist() for name, split in source.splits.items()} == {"train": [1, 0, 2], "val": [2, 1]}
+    for content, message in (
+        ("img/0.png eel\nimg/0.png hen\n", r"val\.txt:2: the training list has no class 'hen'$"),
+        ("img/0.png 1\n", r"val\.txt:1: the label is the number 1, others are names, as 'cat'$"),
+    ):
+        (folder / "val.txt").write_text(content)
+        with pytest.raises(SourceError, match=message):
+            open_source("list", folder, **lists)
+    (folder / "train.txt").write_text("img/0.png 0\n")
+    (folder / "val.txt").write_text("img/0.png cat\n")
+    with pytest.raises(SourceError, match=r"val\.txt:1: the label is not an integer .*'cat'$"):
+        open_source("list", folder, **lists)
+
+
 def test_names_that_look_like_another_form_are_taken_as_they_are(folder: Path) -> None:
     """Where the file is there."""
     names = ["#0.png", '"1".png', '"2"', "3\\x.png", os.fsdecode(b"4\xff.png"), " 5.png"]
@@ -91,7 +132,14 @@ def test_names_that_look_like_another_form_are_taken_as_they_are(folder: Path) -
         (lines('"{}",{},9'), r"train\.txt:1: .*more columns"),
         (",path,label\n0,img/0.png,0\n", r"train\.txt:1: .*the label is not an integer .*'label'"),
         ("0,img/0.png\n", r"train\.txt:1: .*'img/0\.png'$"),
-        ("img/0.png cat\n", r"train\.txt:1: the label is not an integer from 0 to 999999 but 'cat'"),
+        ("img/0.png 0\nimg/0.png cat\n", r"train\.txt:2: the label is not an integer from 0 to 999999 but 'cat'"),
+        ("img/0.png cat\nimg/0.png 0\n", r"train\.txt:2: the label is the number 0, others are names, as 'cat'"),
+        ("img/0.png cat\nimg/0.png nan\nimg/0.png 1.7\n", r"train\.txt:2: .* but 'nan'; 2 lines are wrong"),
+        ("img/0.png cat\nimg/0.png dog 9\n", r"train\.txt:2: .*more columns"),
+        ("img/0.png,0 9\n", r"train\.txt:1: .*more columns"),
+        ("photo,species\nimg/0.png,cat\n", r"train\.txt:1: .*'species'$"),
+        (",path,label\n0,img/0.png,cat\n", r"train\.txt:1: .*'label'$"),
+        ("cat img/0.png\n", r"train\.txt:1: .*'img/0\.png'$"),
         ("path,label\npath,label\nimg/0.png,0\n", r"train\.txt:2: .*'label'"),
         ("img/0.png 0\nimg/0.png 1.0\nimg/0.png -1\n", r"train\.txt:2: .*'1\.0'; 2 lines are wrong"),
         ("img/0.png 1_0\n", r"'1_0'"),
@@ -121,6 +169,16 @@ def test_labels_from_one_are_refused_where_a_run_starts_and_warned_of_where_a_fi
         open_data(config)
     result = CliRunner().invoke(app, ["write", str(folder / "train.txt"), str(folder / "a.beton")])
     assert result.exit_code == 0 and "no image has the label 0" in caplog.text
+
+
+def test_a_file_written_of_a_list_with_names_says_how_they_are_numbered(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second list may lack a name, and then numbers the others differently."""
+    (folder / "train.txt").write_text("img/0.png dog\nimg/a b.png cat\n")
+    result = CliRunner().invoke(app, ["write", str(folder / "train.txt"), str(folder / "a.beton")])
+    assert result.exit_code == 0 and open_set([folder / "a.beton"]).labels.tolist() == [1, 0]
+    assert "labels from 0 are the names in this list alone, sorted: cat, dog" in caplog.text
 
 
 def test_names_are_found_whatever_the_locale(folder: Path) -> None:
