@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vPX*"
 _MOST_DOTS = 100  # classes; of more, means of groups of classes are drawn
 _BINS = 20
+_LEGEND_WIDTH = 110  # characters that a legend has room for side by side
 
 
 def class_histogram(
@@ -154,7 +155,7 @@ def accuracy_by_class(
         axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(axis="y")
-        _legend(axes, len(values))
+        _legend(axes, values)
 
     tail, head = groups[0], groups[-1]
     ends = (f"{title} {number(_mean(row[tail]), 0)} to {number(_mean(row[head]), 0)}" for title, row in values.items())
@@ -167,8 +168,11 @@ def _mean(values: np.ndarray) -> float | None:
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=min(entries, 3), borderaxespad=0)
+def _legend(axes: Axes, titles: Iterable[str]) -> None:
+    """Over the axes, in as many columns as the longest title leaves room for."""
+    widest = max(map(len, titles))
+    columns = max(1, min(3, _LEGEND_WIDTH // (widest + 6)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, borderaxespad=0)
 
 
 def confusion(name: str, title: str, share: np.ndarray, classes: Sequence[str]) -> Markup:

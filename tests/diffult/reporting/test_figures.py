@@ -67,6 +67,15 @@ def test_accuracy_by_class_names_both_ends() -> None:
     assert label(svg).endswith("A 10 to 90; B – to 80.")
 
 
+def test_a_legend_of_long_titles_stays_on_the_page() -> None:
+    titles = [f"{name} + logit adjustment + mixup + MiSLAS's head" for name in ("CE", "Synthetic share", "A", "B")]
+    svg = figures.accuracy_by_class({title: [50.0, 90.0, 10.0] for title in titles}, COUNTS)
+    entries = [e for e in ElementTree.fromstring(svg).findall(".//{*}text") if e.text in titles]
+    assert [e.text for e in entries] == titles
+    ends = [float(e.get("x", "nan")) + 0.5 * 9 * len(e.text or "") for e in entries]  # half an em a character
+    assert max(ends) < 72 * 8.6
+
+
 def test_accuracy_of_many_classes_is_drawn_as_means_of_groups() -> None:
     counts = np.arange(200, 0, -1)
     svg = figures.accuracy_by_class({"A": (counts / 2).tolist()}, counts)
