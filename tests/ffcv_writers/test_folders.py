@@ -139,7 +139,7 @@ def test_a_hidden_folder_of_images_is_counted(tmp_path: Path, caplog: pytest.Log
         image(tmp_path / name)
     (tmp_path / ".git").mkdir()
     assert open_source("folder", tmp_path).classes == ("a",)
-    assert caplog.messages == [f"{tmp_path}: not read, as in no class folder: 1 hidden folder(s) of images"]
+    assert caplog.messages == [f"{tmp_path}: not read, as in no class folder: 1 hidden folder of images"]
 
 
 def test_classes_have_the_same_names_under_any_locale(tmp_path: Path) -> None:
