@@ -114,14 +114,15 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
     try:
         counts: dict[str, list[int]] = {}
         digests: dict[str, str] = {}
+        labels: dict[str, np.ndarray] = {}
         stored: dict[str, np.ndarray] = {}
         for split, chosen in numbers.items():
             stored[split] = _write_split(config, source, split, chosen, files[split])
-            labels = _origin(source, split).labels[chosen]
-            counts[split] = np.bincount(labels, minlength=len(source.classes)).tolist()
+            labels[split] = _origin(source, split).labels[chosen]
+            counts[split] = np.bincount(labels[split], minlength=len(source.classes)).tolist()
             with files[split].open("rb") as file:
                 digests[split] = hashlib.file_digest(file, "sha256").hexdigest()
-        _warn_of_duplicates(source, numbers, stored)
+        _warn_of_duplicates(source, numbers, labels, stored)
         record: dict[str, Any] = {"classes": list(source.classes), "counts": counts, "survey": source.survey}
         record |= {"fingerprint": digests.pop("train"), "held_out": digests}
         write_json(folder / _RECORD, record)
@@ -137,11 +138,12 @@ def _origin(source: Source, split: str) -> Split:
     return source.splits[split if split in source.splits else "train"]
 
 
-def _warn_of_duplicates(source: Source, numbers: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
+def _warn_of_duplicates(
+    source: Source, numbers: dict[str, np.ndarray], labels: dict[str, np.ndarray], stored: dict[str, np.ndarray]
+) -> None:
     def name(split: str, position: int) -> str:
         return sample_name(_origin(source, split).samples, int(numbers[split][position]))
 
-    labels = {split: _origin(source, split).labels[chosen] for split, chosen in numbers.items()}
     for line in duplicate_lines(stored, labels, name):
         _log.warning("%s", line)
 

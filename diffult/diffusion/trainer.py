@@ -15,7 +15,7 @@ from diffult.data.packing import Packed
 from diffult.diffusion.objective import DiffusionLoss, stride
 from diffult.diffusion.schedule import Schedule
 from diffult.engine.cuda_graph import CUDAGraphRunner
-from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.device import compute_dtype, derived_seed, pick_device
 from diffult.engine.distributed import World
 from diffult.engine.loop import Losses, LRBackoff, learning_rate_factor
 from diffult.errors import UserError
@@ -70,7 +70,7 @@ def build_trainer(
     share = frequency / frequency.sum()
     schedule = Schedule(settings.schedule, settings.timesteps, device)
     # Not the run's own seed: samples are drawn from noise that training has never seen.
-    seed = int(np.random.SeedSequence((config.seed, 0xD1FF)).generate_state(1, np.uint64)[0])
+    seed = derived_seed(config.seed, 0xD1FF)
     loss = DiffusionLoss(network, settings, schedule, share, extractor, seed, dtype)
     local = world.local_slice(settings.batch_size, "diffusion.batch_size")
     size = local.stop - local.start

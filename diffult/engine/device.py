@@ -64,10 +64,15 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def derived_seed(*key: int) -> int:
+    """64 bits that follow from the key alone: a seed for a purpose of its own, such as (seed, purpose)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
 def seed_step(*key: int) -> None:
     """Seeds torch's generators from the key alone, such as (seed, stage, step): a training loop that calls it each
     step goes on after a restart as if it had never stopped, with no generator state to keep."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(derived_seed(*key) >> 1)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

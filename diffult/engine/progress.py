@@ -24,8 +24,7 @@ class _Lines:
 
 def progress_bar(*arguments: Any, **options: Any) -> tqdm[Any]:
     """A `tqdm` on standard error with these options. Where that is no terminal, such as a log, no line is overwritten:
-    a new one a minute, and one at the end of what took a
-    second."""
+    a new one a minute, and one at the end of what took a second."""
     if sys.stderr.isatty():
         return tqdm(*arguments, mininterval=1.0, dynamic_ncols=True, **options)
     pace = {"mininterval": _EVERY, "miniters": 1, "delay": 1.0}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffult.data.packing import Packed
+from diffult.reporting.pictures import evenly
 from ffcv_writers import CenterCrop, Loader
 from kernels.random import uniform
 
@@ -40,9 +41,7 @@ class OtherClasses:
         train = packed.train
         order = np.argsort(train.labels, kind="stable")
         height, width = train.image_shape[:2] if view is None else (view.size, view.size)
-        limit = max(1, _MOST_BYTES // (height * width * train.channels))
-        if len(order) > limit:
-            order = order[np.linspace(0, len(order) - 1, limit).round().astype(np.int64)]
+        order = evenly(order, max(1, _MOST_BYTES // (height * width * train.channels)))
         loader = Loader(train, 1024, device=device, crop=view, resident=False)
         images = torch.cat([batch.images for batch in loader.batches(order)])
         first = np.searchsorted(train.labels[order], np.arange(len(packed.classes) + 1))

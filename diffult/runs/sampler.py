@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diffult.data.packing import Packed
-from diffult.engine.device import compute_dtype, pick_device
+from diffult.engine.device import compute_dtype, derived_seed, pick_device
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import UserError
 from diffult.generation.config import GenerateConfig
@@ -157,7 +157,7 @@ def _solver(settings: GenerateConfig) -> dict[str, Any]:
 
 def _own_seed(run: RunDir) -> int:
     """Not the run's own: kept samples are of noise that neither the search nor the fit has seen."""
-    return int(np.random.SeedSequence((run.config.seed, 0x57E9)).generate_state(1, np.uint64)[0])
+    return derived_seed(run.config.seed, 0x57E9)
 
 
 def _refuse(run: RunDir, timesteps: list[int]) -> float:
