@@ -147,9 +147,12 @@ def peer_draw(model: Model, settings: GenerateConfig, peer: Any) -> Call:
     schedule = Schedule(config.diffusion.schedule, config.diffusion.timesteps, model.device)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     noise = normal(0, labels, torch.arange(len(labels), device=model.device), torch.zeros_like(labels), shape)
-    return lambda: peers.sample(
-        peer, config.diffusion, schedule, settings.sampler, settings.steps, noise, labels, settings.guidance, CLASSES
-    )
+
+    def draw() -> torch.Tensor:
+        made, more = peers.scheduler(config.diffusion, schedule, settings.sampler, settings.steps, model.device)
+        return peers.sample(peer, made, noise, labels, settings.guidance, CLASSES, more)
+
+    return draw
 
 
 def compiled(network: Any) -> Any:

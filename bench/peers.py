@@ -217,31 +217,70 @@ def training_step(
     return step
 
 
-@torch.inference_mode()
-def sample(
-    peer: nn.Module, config: DiffusionConfig, schedule: Schedule, name: str, steps: int, x: Tensor, labels: Tensor,
-    guidance: float = 0.0, null_label: int = 0,
-) -> Tensor:  # fmt: skip
-    """diffusers' sampling loop, from noise x [B, C, H, W] to uint8 [B, H, W, C]; `name` as in generate.sampler."""
+def scheduler(
+    config: DiffusionConfig, schedule: Schedule, name: str, steps: int, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """diffusers' scheduler of a sampler of ours, `name` as in generate.sampler, and what its steps take besides."""
     import diffusers
 
     shared = _process(config, schedule) | {"timestep_spacing": "trailing"}
     more: dict[str, Any] = {}
     if name == "ddim":
-        scheduler: Any = diffusers.DDIMScheduler(set_alpha_to_one=True, clip_sample=True, **shared)
+        made: Any = diffusers.DDIMScheduler(set_alpha_to_one=True, clip_sample=True, **shared)
         more["use_clipped_model_output"] = True
     elif name == "ddpm":
-        scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True, **shared)
+        made = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True, **shared)
     else:
         kind = "sde-dpmsolver++" if name == "dpm++sde" else "dpmsolver++"
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            algorithm_type=kind, thresholding=True, final_sigmas_type="zero", **shared
-        )
-        scheduler._threshold_sample = lambda x0: x0.clamp(-1, 1)  # its own sorts all pixels to the same end
+        made = _clipped(diffusers.DPMSolverMultistepScheduler, algorithm_type=kind, final_sigmas_type="zero", **shared)
     if name.startswith("dpm++"):  # its own grid leaves out the noisiest timesteps of the cosine schedule
-        scheduler.set_timesteps(timesteps=timestep_grid(schedule.timesteps, steps), device=x.device)
+        made.set_timesteps(timesteps=timestep_grid(schedule.timesteps, steps), device=device)
     else:
-        scheduler.set_timesteps(steps, device=x.device)
+        made.set_timesteps(steps, device=device)
+    return made, more
+
+
+def _clipped(kind: Any, **settings: Any) -> Any:
+    """With x0 clipped to [-1, 1]: its own thresholding sorts all pixels to the same end."""
+    made = kind(thresholding=True, **settings)
+    made._threshold_sample = lambda x0: x0.clamp(-1, 1)
+    return made
+
+
+# diffusers' solvers of few steps, each with its own ways to space them.
+_DPM = ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "zero"})
+_UNIPC = ("UniPCMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "zero"})
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True}),
+    "DPM-Solver++": _DPM,
+    "DPM-Solver++, Karras": (_DPM[0], _DPM[1] | {"use_karras_sigmas": True}),
+    "DPM-Solver++, log-SNR": (_DPM[0], _DPM[1] | {"use_lu_lambdas": True}),
+    "SDE-DPM-Solver++": (_DPM[0], _DPM[1] | {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": _UNIPC,
+    "UniPC, Karras": (_UNIPC[0], _UNIPC[1] | {"use_karras_sigmas": True}),
+}
+
+
+def own_scheduler(config: DiffusionConfig, schedule: Schedule, name: str, steps: int, device: torch.device) -> Any:
+    """diffusers' scheduler of this name (SOLVERS), at timesteps of its own."""
+    import diffusers
+
+    kind, settings = SOLVERS[name]
+    settings = settings | _process(config, schedule)
+    if kind == "DDIMScheduler":
+        made = diffusers.DDIMScheduler(clip_sample=True, **settings)
+    else:
+        made = _clipped(getattr(diffusers, kind), **settings)
+    made.set_timesteps(steps, device=device)
+    return made
+
+
+@torch.inference_mode()
+def sample(
+    peer: nn.Module, scheduler: Any, x: Tensor, labels: Tensor, guidance: float = 0.0, null_label: int = 0,
+    more: dict[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """diffusers' sampling loop, from noise x [B, C, H, W] to uint8 [B, H, W, C]; `more`: what a step takes besides."""
     for t in scheduler.timesteps:
         if guidance:
             both = torch.cat([labels, torch.full_like(labels, null_label)])
@@ -249,5 +288,5 @@ def sample(
             out = out + guidance * (out - free)
         else:
             out = peer(x, t.expand(len(x)), labels).float()
-        x = scheduler.step(out, t, x, **more).prev_sample
+        x = scheduler.step(out, t, x, return_dict=False, **(more or {}))[0]
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("diffusers", reason="the bench extra (diffusers) is not installed")
 
-from bench.peers import SETTINGS, build_peer, sample, training_step
+from bench.peers import SETTINGS, SOLVERS, build_peer, own_scheduler, sample, scheduler, training_step
 from diffult.config import load_preset
 from diffult.diffusion.schedule import Schedule
 from diffult.errors import UserError
@@ -77,24 +77,38 @@ def test_the_peers_training_step_learns_one_batch(fused):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+X0 = torch.full((2, 3, 4, 4), 0.5)
+
+
+class Oracle(torch.nn.Module):
+    """A network that knows the clean image."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x, t, labels):
+        a, s = self.schedule.levels(t.long())
+        return (x - a * X0) / s
+
+
+def ends(schedule, made, more=None):
+    torch.manual_seed(0)
+    out = sample(Oracle(schedule), made, torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), more=more)
+    return out.shape == (2, 4, 4, 3) and (out.int() - 191).abs().max() <= 1
+
+
 @pytest.mark.parametrize(  # ancestral steps at all timesteps
     ("name", "timesteps"), [("ddim", 1000), ("dpm++", 1000), ("dpm++sde", 1000), ("ddpm", 20)]
 )
-def test_the_peers_samplers_follow_the_closed_form(name, timesteps):
-    """A network that knows the clean image x0: the samplers must end there, whatever the noise."""
-    x0 = torch.full((2, 3, 4, 4), 0.5)
+def test_the_peers_samplers_end_where_the_clean_image_is(name, timesteps):
     schedule = Schedule("linear", timesteps)
-
-    class Oracle(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, x, t, labels):
-            a, s = schedule.levels(t.long())
-            return (x - a * x0) / s
-
     config = load_preset("cifar10-lt-100").diffusion
-    torch.manual_seed(0)
-    out = sample(Oracle(), config, schedule, name, 20, torch.randn(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64))
-    assert out.shape == (2, 4, 4, 3) and (out.int() - 191).abs().max() <= 1
+    assert ends(schedule, *scheduler(config, schedule, name, 20, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_peers_own_schedulers_end_where_the_clean_image_is_after_as_many_steps(name):
+    schedule = Schedule("linear", 1000)
+    made = own_scheduler(load_preset("cifar10-lt-100").diffusion, schedule, name, 8, torch.device("cpu"))
+    assert len(made.timesteps) == 8 and ends(schedule, made)
