@@ -16,6 +16,7 @@ import torch
 from diffult.engine.checkpoints import load_checkpoint, save_checkpoint
 from diffult.engine.device import seed_step
 from diffult.engine.progress import progress_bar
+from diffult.engine.threads import ThreadWatch
 from diffult.errors import UserError
 from diffult.runs.files import read_lines, write_text
 
@@ -191,7 +192,7 @@ def _run(
 ) -> Iterator[int]:
     logged, since = start, time.perf_counter()
     bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not config.writes)
-    with bar:
+    with bar, ThreadWatch() as adapt_threads:
         for i, batch in zip(range(start, config.steps), batches, strict=False):
             if check is not None and check.reason:
                 return
@@ -200,6 +201,7 @@ def _run(
             if math.isnan(first):  # before any update: by the first reading the training may have exploded already
                 first = losses[config.monitor].item()
             bar.update()
+            adapt_threads()
             done = i + 1
             saves = done % config.every == 0 or done == config.steps
             judged = check is not None and (done % check.every == 0 or done == config.steps)
