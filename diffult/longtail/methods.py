@@ -234,6 +234,10 @@ METHODS = {
     "mix_balanced": Method(
         "Synthetic share, real balanced", (Phase(mixed_balanced),), synthetic=True, reads=_SHARED
     ),
+    "mix_ride": Method(
+        "Synthetic share + RIDE", (Phase(mixed, experts, 1 - _LAST), Phase(mixed, experts_reweighted, _LAST)),
+        synthetic=True, heads="experts", reads=_SHARED,
+    ),
     "two_heads": Method("Synthetic share, own head", (Phase(mixed),), synthetic=True, heads="two", reads=_SHARED),
     "synthetic_first": Method(
         "Synthetic first, real last", (Phase(natural, share=1 - _LAST), Phase(real_only, share=_LAST)), synthetic=True,

@@ -184,6 +184,7 @@ def test_a_batch_holds_images_of_either_kind(batch, share, images):
         "class_balanced",
         "ldam_drw",
         "ride",
+        "mix_ride",
         "two_heads",
         "mix+logit_adjust_real",
         "mixup",
