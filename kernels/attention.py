@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import constant
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend without a mask, scale 1 / sqrt(width).
@@ -54,7 +56,7 @@ def attention_backend(device: torch.device | str) -> tuple[str, str]:
     return "xformers", f"xformers {xformers.__version__} runs forward and backward here"
 
 
-@torch.compiler.assume_constant_result  # so that a compiled graph holds the choice, not the trial
+@constant  # the choice, not the trial
 def _xformers_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     return _try_xformers(device, dtype, width)
 

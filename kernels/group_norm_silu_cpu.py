@@ -33,7 +33,7 @@ def is_for_cpp(x: Tensor) -> bool:
     return x.device.type == "cpu" and dispatch.mode() != "triton"
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the choice
+@dispatch.constant
 def cpp_refusal(device: torch.device | str) -> str | None:
     """Why C++ does not serve on this device in the present mode, or None where it does. The first call compiles, which
     takes two seconds."""

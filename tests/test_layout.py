@@ -116,3 +116,10 @@ def test_our_kernels_package_does_not_disturb_the_hub_package_of_that_name():
     code = "import kernels.random, diffusers; diffusers.UNet2DModel, diffusers.DDIMScheduler; print(kernels.__file__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert str(ROOT / "kernels") in out.stdout
+
+
+def test_the_compiler_is_imported_only_where_something_is_compiled():
+    """torch._dynamo is a third of a command's start."""
+    verbs = [file.stem for file in (ROOT / "diffult").glob("*.py") if "main(command)" in file.read_text()]
+    code = f"import sys; from diffult import {', '.join(verbs)}; sys.exit('torch._dynamo' in sys.modules)"
+    assert len(verbs) > 9 and subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
