@@ -113,11 +113,11 @@ def smoothed_by_class(train: TrainingSet, counts: ClassCounts) -> Loss:
 
 
 def experts(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return ride(counts.real, train.settings.omega, reweighted=False)
+    return ride(counts.effective, train.settings.omega, reweighted=False)
 
 
 def experts_reweighted(train: TrainingSet, counts: ClassCounts) -> Loss:
-    return ride(counts.real, train.settings.omega, reweighted=True)
+    return ride(counts.effective, train.settings.omega, reweighted=True)
 
 
 def soft_labels(train: TrainingSet, counts: ClassCounts) -> Loss:
