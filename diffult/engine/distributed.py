@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
 import logging
 import os
 import re
@@ -67,6 +68,10 @@ class World:
         dist.all_gather_object(everyone, mine)
         return everyone
 
+    def store(self) -> dist.Store:
+        """A new table of keys and values that all processes share: they call this equally often. Several only."""
+        return dist.PrefixStore(f"table-{next(_TABLES)}", dist.distributed_c10d._get_default_store())
+
     def barrier(self) -> None:
         """Returns once every process has called it."""
         if self.size > 1:
@@ -74,6 +79,7 @@ class World:
 
 
 ALONE = World()
+_TABLES = itertools.count()
 _TIMEOUT = datetime.timedelta(days=7)  # the others wait while the first packs images or measures features
 
 

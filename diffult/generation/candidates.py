@@ -12,7 +12,8 @@ extractor of `diffult.longtail.extractor.load_extractor`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +21,12 @@ import torch
 
 from diffult.engine.device import autocast
 from diffult.engine.distributed import ALONE, World
+from diffult.generation.dispatch import Dispatcher
 from diffult.generation.sampler import Sampler
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.filter import Filter
 from diffult.longtail.quota import Quota
 from kernels.augment import normalise
-
-_ROUND = 4  # batches that each process draws before they exchange their verdicts
 
 
 @dataclass(frozen=True)
@@ -41,47 +41,59 @@ class CandidateBatch:
     images: np.ndarray  # uint8 [passed.sum(), H, W, C]
 
 
-@torch.no_grad()
 def draw_candidates(
     sampler: Sampler, extractor: Extractor, filter: Filter, labels: np.ndarray, indices: np.ndarray
 ) -> CandidateBatch:
     """Draws the candidates of these names, int64 [B], at most the sampler's batch size, to which they are padded, and
     judges them as they will be stored: in whole grey levels."""
+    return begin_candidates(sampler, extractor, filter, labels, indices)()
+
+
+@torch.no_grad()
+def begin_candidates(
+    sampler: Sampler, extractor: Extractor, filter: Filter, labels: np.ndarray, indices: np.ndarray
+) -> Callable[[], CandidateBatch]:
+    """As `draw_candidates`; on CUDA, where drawing and the copy to the host are only queued here, what is returned
+    waits for them."""
     count, size = len(labels), sampler.settings.batch_size
     padded = [np.concatenate([names, np.zeros(size - count, np.int64)]) for names in (labels, indices)]
     names = [torch.from_numpy(part).to(sampler.device) for part in padded]
     drawn = sampler.draw(*names)
     with autocast(sampler.dtype, sampler.device):
         judged = filter.judge(extractor, normalise(drawn), names[0])
-    images, distance, verdict = (output[:count].cpu().numpy() for output in (drawn, *judged))
-    passed = filter.accepts(verdict)
-    return CandidateBatch(labels, indices, distance, verdict, passed, images[passed])
+    outputs = [output[:count].to("cpu", non_blocking=True) for output in (drawn, *judged)]  # to pinned memory
+    copied = torch.cuda.current_stream(sampler.device).record_event() if sampler.device.type == "cuda" else None
+
+    def finish() -> CandidateBatch:
+        if copied is not None:
+            copied.synchronize()
+        images, distance, verdict = (output.numpy() for output in outputs)
+        passed = filter.accepts(verdict)
+        return CandidateBatch(labels, indices, distance, verdict, passed, images[passed])
+
+    return finish
 
 
 def generate(sampler: Sampler, extractor: Extractor, quota: Quota, world: World = ALONE) -> Iterator[CandidateBatch]:
-    """Yields the batches that this process draws, until every class has its quota or has spent its limit.
-
-    Several processes make the same list of candidates, each draws every size-th batch of it, and after a round of a
-    few batches they exchange the verdicts. So none waits at each batch, and the kept set is that of one process.
+    """Yields the batches that this process draws, until every class has its quota or has spent its limit. The kept set
+    is that of one process, however many there are: see `diffult.generation.dispatch`. On CUDA a batch is queued while
+    the one before is drawn, so that the card never waits for the host.
 
     Args:
         quota: the same on every process; candidates that it holds a verdict on are not drawn again.
     """
-    size = sampler.settings.batch_size
+    dispatcher = Dispatcher(quota, sampler.settings.batch_size, world)
+    drawing: deque[Callable[[], CandidateBatch]] = deque()
+    for _ in range(2 if sampler.device.type == "cuda" else 1):
+        dispatcher.ask()
     while True:
-        labels, indices = quota.next_batch(size if world.size == 1 else size * world.size * _ROUND)
-        if len(labels) == 0:
+        while (names := dispatcher.take(wait=not drawing)) is not None:
+            drawing.append(begin_candidates(sampler, extractor, quota.filter, *names))
+        if not drawing:
             return
-        judged: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        for start in range(world.rank * size, len(labels), size * world.size):
-            part = slice(start, start + size)
-            batch = draw_candidates(sampler, extractor, quota.filter, labels[part], indices[part])
-            judged.append((batch.labels, batch.indices, batch.verdict))
-            quota.record(*judged[-1])
-            yield batch
-        for verdicts in world.gather(judged):  # its own are among them, and count once
-            for received in verdicts:
-                quota.record(*received)
+        batch = drawing.popleft()()
+        dispatcher.ask(batch.verdict)
+        yield batch
 
 
 def accepted(
@@ -91,6 +103,6 @@ def accepted(
     they are exactly what the quota asks for, except in a class that spent its limit. For one process."""
     for batch in generate(sampler, extractor, quota):
         labels, indices = batch.labels[batch.passed], batch.indices[batch.passed]
-        kept = {c: set(quota.kept(c)) for c in np.unique(labels).tolist()}
+        kept = {c: set(quota.kept(c).tolist()) for c in np.unique(labels).tolist()}
         rows = [index in kept[c] for c, index in zip(labels.tolist(), indices.tolist(), strict=True)]
         yield batch.images[rows], labels[rows], indices[rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffult.longtail.quota import Quota
 
 log = logging.getLogger(__name__)
 _NAMED = 5  # classes that lack samples
+_WRITING = 4  # batches that wait for the disk, at most
 
 
 def fill(
@@ -84,26 +86,28 @@ def _draw(
         total=int(quota.quotas.sum()), initial=int(quota.accepted.sum()), desc="generate", unit="img",
         disable=not world.is_main,
     )  # fmt: skip
-    written: Future[None] | None = None
+    known = quota.drawn.sum()
+    writing: deque[Future[None]] = deque()
     with bar, ThreadPoolExecutor(1) as writer:
         for batch in generate(sampler, extractor, quota, world):
-            if written is not None:
-                written.result()  # raises when the disk is full; at most one batch waits
-            written = writer.submit(store.add, batch)
+            writing.append(writer.submit(store.add, batch))
+            if len(writing) > _WRITING:
+                writing.popleft().result()  # raises when the disk is full
             drawn += len(batch.labels)
             bar.update(int(quota.accepted.sum()) - bar.n)
-            rate = drawn * world.size / (time.perf_counter() - begun)
+            rate = float(quota.drawn.sum() - known) / (time.perf_counter() - begun)  # of all processes
             bar.set_postfix_str(f"{_shares(quota, classes)}, {speed(rate, flops, peak)}", refresh=False)
-        if written is not None:
+        for written in writing:
             written.result()
     return drawn
 
 
 def _shares(quota: Quota, classes: tuple[str, ...]) -> str:
     """The share of candidates that is kept: of all, and in the three unfinished classes where it is smallest."""
-    drawn, accepted = np.array(quota.drawn), quota.accepted
+    drawn, accepted = quota.drawn, quota.accepted
     shares = accepted / np.maximum(drawn, 1)
-    unfinished = [c for c in np.argsort(shares, kind="stable") if quota.missing[c] and drawn[c]]
+    (unfinished,) = np.nonzero((quota.missing > 0) & (drawn > 0))
+    unfinished = unfinished[np.argsort(shares[unfinished], kind="stable")]
     worst = ", ".join(f"{classes[c]}: {shares[c]:.0%}" for c in unfinished[:3])
     return f"{accepted.sum() / max(drawn.sum(), 1):.0%} of {drawn.sum()} kept" + (f" ({worst})" if worst else "")
 

@@ -1,0 +1,77 @@
+"""Who draws what: batches of candidates, handed out one at a time to whichever process asks.
+
+Every process replays one log of events, in the order of their numbers, on a quota of its own: "process r has these
+verdicts on the oldest batch that it holds, and asks for one more". So all of them agree on who holds which batch, a
+process learns its next batch from its own event, and none waits for another while there is a candidate to hand out. At
+the end, when what is in hand is expected to do, those without a batch wait for the others: at most as long as the
+slowest process takes for a batch, and once more each time the verdicts fall short of what was expected.
+
+The log is in the store through which torchrun's processes found each other. It does not outlive them: after a restart
+the shards on disk say what is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+
+from diffult.engine.distributed import ALONE, World
+from diffult.longtail.quota import Quota
+
+Names = tuple[np.ndarray, np.ndarray]  # labels and indices, int64 [B] each
+_NONE = np.empty(0, np.uint8)
+_POLL = 0.01  # seconds between looks at the log of a process that waits, which so can be interrupted
+
+
+class Dispatcher:
+    """This process's end of the log.
+
+    Args:
+        quota: the same on every process to begin with; kept up to date here.
+        size: of a batch, at most.
+    """
+
+    def __init__(self, quota: Quota, size: int, world: World = ALONE) -> None:
+        self._quota, self._size, self._rank = quota, size, world.rank
+        self._log = world.store() if world.size > 1 else None
+        self._read = 0  # events
+        self._held: list[deque[Names]] = [deque() for _ in range(world.size)]
+        self._asking: deque[int] = deque()  # ranks; the first one gets the next batch
+        self._mine: deque[Names] = deque()  # for this process, not yet taken
+
+    def ask(self, verdict: np.ndarray = _NONE) -> None:
+        """Asks for one more batch. verdict: uint8 [B], on the oldest batch taken here that had none yet."""
+        if self._log is None:
+            self._apply(0, verdict)
+            return
+        number = self._log.add("events", 1)
+        self._log.set(str(number), np.uint32(self._rank).tobytes() + verdict.tobytes())
+        self._replay(number)
+
+    def take(self, wait: bool) -> Names | None:
+        """A batch that was asked for; None when no more are needed or, unless `wait`, when none is there yet."""
+        while wait and not self._mine and self._quota.missing.any():
+            assert self._log is not None  # alone, whoever holds no batch gets one
+            while not self._log.check([str(self._read + 1)]):
+                time.sleep(_POLL)
+            self._replay(self._read + 1)
+        return self._mine.popleft() if self._mine else None
+
+    def _replay(self, end: int) -> None:
+        """Up to the event of this number."""
+        assert self._log is not None
+        for event in self._log.multi_get([str(number) for number in range(self._read + 1, end + 1)]):
+            self._apply(int(np.frombuffer(event, np.uint32, 1)[0]), np.frombuffer(event, np.uint8, offset=4))
+        self._read = end
+
+    def _apply(self, rank: int, verdict: np.ndarray) -> None:
+        if len(verdict):
+            self._quota.record(*self._held[rank].popleft(), verdict)
+        self._asking.append(rank)
+        while self._asking and len((names := self._quota.next_batch(self._size))[0]):
+            rank = self._asking.popleft()
+            self._held[rank].append(names)
+            if rank == self._rank:
+                self._mine.append(names)
