@@ -1,8 +1,8 @@
 """Stage generate: draw samples and judge them until every class has its quota of accepted ones.
 
-Writes generate/synthetic.beton, candidates.safetensors, manifest.json, summary.json and grid.png; where the timesteps
-are searched first (generate.search), timesteps.json; where pixel levels are matched to the training images
-(generate.match_histogram), levels.safetensors.
+Writes generate/synthetic.beton (of more than 4 GB synthetic-000.beton ...), candidates.safetensors, manifest.json,
+summary.json and grid.png; where the timesteps are searched first (generate.search), timesteps.json; where pixel levels
+are matched to the training images (generate.match_histogram), levels.safetensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from diffult.generation.config import LARGEST_BATCH, GenerateConfig
 from diffult.generation.export import FORMATS, export, parse_formats
 from diffult.generation.fill import fill, speed
 from diffult.generation.sampler import Sampler
-from diffult.generation.shards import ShardStore, manifest, open_kept, refuse_other
+from diffult.generation.shards import ShardStore, kept_files, manifest, open_kept, refuse_other
 from diffult.generation.timesteps import trial_names
 from diffult.longtail.extractor import load_extractor
 from diffult.longtail.filter import FILTERS
@@ -107,12 +107,13 @@ def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALON
     sampler = open_sampler(run, settings, request.seed, request.compiled, folder, world, check)
     settings = sampler.settings  # with the timesteps that were searched
     extractor = load_extractor(run.folder("extractor"), sampler.device)
-    for first in (True, False):  # the first writes the manifest and sets damaged shards aside; then all read the same
-        if world.is_main == first:
-            store = open_store(folder, run, settings, request.quotas, request.seed, world.rank)
-            quota = Quota(request.quotas, settings.max_draws, FILTERS[settings.filter])
-            store.resume(quota)
-        world.barrier()
+    quota = Quota(request.quotas, settings.max_draws, FILTERS[settings.filter])
+    if world.is_main:
+        store = open_store(folder, run, settings, request.quotas, request.seed)
+        store.resume(quota)
+    quota = world.gather(quota)[0]  # what the first process found on disk; the others read nothing of it
+    if not world.is_main:
+        store = open_store(folder, run, settings, request.quotas, request.seed, world.rank)
     result = fill(sampler, extractor, store, quota, classes, world)
     if world.is_main:
         with atomic_write(folder / "grid.png") as temporary:
@@ -369,7 +370,8 @@ def command(
     if not world.is_main:
         return
     print(json.dumps({key: value for key, value in result.items() if key != "by_class"}))
-    log.info("wrote %s (synthetic.beton, candidates.safetensors, manifest.json, summary.json, grid.png)", folder)
+    kept = ", ".join(file.name for file in kept_files(folder)) or "no sample"
+    log.info("wrote %s (%s, candidates.safetensors, manifest.json, summary.json, grid.png)", folder, kept)
     if profile:
         _write_trace(run_dir, request, folder / "trace.json")
     for name in formats:

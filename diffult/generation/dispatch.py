@@ -47,7 +47,7 @@ class Dispatcher:
             self._apply(0, verdict)
             return
         number = self._log.add("events", 1)
-        self._log.set(str(number), np.uint32(self._rank).tobytes() + verdict.tobytes())
+        self._log.set(str(number), f"{self._rank} {verdict.tobytes().hex()}")
         self._replay(number)
 
     def take(self, wait: bool) -> Names | None:
@@ -63,7 +63,8 @@ class Dispatcher:
         """Up to the event of this number."""
         assert self._log is not None
         for event in self._log.multi_get([str(number) for number in range(self._read + 1, end + 1)]):
-            self._apply(int(np.frombuffer(event, np.uint32, 1)[0]), np.frombuffer(event, np.uint8, offset=4))
+            rank, _, verdict = event.decode().partition(" ")
+            self._apply(int(rank), np.frombuffer(bytes.fromhex(verdict), np.uint8))
         self._read = end
 
     def _apply(self, rank: int, verdict: np.ndarray) -> None:

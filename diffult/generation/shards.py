@@ -1,12 +1,13 @@
-"""A generation run on disk: shards while it is drawn, one .beton and a table of all candidates when it is done.
+"""A generation run on disk: shards while it is drawn, then .beton files and a table of all candidates.
 
     manifest.json             what determines the samples: weights, settings, seed, quotas
     shard-RANK-NUMBER...      candidates so far, with the images of those that passed
-    synthetic.beton           the kept samples in the order (class, index); absent if none is kept
-    candidates.safetensors    labels, indices, distance and verdict of every candidate; written last
+    candidates.safetensors    labels, indices, distance and verdict of every candidate; written when all are drawn
+    synthetic.beton           the kept samples in the order (class, index), raw, as they were judged; more than 4 GB are
+                              in synthetic-000.beton, synthetic-001.beton ...; absent if none is kept
 
-Files are whole or absent. A killed run draws at most the last shard's samples again; shards are removed once
-candidates.safetensors is on disk.
+Files are whole or absent. A killed run draws at most the last shard's samples again. A shard goes as soon as the .beton
+files have all that is kept of it, so that finishing takes the room of one file and some shards beside the samples.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from diffult.engine.progress import progress_bar
 from diffult.errors import DamagedError, UserError
 from diffult.generation.candidates import CandidateBatch
 from diffult.generation.config import GenerateConfig
@@ -35,8 +37,9 @@ log = logging.getLogger(__name__)
 # so many seconds and than this share of the time so far: small batches share a shard, and any run has some hundred.
 SHARD_BYTES, SHARD_SECONDS, SHARD_SHARE = 32 * 2**20, 10.0, 0.01
 LARGEST = 16  # times SHARD_BYTES, in memory at once
-_COLUMNS = ("labels", "indices", "distance", "verdict", "passed", "images")
-
+FILE_BYTES = 4 * 10**9  # of the images in a .beton, which so has less than 4 GiB, at the most
+_TABLE = ("labels", "indices", "distance", "verdict")
+_COLUMNS = (*_TABLE, "passed", "images")
 
 _ELSEWHERE = {"batch_size", "balance_to", "dose", "match_histogram"}  # in the quotas and the weights, or nowhere
 
@@ -73,12 +76,18 @@ def refuse_other(folder: Path, manifest: dict[str, Any], unknown: Mapping[str, s
             )
 
 
+def kept_files(folder: Path) -> list[Path]:
+    """The .beton files of the kept samples, in order."""
+    one = folder / "synthetic.beton"
+    return [one] if one.exists() else sorted(folder.glob("synthetic-*.beton"))
+
+
 def open_kept(folder: Path) -> ImageSet | None:
-    """The kept samples of a finished run in the order (class, index), None if there are none. Raises UserError if the
+    """The kept samples of a finished run in the order (class, index), None if there are none. Raises UserError if a
     file is damaged."""
-    file = folder / "synthetic.beton"
+    files = kept_files(folder)
     try:
-        return open_set([file]) if file.exists() else None
+        return open_set(files) if files else None
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -111,22 +120,14 @@ class ShardStore:
         refuse_other(folder, manifest)
         if not (folder / "manifest.json").exists():
             write_json(folder / "manifest.json", manifest)
-        if rank == 0:
-            self._clean()
-
-    def _clean(self) -> None:
-        """Removes what an interrupted attempt left of its last steps."""
-        if self.finished:
-            self._remove_shards()
-        else:
-            self._candidates.unlink(missing_ok=True)  # verdicts on samples that are gone
 
     @property
     def finished(self) -> bool:
-        """Whether the kept samples are all in synthetic.beton."""
+        """Whether the kept samples are all in .beton files."""
         if not self._candidates.exists():
             return False
-        return (self.folder / "synthetic.beton").exists() or metadata(self._candidates).get("kept") == "0"
+        about = metadata(self._candidates)
+        return len(kept_files(self.folder)) >= int(about.get("files", about.get("kept") != "0"))
 
     def add(self, batch: CandidateBatch) -> None:
         """Takes a batch, which is written when the shard is large or old enough, or by `flush`."""
@@ -141,8 +142,8 @@ class ShardStore:
         """Writes the batches added since the last shard as one shard."""
         pending, self._pending = self._pending, []
         if pending:
-            files = sorted(self.folder.glob(f"shard-{self.rank:03d}-*.safetensors"))
-            number = int(files[-1].stem.rpartition("-")[2]) + 1 if files else 0
+            files = self.folder.glob(f"shard-{self.rank:03d}-*.safetensors")
+            number = max((int(file.stem.rpartition("-")[2]) for file in files), default=-1) + 1
             tensors = {
                 name: torch.from_numpy(np.concatenate([getattr(batch, name) for batch in pending])) for name in _COLUMNS
             }
@@ -163,67 +164,123 @@ class ShardStore:
             yield file, shard
 
     def resume(self, quota: Quota) -> None:
-        """Records the verdicts on all candidates on disk."""
+        """Records the verdicts on all candidates on disk, except where one passed and its image is lost. On one
+        process, before others add."""
         if self.finished:
-            table, _ = load_tensors(self._candidates)
-            quota.record(*(table[name].numpy() for name in ("labels", "indices", "verdict")))
-        else:
-            for _, shard in self.shards():
-                quota.record(shard.labels, shard.indices, shard.verdict)
+            self._remove_shards()
+            before, _ = load_tensors(self._candidates)
+            quota.record(*(before[name].numpy() for name in ("labels", "indices", "verdict")))
+            return
+        table, _ = self._collect()
+        finished = [np.empty(0, np.int64), *(names for _, names in self._finished_files())]
+        there = np.isin(_names(table["labels"], table["indices"]), np.concatenate(finished)) | (table["shard"] >= 0)
+        rows = there | ~quota.filter.accepts(table["verdict"])
+        quota.record(*(table[name][rows] for name in ("labels", "indices", "verdict")))
 
     def finish(self, quota: Quota) -> None:
-        """Writes synthetic.beton and candidates.safetensors and removes the shards; on one process, when every process
+        """Writes candidates.safetensors and the .beton files and removes the shards; on one process, when every process
         has flushed. Raises UserError if a shard was damaged meanwhile, or the disk is full."""
         if self.finished:
             return
-        kept, beton = KeptSamples(self, quota), self.folder / "synthetic.beton"
-        if len(kept):
-            write(beton, kept, labels=kept.labels, synthetic=np.ones_like(kept.labels), index=kept.indices)
-        else:
-            beton.unlink(missing_ok=True)
-        save_tensors(self._candidates, self._table(), {"kept": str(len(kept))})
+        table, shards = self._collect()
+        labels, indices = quota.kept_names()
+        names, known = _names(labels, indices), _names(table["labels"], table["indices"])
+        files, begin = list[Path](), 0
+        for file, finished in self._finished_files():
+            if not np.array_equal(finished, names[begin : begin + len(finished)]):
+                break
+            files.append(file)
+            begin += len(finished)
+        row = np.searchsorted(known, names[begin:])
+        if not np.isin(names[begin:], known).all() or (table["shard"][row] < 0).any():
+            raise UserError(f"{self.folder}: samples are damaged; repeat the command to draw them again")
+        kept = KeptSamples(labels[begin:], indices[begin:], shards, table["shard"][row], table["row"][row])
+        parts = kept.split(FILE_BYTES)
+        about = {"kept": str(len(names)), "files": str(len(files) + len(parts))}
+        save_tensors(self._candidates, {name: torch.from_numpy(table[name]) for name in _TABLE}, about)
+        for file in set(kept_files(self.folder)) - set(files):
+            file.unlink()
+        with progress_bar(total=len(kept), desc="write", unit="img") as bar:
+            for number, part in enumerate(parts):
+                name = "synthetic.beton" if about["files"] == "1" else f"synthetic-{len(files) + number:03d}.beton"
+                flag, path = np.ones_like(part.labels), self.folder / name
+                write(path, part, labels=part.labels, synthetic=flag, index=part.indices, progress=bar.update)
+                self._remove_shards({file for later in parts[number + 1 :] for file in later.shards})
         self._remove_shards()
 
-    def _table(self) -> dict[str, torch.Tensor]:
-        """Of every candidate on disk, in the order (class, index)."""
-        names = ("labels", "indices", "distance", "verdict")
-        # Copies: a view would keep the whole shard in memory.
-        columns = [[getattr(shard, name).copy() for name in names] for _, shard in self.shards()]
-        if not columns:
-            return {name: torch.empty(0) for name in names}
-        table = dict(zip(names, map(np.concatenate, zip(*columns, strict=True)), strict=True))
-        order = np.lexsort((table["indices"], table["labels"]))
-        return {name: torch.from_numpy(column[order]) for name, column in table.items()}
+    def _finished_files(self) -> Iterator[tuple[Path, np.ndarray]]:
+        """The .beton files that are there, up to one that is missing or damaged, and the names of their samples."""
+        for number, file in enumerate(kept_files(self.folder)):
+            try:
+                image_set = open_set([file])
+            except ValueError:
+                return
+            if file.name not in ("synthetic.beton", f"synthetic-{number:03d}.beton"):
+                return
+            yield file, _names(image_set.labels, image_set.index)
 
-    def _remove_shards(self) -> None:
-        for file in self.folder.glob("shard-*.safetensors"):
+    def _collect(self) -> tuple[dict[str, np.ndarray], list[Path]]:
+        """Every candidate on disk in the order (class, index), and the shards: the columns of the table, and where the
+        image is if it passed: `shard`, a place in the list of shards, -1 where that is gone, and `row` there."""
+        types = (np.int64, np.int64, np.float32, np.uint8, np.int64, np.int64)
+        columns, files = [[np.empty(0, type) for type in types]], list[Path]()
+        for file, shard in self.shards():
+            # Copies: a view would keep the whole shard in memory.
+            own = [getattr(shard, name).copy() for name in _TABLE]
+            columns.append([*own, np.full_like(own[0], len(files)), np.cumsum(shard.passed) - 1])
+            files.append(file)
+        if self._candidates.exists():
+            before, _ = load_tensors(self._candidates)
+            own = [before[name].numpy() for name in _TABLE]
+            columns.append([*own, np.full(len(own[0]), -1), np.zeros(len(own[0]), np.int64)])
+        joined = dict(zip((*_TABLE, "shard", "row"), map(np.concatenate, zip(*columns, strict=True)), strict=True))
+        _, first = np.unique(_names(joined["labels"], joined["indices"]), return_index=True)
+        return {name: column[first] for name, column in joined.items()}, files
+
+    def _remove_shards(self, needed: Collection[Path] = ()) -> None:
+        for file in set(self.folder.glob("shard-*.safetensors")) - set(needed):
             file.unlink()
 
 
-class KeptSamples:
-    """The kept samples in a store's shards, in the order (class, index), for `ffcv_writers.write`.
+def _names(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """A number for each sample, int64, in the order (class, index)."""
+    return (labels << 40) + indices
 
-    `labels` and `indices` are int64 [N]; item i is uint8 [H, W, C], read on demand.
+
+class KeptSamples:
+    """Samples in shards, for `ffcv_writers.write`: item i is uint8 [H, W, C], read on demand.
+
+    Args:
+        labels, indices: int64 [N], their names.
+        files: of the shards.
+        shard, row: int64 [N], where each image is.
     """
 
-    def __init__(self, store: ShardStore, quota: Quota) -> None:
-        names = [(c, i) for c in range(len(quota.quotas)) for i in quota.kept(c)]
-        wanted, place = set(names), dict[tuple[int, int], tuple[Path, int]]()
-        for file, shard in store.shards():
-            passed = zip(shard.labels[shard.passed].tolist(), shard.indices[shard.passed].tolist(), strict=True)
-            place |= {name: (file, row) for row, name in enumerate(passed) if name in wanted}
-        if len(place) < len(names):
-            raise UserError(f"{store.folder}: samples are damaged; repeat the command to draw them again")
-        self.labels = np.array([c for c, _ in names], dtype=np.int64)
-        self.indices = np.array([i for _, i in names], dtype=np.int64)
-        self._place = [place[name] for name in names]
+    def __init__(
+        self, labels: np.ndarray, indices: np.ndarray, files: list[Path], shard: np.ndarray, row: np.ndarray
+    ) -> None:
+        self.labels, self.indices = labels, indices
+        self._files, self._shard, self._row = files, shard, row
         self._open: tuple[Path, Any] | None = None  # neighbours mostly share a shard
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int, /) -> np.ndarray:
-        file, row = self._place[i]
+        file = self._files[self._shard[i]]
         if self._open is None or self._open[0] != file:
             self._open = file, safe_open(file, framework="np").get_slice("images")
-        return self._open[1][row]
+        return self._open[1][int(self._row[i])]
+
+    @property
+    def shards(self) -> set[Path]:
+        """The files that hold them."""
+        return {self._files[number] for number in np.unique(self._shard)}
+
+    def split(self, most: int) -> list[KeptSamples]:
+        """In order, in parts of at most so many bytes."""
+        size = max(1, most // self[0].nbytes) if len(self) else 1
+        parts = [slice(begin, begin + size) for begin in range(0, len(self), size)]
+        columns = self.labels, self.indices, self._shard, self._row
+        cut = ([column[part] for column in columns] for part in parts)
+        return [KeptSamples(labels, indices, self._files, shard, row) for labels, indices, shard, row in cut]

@@ -83,7 +83,7 @@ class Quota:
         """Enters the verdicts of candidates: int64 [B], int64 [B], `Verdict` values uint8 [B]. The first one counts."""
         order = np.argsort(labels, kind="stable")
         classes, first = np.unique(labels[order], return_index=True)
-        for c, rows in zip(classes.tolist(), np.split(order, first[1:]), strict=True):
+        for c, rows in zip(classes.tolist(), np.split(order, first)[1:], strict=True):
             self._record(c, indices[rows], verdict[rows])
 
     def _record(self, c: int, indices: np.ndarray, verdict: np.ndarray) -> None:
@@ -119,6 +119,11 @@ class Quota:
         """The kept indices of class c, int64, rising: the lowest that passed, up to the quota."""
         passed = self.filter.accepts(np.frombuffer(self._verdicts[c], np.uint8))
         return np.flatnonzero(passed)[: self.quotas[c]]
+
+    def kept_names(self) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and indices of all kept samples, int64 [N] each, in the order (class, index)."""
+        kept = [self.kept(c) for c in range(len(self.quotas))]
+        return np.repeat(np.arange(len(kept)), [len(indices) for indices in kept]), np.concatenate(kept)
 
     def tally(self, c: int) -> dict[str, int]:
         """How many candidates of class c were drawn and accepted, and their verdicts, by name.
