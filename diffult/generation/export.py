@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
+import math
 import re
 import shutil
 import tarfile
@@ -32,8 +34,10 @@ from diffult.reporting.text import readable
 from diffult.runs.files import atomic_write, load_tensors, lock_folder, write_json
 from ffcv_writers import ImageSet
 
+log = logging.getLogger(__name__)
 Format = Callable[[ImageSet, tuple[str, ...], Path], Path]
-_SHARD, _ROW_GROUP = 10_000, 1_000  # samples in a tar, and in the part of a Parquet file that is read at a time
+_SHARD, _ROW_GROUP = 10_000, 100  # samples in a file of several, and in the part of a Parquet file read at a time
+_PART, _LARGE = 2**26, 2**32  # bytes of pixels written at a time, and of an array that few machines hold with ease
 _SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
@@ -159,8 +163,14 @@ def _imagefolder(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> P
 
 
 def _npz(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
-    """images uint8 [N, H, W, C], labels and indices int64 [N], verdicts [N] and classes as text."""
-    file = folder / "samples.npz"
+    """images uint8 [N, H, W, C], labels and indices int64 [N], verdicts [N] and classes as text. Written in parts, but
+    numpy reads the images all at once."""
+    file, size = folder / "samples.npz", math.prod(samples.image_shape)
+    if len(samples) * size > _LARGE:
+        log.warning(
+            "%s: whoever loads it needs %.0f GB of memory; wds and parquet are read in parts",
+            file, len(samples) * size / 1e9,
+        )  # fmt: skip
     columns = {
         "labels": samples.labels, "indices": samples.index, "verdicts": np.array(_verdicts(samples, folder)),
         "classes": np.array(class_texts(classes)),
@@ -169,8 +179,9 @@ def _npz(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
         with out.open("images.npy", "w", force_zip64=True) as array:  # part by part: there may be more than memory
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), *samples.image_shape)}
             np.lib.format.write_array_header_1_0(array, header)
-            for start in range(0, len(samples), _SHARD):
-                array.write(samples.take(np.arange(start, min(start + _SHARD, len(samples)))).tobytes())
+            step = max(1, _PART // size)
+            for start in range(0, len(samples), step):
+                array.write(samples.take(np.arange(start, min(start + step, len(samples)))).reshape(-1).data)
         for name, column in columns.items():
             with out.open(f"{name}.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array(array, column, allow_pickle=False)
@@ -208,7 +219,8 @@ def _wds(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
 
 def _parquet(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     """A column each of image (struct of the PNG's bytes and a name), label, class, index and verdict, with the types of
-    Hugging Face's datasets: Image, and ClassLabel with the names."""
+    Hugging Face's datasets: Image, and ClassLabel with the names. One file of at most 10,000 samples, or a folder of
+    such files."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
@@ -221,20 +233,30 @@ def _parquet(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
     features |= {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": class_texts(classes)}}
     metadata = {"huggingface": json.dumps({"info": {"features": {name: features[name] for name in fields}}})}
     schema = pyarrow.schema(list(fields.items()), metadata)
-    file, rows = folder / "samples.parquet", _rows(samples, classes, folder)
-    with atomic_write(file) as temporary, ParquetWriter(temporary, schema) as out:
-        for _ in range(-(-len(samples) // _ROW_GROUP)):
-            group = [
-                row | {"image": {"bytes": content, "path": f"{row['label']:05d}_{row['index']:06d}.png"}}
-                for content, row in islice(rows, _ROW_GROUP)
-            ]
-            out.write_table(pyarrow.Table.from_pylist(group, schema))
-    return file
+    rows = _rows(samples, classes, folder)
+
+    def write(file: Path, count: int) -> None:
+        with ParquetWriter(file, schema) as out:
+            for begin in range(0, count, _ROW_GROUP):
+                group = [
+                    row | {"image": {"bytes": content, "path": f"{row['label']:05d}_{row['index']:06d}.png"}}
+                    for content, row in islice(rows, min(_ROW_GROUP, count - begin))
+                ]
+                out.write_table(pyarrow.Table.from_pylist(group, schema))
+
+    if len(samples) <= _SHARD:
+        with atomic_write(folder / "samples.parquet") as temporary:
+            write(temporary, len(samples))
+        return folder / "samples.parquet"
+    with _whole_folder(folder / "parquet", "samples-000000.parquet") as root:
+        for number, begin in enumerate(range(0, len(samples), _SHARD)):
+            write(root / f"samples-{number:06d}.parquet", min(_SHARD, len(samples) - begin))
+    return folder / "parquet"
 
 
 def _beton(samples: ImageSet, classes: tuple[str, ...], folder: Path) -> Path:
-    """The kept samples as they are: fields image, label, synthetic (1) and index."""
-    return samples.paths[0]
+    """The kept samples as they are, one file or the folder of several: fields image, label, synthetic (1) and index."""
+    return samples.paths[0] if len(samples.paths) == 1 else folder
 
 
 FORMATS: dict[str, Format] = {

@@ -138,6 +138,11 @@ def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
     assert all(np.array_equal(_decoded(row["image"]["bytes"]), image) for row, image in zip(rows, images, strict=True))
     features = json.loads(parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
     assert features["label"] == {"_type": "ClassLabel", "names": list(TWELVE)} and list(features) == list(rows[0])
+    monkeypatch.setattr(module, "_SHARD", 6)
+    files = sorted(export("parquet", tmp_path, TWELVE).iterdir())
+    assert [file.name for file in files] == [f"samples-{i:06d}.parquet" for i in range(3)]
+    assert [parquet.ParquetFile(file).num_row_groups for file in files] == [2, 2, 1]
+    assert [row for file in files for row in parquet.read_table(file).to_pylist()] == rows
 
 
 def test_webdataset_reads_the_shards(tmp_path, monkeypatch):
@@ -170,15 +175,33 @@ def test_edm_reads_the_zip(tmp_path):
         assert np.array_equal(np.stack([_decoded(archive.read(name)) for name in names]), images)
 
 
-@pytest.mark.parametrize("part", [4, 10_000])
-def test_numpy_reads_the_arrays(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(module, "_SHARD", part)
+@pytest.mark.parametrize("part", [4 * 8 * 8 * 3, 2**26])
+def test_numpy_reads_the_arrays(tmp_path, monkeypatch, caplog, part):
+    monkeypatch.setattr(module, "_PART", part)
+    monkeypatch.setattr(module, "_LARGE", part)
     images = make_kept(tmp_path)
     with np.load(export("npz", tmp_path, TWELVE)) as arrays:
         read = dict(arrays)
     assert np.array_equal(read["images"], images) and read["images"].dtype == np.uint8
     assert read["labels"].tolist() == LABELS.tolist() and read["indices"].tolist() == INDEX.tolist()
     assert read["classes"].tolist() == list(TWELVE) and read["verdicts"].tolist() == WORDS
+    assert ("needs 0 GB of memory" in caplog.text) == (part < images.nbytes)
+
+
+def test_samples_in_several_files_are_exported_as_those_in_one(tmp_path):
+    images = make_kept(tmp_path)
+    (tmp_path / "synthetic.beton").unlink()
+    for number, part in enumerate((slice(0, 5), slice(5, 6), slice(6, None))):
+        columns = {"labels": LABELS[part], "synthetic": np.ones_like(LABELS[part]), "index": INDEX[part]}
+        write(tmp_path / f"synthetic-{number:03d}.beton", images[part], **columns)
+    with np.load(export("npz", tmp_path, TWELVE)) as arrays:
+        assert np.array_equal(arrays["images"], images) and arrays["verdicts"].tolist() == WORDS
+    folders = export("imagefolder", tmp_path, TWELVE)
+    rows = [json.loads(line) for line in (folders / "metadata.jsonl").read_text().splitlines()]
+    pixels = np.stack([_decoded((folders / row["file_name"]).read_bytes()) for row in rows])
+    assert np.array_equal(pixels, images) and [row["index"] for row in rows] == INDEX.tolist()
+    betons = sorted(export("beton", tmp_path, TWELVE).glob("*.beton"))
+    assert np.array_equal(open_set(betons).take(np.arange(len(images))), images)
 
 
 @pytest.mark.slow  # ffcv compiles for 10 s; test_writing reads such a file with it in every run
