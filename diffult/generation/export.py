@@ -37,7 +37,7 @@ from ffcv_writers import ImageSet
 log = logging.getLogger(__name__)
 Format = Callable[[ImageSet, tuple[str, ...], Path], Path]
 _SHARD, _ROW_GROUP = 10_000, 100  # samples in a file of several, and in the part of a Parquet file read at a time
-_PART, _LARGE = 2**26, 2**32  # bytes of pixels written at a time, and of an array that few machines hold with ease
+_PART, _LARGE = 2**24, 2**32  # bytes of pixels written at a time, and of an array that few machines hold with ease
 _SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 
 
