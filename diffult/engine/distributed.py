@@ -16,6 +16,7 @@ import torch.distributed as dist
 from diffult.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -128,7 +129,9 @@ def init_distributed() -> World:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+            store = dist.PrefixStore(_attempt(), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
             _patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
             reason = str(error).partition("\n")[0][:200]
@@ -138,6 +141,17 @@ def init_distributed() -> World:
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _attempt() -> str:
+    """Which of torchrun's starts this is. It keeps its store over restarts, where processes that have died left their
+    addresses. With several hosts the count is not the same on all: there torchrun must make a new store each time."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["RANK"] == "0":
+        log.warning("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or its restarts may fail on several hosts")
+    return ""
 
 
 def _check_environment() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -214,13 +215,16 @@ def save_state(path: Path, state: Mapping[str, Any], backup: Path | None = None)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, data alone (weights_only). Raises DamagedError if the file is truncated or holds code,
-    OSError if it cannot be read."""
+    """What `save_state` wrote, data alone (weights_only). Raises DamagedError if the file is truncated, holds code,
+    or is not as it was written, OSError if it cannot be read."""
     _check_readable(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("not the state of a training")
+        with ZipFile(path) as archive:
+            if archive.testzip() is not None:  # a checksum, which torch writes and does not read
+                raise ValueError("not as it was written")
         return state
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
