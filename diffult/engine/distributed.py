@@ -81,8 +81,8 @@ class World:
 
 ALONE = World()
 # A process that ends breaks its connections, which ends the others at once; these are for one that hangs, or a host
-# that is gone silently. In a training all come to an exchange together, but for a preview or a compilation; at a barrier the
-# others wait while the first packs images or measures features.
+# that is gone silently. In a training all come to an exchange together, but for a preview or a compilation; at a
+# barrier the others wait while the first packs images or measures features.
 _TIMEOUT, _PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=7)
 _patient: Any = None  # for barriers and objects
 

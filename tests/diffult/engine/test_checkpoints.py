@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on; the last two are kept, and whatever is killed leaves one to resume."""
+"""Checkpoints are written while training goes on; two are kept, and whatever is killed leaves one to resume from."""
 
 import json
 import subprocess
