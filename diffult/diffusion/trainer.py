@@ -65,7 +65,11 @@ def build_trainer(
     torch.manual_seed(config.seed)
     model = build_unet(config, len(counts)).to(device, dtype).train()
     optimizer = AdamWEma(model, weight_decay=settings.weight_decay, group=world.group)
-    network = torch.compile(model) if device.type == "cuda" else model  # compiling gains nothing on a CPU
+    # Compiling gains nothing on a CPU. A network compiled whole has one backward node, after which all gradients come
+    # at once: on CUDA the exchange follows the backward pass instead of overlapping it. By count, at 30 % of an H100's
+    # peak, overlap would save 0.6 % (imagenet-lt-256) to 3 % (-64) of a step on eight cards of a host, and 9 to 28 % on
+    # sixteen of two hosts at 50 GB/s; compiling block by block would allow it, at a price not measured yet.
+    network = torch.compile(model) if device.type == "cuda" else model
     frequency = counts ** _FREQUENCY[settings.batches]
     share = frequency / frequency.sum()
     schedule = Schedule(settings.schedule, settings.timesteps, device)
