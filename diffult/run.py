@@ -12,6 +12,7 @@ import typer
 from diffult.cli import PresetOption, SetOption, main
 from diffult.config import Config, preset_names, read_config
 from diffult.data.survey import locate
+from diffult.engine.checkpoints import check_checkpoints
 from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
@@ -24,7 +25,6 @@ from diffult.models.unet import build_unet
 from diffult.pack import pack
 from diffult.planning import DEFAULT_HOURS, plan_name, planned_hours, propose
 from diffult.report import write_report
-from diffult.runs.files import load_state
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, Stage
 from diffult.train_classifier import train_classifier
@@ -53,12 +53,11 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     """Runs every stage up to `until`; finished ones are skipped, an interrupted one resumes.
 
     Raises:
-        UserError: bad settings or images, or a damaged checkpoint.
+        UserError: bad settings or images, or damaged checkpoints.
     """
     for folder in map(run.folder, STAGES):  # before any work starts
         if not (folder / "done.json").exists():
-            for checkpoint in sorted(folder.glob("*state.pt")):
-                load_state(checkpoint)
+            check_checkpoints(folder)
     device = pick_device()
     log.info("%s: %s", run.config.name, run.path)
     log.info("device: %s, %s", device, str(compute_dtype(run.config.precision, device)).removeprefix("torch."))

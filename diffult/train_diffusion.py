@@ -31,6 +31,7 @@ from diffult.models.cost import parameters
 from diffult.models.unet import build_unet, save_unet
 from diffult.reporting.text import duration
 from diffult.runs.run_dir import RunDir
+from kernels.adamw_ema import bytes_per_parameter
 
 _STAGE = 2  # its number among the seeds
 log = logging.getLogger(__name__)
@@ -78,16 +79,16 @@ def _train(
     loop = LoopConfig(
         "diffusion", config.steps, folder / "state.pt", config.checkpoint_every, (run.config.seed, _STAGE, world.rank),
         digest, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
-        folder / "metrics.jsonl", world.is_main, monitor="ddpm",  # L_AID of a batch is a thousand times another's
+        folder / "metrics.jsonl", world, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
-    preview = _preview(run, trainer, packed.classes) if world.is_main else None
-    callbacks = [*callbacks, preview] if preview else callbacks
+    preview = _preview(run, trainer, packed.classes, world)
+    callbacks = [*callbacks, preview]
     go_back = lr_backoff if config.on_divergence == "go_back" else None
     check = _early_stopping(run, trainer, packed, extractor, world)
     train_loop(loop, trainer.batches, trainer.step, {"optimizer": trainer.optimizer}, go_back, callbacks, check)
-    if preview:
-        preview.write()
-        weights = (check and check.best) or trainer.optimizer.ema_state_dict()
+    preview.write()
+    weights = (check and check.best) or trainer.optimizer.ema_state_dict()
+    if world.is_main:
         save_unet(folder / "ema.safetensors", weights, run.config, len(packed.classes), digest)
     record["steps"] = check.step if check else config.steps
     record["images"] = record["steps"] * config.batch_size
@@ -120,10 +121,13 @@ def _early_stopping(
     return early_stopping(checks, config)
 
 
-def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
-    config, dtype = run.config.diffusion, compute_dtype(run.config.precision, trainer.device)
-    unet = build_unet(run.config, len(classes)).eval().requires_grad_(False).to(trainer.device, dtype)
-    sampler = Sampler.for_run(run.config, unet, preview_settings(config.timesteps), run.config.seed)
+def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...], world: World) -> Preview:
+    """Drawn by the first process; the others take part in gathering the weights."""
+    config, sampler = run.config.diffusion, None
+    if world.is_main:
+        dtype = compute_dtype(run.config.precision, trainer.device)
+        unet = build_unet(run.config, len(classes)).eval().requires_grad_(False).to(trainer.device, dtype)
+        sampler = Sampler.for_run(run.config, unet, preview_settings(config.timesteps), run.config.seed)
     return Preview(config, sampler, trainer.optimizer, run.folder("diffusion"), classes, trainer.micro_batch)
 
 
@@ -151,7 +155,8 @@ def print_cost(run: RunDir, world: World) -> None:
     """Prints steps, time and memory of the training on this machine."""
     config, seconds, device = run.config.diffusion, seconds_per_step(run, world), pick_device()
     with torch.device("meta"):
-        state = 5 * 4 * parameters(build_unet(run.config, len(run.packed().classes)))
+        count = parameters(build_unet(run.config, len(run.packed().classes)))
+    state = bytes_per_parameter(compute_dtype(run.config.precision, device), world.size) * count
     memory = f"{state / 2**30:.2f} GiB of weights, gradients, moments and averages"
     if device.type == "cuda":
         memory += f"; {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB at the peak"

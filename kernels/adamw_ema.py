@@ -11,6 +11,8 @@ With gradient g, learning rate lr, weight decay d and step t, all elementwise bu
 It must read p, g, m, v, ema and write p, m, v, ema: 36 bytes a parameter in float32, and also 36 with a bfloat16
 working copy (2 for its gradient, 2 for the copy). The kernel moves just these. The norm must be known before: it reads
 the gradient once more.
+
+Several processes share the work: each keeps master, m, v and ema of its part of the parameters alone (`Shards`).
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
 from kernels.dispatch import on_device, tile, use_triton
+from kernels.shards import ROW, GradientExchange, Shards
 
 _ALIGN = 16  # elements: every parameter starts on 64 bytes, 32 in the bfloat16 copy, for cuBLAS and cuDNN
-_ROW = 4096  # the flat buffers are padded to whole rows, so the kernel needs no masks and the norm sums rows
 _CPU_CHUNK = 1 << 17  # elements a thread: AdamW's part of a chunk is still in the cache when the average comes by
 
 
@@ -145,8 +148,8 @@ def _adamw_ema(
 ) -> None:
     """`reference_adamw_ema` in one kernel. It returns nothing, so it needs no fake; it is not to be differentiated."""
     sizes = tile("adamw_ema", _key(grad), master.device, block=1024, warps=4)
-    if _ROW % sizes["block"]:
-        raise ValueError(f"adamw_ema: block = {sizes['block']} does not divide {_ROW}, so the end would be left out")
+    if ROW % sizes["block"]:
+        raise ValueError(f"adamw_ema: block = {sizes['block']} does not divide {ROW}, so the end would be left out")
     with on_device(master):
         _adamw_ema_kernel[(len(master) // sizes["block"],)](
             master, grad, m, v, ema, master if work is None else work, norm, step, rates,
@@ -180,6 +183,12 @@ class AdamWEma:
     `grad`. Where the parameters are bfloat16 they are views of a flat bfloat16 `work` instead, kept equal to `master`
     rounded, and `grad` is bfloat16.
 
+    With a process group, each process keeps 1 / size of master, m, v and ema, its own pieces of each bucket (see
+    `Shards`), and the parameters are views of a whole flat `work` of their type. `step` then averages the gradients
+    over the processes, updates these pieces and exchanges the new weights. `bytes_per_parameter` has what that saves.
+    Every process must call `step`, `state_dict` and `ema_state_dict`, in the same order; `load_state_dict` exchanges
+    nothing, and a state is the same whatever the number of processes.
+
     As every `.grad` is there already, autograd adds to it in place, and the views stay; so clear gradients with this
     class's `zero_grad` (setting them to None takes the views away, which `step` refuses). Move the network to its
     device and load its weights before building this; a bfloat16 network's weights are loaded by `load_state_dict` here,
@@ -194,8 +203,12 @@ class AdamWEma:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """
+        Args:
+            group: the processes that train the network, with the same weights; None: this one alone.
+
         Raises:
             ValueError: nothing to train; parameters of several devices or types, or of a type other than float32 and
                 bfloat16; a setting out of range.
@@ -219,25 +232,38 @@ class AdamWEma:
             # Strides of a dense copy: the parameter's own, unless it has gaps or overlaps.
             self._slots.append(_Slot(name, p, start, torch.empty_like(p, device="meta").stride()))
             start += -(-p.numel() // _ALIGN) * _ALIGN
-        length = -(-start // _ROW) * _ROW
+        shards = Shards(start, group)
         # Gradient, moments and master are 0 between the parameters, and a step leaves zeros 0.
-        self.master, self.m, self.v = (torch.zeros(length, device=device) for _ in range(3))
-        self.grad = torch.zeros(length, device=device, dtype=dtype)
+        whole = torch.zeros(shards.length, device=device)
+        for slot in self._slots:
+            slot.view(whole).copy_(slot.parameter.detach())
+        self.master = shards.own(whole)
+        self.m, self.v, self.ema = torch.zeros_like(self.master), torch.zeros_like(self.master), self.master.clone()
+        self.grad = torch.zeros(shards.length, device=device, dtype=dtype)
+        self.work = None if self.master is whole and dtype == torch.float32 else whole.to(dtype)
+        # What the kernel rounds to: this process's pieces of `work`, or all of it.
+        rounded = None if dtype == torch.float32 else self.work
+        self._rounded = None if rounded is None else shards.own(rounded)
         self._rates = torch.zeros(2, device=device)
         self._step = torch.zeros((), device=device)
-        for slot in self._slots:
-            slot.view(self.master).copy_(slot.parameter.detach())
-        self.ema = self.master.clone()
-        self.work = None if dtype == torch.float32 else self.master.to(dtype)
+        self._shards = shards
         self._views = []
         for slot in self._slots:
-            data, grad = slot.view(self.master if self.work is None else self.work), slot.view(self.grad)
+            data, grad = slot.view(whole if self.work is None else self.work), slot.view(self.grad)
             if slot.parameter.grad is not None:
                 grad.copy_(slot.parameter.grad)
             slot.parameter.grad = None  # its strides may differ from those of the new data
             slot.parameter.data = data
             slot.parameter.grad = grad
             self._views.append((data.data_ptr(), grad))
+        spans = [(slot.parameter, slot.start, slot.start + slot.parameter.numel()) for slot in self._slots]
+        self._exchange = GradientExchange(shards, self.grad, spans) if shards.size > 1 else None
+
+    def overlap_exchange(self) -> None:
+        """Lets the exchange of gradients begin during the backward pass that follows, the last one of this step.
+        Without this call `step` does all of it; nothing where the process is alone."""
+        if self._exchange is not None:
+            self._exchange.overlap()
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, ema_decay: float | Tensor, max_norm: float | None = None) -> Tensor:
@@ -261,21 +287,24 @@ class AdamWEma:
                     f"{slot.name} or its gradient no longer lies in AdamWEma's buffers: clear gradients with "
                     "AdamWEma.zero_grad(), and move or convert the network before AdamWEma is built"
                 )
+        grad = self.grad if self._exchange is None else self._exchange.finish()
         # By rows first: the CPU's one long float32 sum is off by 4e-4 at ten million elements. On a CPU in chunks, too:
         # it turns all that it is given to float32 before it sums.
-        rows = self.grad.view(-1, _ROW)
-        parts = (rows,) if rows.is_cuda else rows.split(_CPU_CHUNK // _ROW)
+        rows = grad.view(-1, ROW)
+        parts = (rows,) if rows.is_cuda else rows.split(_CPU_CHUNK // ROW)
         norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]
-        norm = torch.linalg.vector_norm(torch.cat(norms))
+        norm = self._shards.norm(torch.linalg.vector_norm(torch.cat(norms)))
         self._step += 1
         # 1 - decay is taken before rounding to float32: after it, 1 - 0.9999 is off by 2e-4 of itself.
         for rate, value in zip(self._rates, (learning_rate, 1 - ema_decay), strict=True):
             rate.copy_(value) if isinstance(value, Tensor) else rate.fill_(value)
-        triton_serves = use_triton("adamw_ema", _key(self.grad), self.master.device)
+        triton_serves = use_triton("adamw_ema", _key(grad), self.master.device)
         (_adamw_ema if triton_serves else reference_adamw_ema)(
-            self.master, self.grad, self.m, self.v, self.ema, self.work, norm, self._step, self._rates,
+            self.master, grad, self.m, self.v, self.ema, self._rounded, norm, self._step, self._rates,
             max_norm, *self.betas, self.eps, self.weight_decay,
         )  # fmt: skip
+        if self._exchange is not None and self.work is not None:
+            self._shards.all_gather(self.master if self._rounded is None else self._rounded, self.work)
         return norm
 
     def zero_grad(self) -> None:
@@ -287,26 +316,26 @@ class AdamWEma:
 
         Buffers, and parameters that are not trained, are not averaged.
         """
+        whole = self.ema.new_empty(self._shards.length)
+        self._shards.all_gather(self.ema, whole)
         slots = {id(slot.parameter): slot for slot in self._slots}
         state = {}
         for key, value in self.model.state_dict(keep_vars=True).items():
             if id(value) in slots:
-                state[key] = slots[id(value)].view(self.ema).clone()
+                state[key] = slots[id(value)].view(whole)
             else:
                 state[key] = (value.float() if isinstance(value, nn.Parameter) else value).detach().clone()
         return state
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The trained parameters by name, as views of a buffer laid as `master` is."""
-        return {slot.name: slot.view(flat) for slot in self._slots}
-
     def state_dict(self) -> dict[str, Any]:
-        """{"step": int, "parameters" | "m" | "v" | "ema": {name: float32}}, independent of how the buffers are laid.
+        """{"step": int, "parameters" | "m" | "v" | "ema": {name: float32}}, independent of how the buffers are laid:
+        copies in host memory. Of several processes the first gets it, the others an empty dict."""
+        gathered = {key: self._shards.gather_on_host(flat) for key, flat in self._buffers().items()}
+        state = {key: self._by_name(flat) for key, flat in gathered.items() if flat is not None}
+        return {"step": int(self._step)} | state if state else {}
 
-        The tensors are views, as torch.optim's are its own: a later step changes them.
-        """
-        state: dict[str, Any] = {key: self.views(flat) for key, flat in self._buffers().items()}
-        return {"step": int(self._step)} | state
+    def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        return {slot.name: slot.view(flat) for slot in self._slots}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -325,14 +354,23 @@ class AdamWEma:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ValueError(f"AdamWEma state does not fit: {', '.join(wrong[:5])}{more}")
         for key, flat in buffers.items():
-            for slot in self._slots:
-                slot.view(flat).copy_(state[key][slot.name])
+            whole = torch.zeros(self._shards.length)
+            for name, view in self._by_name(whole).items():
+                view.copy_(state[key][name])
+            flat.copy_(self._shards.own(whole))
+            if key == "parameters" and self.work is not None:
+                self.work.copy_(whole)
         self._step.fill_(state["step"])
-        if self.work is not None:
-            self.work.copy_(self.master)
 
     def _buffers(self) -> dict[str, Tensor]:
         return {"parameters": self.master, "m": self.m, "v": self.v, "ema": self.ema}
+
+
+def bytes_per_parameter(dtype: torch.dtype, processes: int = 1) -> float:
+    """What each process holds of a network of `dtype` in `AdamWEma`: weights, gradient, moments and average."""
+    if processes == 1:
+        return 20.0
+    return 2 * dtype.itemsize + 20 / processes  # the network and its gradient are whole; pieces of both are beside them
 
 
 def _misfits(where: str, want: dict[str, Any], got: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from diffult.errors import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -30,6 +31,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes, for exchanges; None for one alone."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def local_slice(self, count: int, what: str) -> slice:
         """This process's share of `count` samples; shares are equal and in order of rank.
@@ -61,11 +67,11 @@ class World:
         return _Sum.apply(torch.where(places == self.rank, x, 0.0))
 
     def gather(self, mine: T) -> list[T]:
-        """The objects of every process in order of rank, on each of them."""
+        """The objects of every process in order of rank, on each of them, however long one takes to get here."""
         if self.size == 1:
             return [mine]
         everyone: list[T] = [mine] * self.size
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine, group=_patient)
         return everyone
 
     def store(self) -> dist.Store:
@@ -73,14 +79,18 @@ class World:
         return dist.PrefixStore(f"table-{next(_TABLES)}", dist.distributed_c10d._get_default_store())
 
     def barrier(self) -> None:
-        """Returns once every process has called it."""
+        """Returns once every process has called it, however long one takes to get here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=_patient)
 
 
 ALONE = World()
 _TABLES = itertools.count()
-_TIMEOUT = datetime.timedelta(days=7)  # the others wait while the first packs images or measures features
+# A process that ends breaks its connections, which ends the others at once; these are for one that hangs, or a host
+# that is gone silently. In a training all come to an exchange together, but for a preview or a compilation; at a
+# barrier the others wait while the first packs images or measures features.
+_TIMEOUT, _PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=7)
+_patient: Any = None  # for barriers and objects
 
 
 class _Sum(torch.autograd.Function):
@@ -113,6 +123,7 @@ def init_distributed() -> World:
         UserError: variables of torchrun are missing or not as it sets them, the other processes cannot be reached, or a
             machine with GPUs has more processes than GPUs.
     """
+    global _patient
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return ALONE
     _check_environment()
@@ -124,15 +135,29 @@ def init_distributed() -> World:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+            store = dist.PrefixStore(_attempt(), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+            _patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
             reason = str(error).partition("\n")[0][:200]
             raise UserError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
-        if backend == "gloo":  # or its threads may outlive the interpreter, and the process ends in an abort
-            atexit.register(dist.destroy_process_group)
+        # Or gloo's threads may outlive the interpreter, and the process ends in an abort.
+        atexit.register(dist.destroy_process_group, None if backend == "gloo" else _patient)
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _attempt() -> str:
+    """Which of torchrun's starts this is. It keeps its store over restarts, where processes that have died left their
+    addresses. With several hosts the count is not the same on all: there torchrun must make a new store each time."""
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["RANK"] == "0":
+        log.warning("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or its restarts may fail on several hosts")
+    return ""
 
 
 def _check_environment() -> None:

@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from diffult.engine.checkpoints import load_checkpoint, save_checkpoint
+from diffult.engine.checkpoints import Checkpoints
+from diffult.engine.data_wait import DataWait
 from diffult.engine.device import seed_step
+from diffult.engine.distributed import ALONE, World
 from diffult.engine.progress import progress_bar
 from diffult.engine.threads import ThreadWatch
 from diffult.errors import UserError
@@ -35,14 +37,14 @@ class LoopConfig:
     Attributes:
         title: its name on the progress bar.
         steps: number of steps.
-        checkpoint: its file, written every `every` steps and at the end.
+        checkpoint: its file, written every `every` steps and at the end; the one before is kept beside it.
         seed: torch's generators are seeded with it and the step's number before each step.
         config_hash: of the run's configuration; a checkpoint of another one is refused.
         images: per step, over all processes; 0: not logged.
         flops: of a step, over all processes; 0: not logged.
         peak: FLOP/s of the hardware at most; 0: unknown.
         metrics: a file of JSON lines, one for each reading of the loss; None: none.
-        writes: False on all processes but the first: they write no file and show no progress.
+        world: the processes that share each step; the first writes files and shows progress.
         monitor: name of the loss that is checked for divergence; a steady one.
     """
 
@@ -56,7 +58,7 @@ class LoopConfig:
     flops: float = 0
     peak: float = 0
     metrics: Path | None = None
-    writes: bool = True
+    world: World = ALONE
     monitor: str = "loss"
 
 
@@ -138,43 +140,43 @@ def train_steps(
         step: does one step and returns its losses by name, scalar tensors; "loss" is the sum.
         parts: the state to save and restore, objects with state_dict and load_state_dict.
         lr_backoff: if given, a loss that diverges sends the loop back to its last checkpoint, once, at a lower rate.
-        callbacks: called after each reading of the loss that is good, before the checkpoint is written; on the process
-            that writes alone.
+        callbacks: called after each reading of the loss that is good, before the checkpoint is written. One that
+            exchanges anything is given by every process.
         check: if given, may end the loop before its last step; saved and restored with `parts`.
 
     Raises:
-        UserError: the checkpoint is damaged or of another configuration, or the loss diverged; the last good checkpoint
-            is kept.
+        UserError: no checkpoint is whole, or it is of another configuration, or could not be written; or the loss
+            diverged: the last good checkpoint is kept.
     """
     own = {"lr_backoff": lr_backoff, "check": check}
     state = {**parts, **{name: part for name, part in own.items() if part is not None}}
-    start, first = _resume(config, state)
-    while True:
-        try:
-            seen_by = callbacks if config.writes else ()
-            yield from _run(config, start, first, batches(start), step, state, seen_by, check)
-            return
-        except DivergenceError as error:
-            found = config.checkpoint if config.checkpoint.exists() else None
-            if lr_backoff is None or lr_backoff.factor != 1 or found is None:
-                raise UserError(
-                    f"{config.title}: {error}; lower the learning rate, or set precision=float32 "
-                    f"(last good checkpoint: {found or 'none'})"
-                ) from None
-            log.warning(
-                "%s: %s; back to %s at %g times the learning rate", config.title, error, found, lr_backoff.after
-            )
-            start, first = _resume(config, state)
-            # Saved with the next checkpoint: a loop killed before that diverges again and comes back here.
-            lr_backoff.factor = lr_backoff.after
+    with Checkpoints(config.checkpoint, config.config_hash, state, config.world) as checkpoints:
+        start, first = _resume(config, checkpoints)
+        while True:
+            try:
+                yield from _run(config, start, first, batches(start), step, checkpoints, callbacks, check)
+                return
+            except DivergenceError as error:
+                found = checkpoints.newest()
+                if lr_backoff is None or lr_backoff.factor != 1 or found is None:
+                    raise UserError(
+                        f"{config.title}: {error}; lower the learning rate, or set precision=float32 "
+                        f"(last good checkpoint: {found or 'none'})"
+                    ) from None
+                log.warning(
+                    "%s: %s; back to %s at %g times the learning rate", config.title, error, found, lr_backoff.after
+                )
+                start, first = _resume(config, checkpoints)
+                # Saved with the next checkpoint: a loop killed before that diverges again and comes back here.
+                lr_backoff.factor = lr_backoff.after
 
 
-def _resume(config: LoopConfig, parts: Mapping[str, Any]) -> tuple[int, float]:
+def _resume(config: LoopConfig, checkpoints: Checkpoints) -> tuple[int, float]:
     """Loads the checkpoint and drops the metrics beyond it. Returns the steps done and the first step's loss."""
-    start, first = load_checkpoint(config.checkpoint, config.config_hash, parts)
+    start, first = checkpoints.load()
     if start:
         log.info("%s: resuming at step %d of %d", config.title, start, config.steps)
-    if config.writes and config.metrics is not None and config.metrics.exists():
+    if config.world.is_main and config.metrics is not None and config.metrics.exists():
         readings = [reading for reading in read_lines(config.metrics) if reading["step"] <= start]
         write_text(config.metrics, "".join(json.dumps(reading) + "\n" for reading in readings))
     return start, first
@@ -186,14 +188,15 @@ def _run(
     first: float,
     batches: Iterator[Batch],
     step: Callable[[int, Batch], Losses],
-    parts: Mapping[str, Any],
+    checkpoints: Checkpoints,
     callbacks: Sequence[Callback],
     check: Check | None,
 ) -> Iterator[int]:
+    writes, wait = config.world.is_main, DataWait()
     logged, since = start, time.perf_counter()
-    bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not config.writes)
+    bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not writes)
     with bar, ThreadWatch() as adapt_threads:
-        for i, batch in zip(range(start, config.steps), batches, strict=False):
+        for i, batch in zip(range(start, config.steps), wait.measured(batches), strict=False):
             if check is not None and check.reason:
                 return
             seed_step(*config.seed, i)
@@ -206,22 +209,23 @@ def _run(
             saves = done % config.every == 0 or done == config.steps
             judged = check is not None and (done % check.every == 0 or done == config.steps)
             if saves or judged or done % _LOG_EVERY == 0:
+                checkpoints.check()
                 values = {name: value.item() for name, value in losses.items()}
                 _refuse_divergence(values, config.monitor, first, done)
-                now = time.perf_counter()
-                speed = _speed(config, (done - logged) / (now - since))
+                seconds = time.perf_counter() - since
+                speed = _speed(config, (done - logged) / seconds) | {"data_wait": round(wait.read() / seconds, 4)}
                 if check is not None and judged:
                     values |= check(done)
                     saves |= bool(check.reason)
                 logged, since = done, time.perf_counter()
                 bar.set_postfix_str(_line(speed | values), refresh=False)
-                if config.writes and config.metrics is not None:
+                if writes and config.metrics is not None:
                     with config.metrics.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"step": done} | speed | values) + "\n")
                 for callback in callbacks:
                     callback(done, speed | values)
-            if saves and config.writes:
-                save_checkpoint(config.checkpoint, done, first, config.config_hash, parts)
+            if saves:
+                checkpoints.save(done, first)
             yield done
 
 
@@ -244,5 +248,5 @@ def _speed(config: LoopConfig, steps_per_s: float) -> dict[str, float]:
 
 
 def _line(values: Mapping[str, float]) -> str:
-    names = {"images_per_s": "img/s", "tflop_per_s": "TFLOP/s", "share_of_peak": "of peak"}
+    names = {"images_per_s": "img/s", "tflop_per_s": "TFLOP/s", "share_of_peak": "of peak", "data_wait": "data wait"}
     return ", ".join(f"{names.get(name, name)}={value:.4g}" for name, value in values.items())

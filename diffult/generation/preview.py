@@ -35,7 +35,7 @@ class Preview:
     def __init__(
         self,
         config: DiffusionConfig,
-        sampler: Sampler,
+        sampler: Sampler | None,
         optimizer: AdamWEma,
         folder: Path,
         classes: tuple[str, ...],
@@ -43,39 +43,39 @@ class Preview:
     ) -> None:
         """
         Args:
-            sampler: with a network of its own, like the one that `optimizer` averages; see `preview_settings`.
+            sampler: with a network of its own, like the one that `optimizer` averages; see `preview_settings`. None on
+                all processes but the first: they share their part of the averages.
             batch_size: images drawn at a time; as many as the training computes at a time fit.
         """
         self.config, self.sampler, self.optimizer = config, sampler, optimizer
         self.folder, self.classes, self.batch_size = folder, classes, batch_size
         self.labels = np.repeat(evenly(np.arange(len(classes)), MAX_CLASSES), _PER_CLASS)
-        self._side = torch.cuda.Stream(sampler.device) if sampler.device.type == "cuda" else None
+        device = optimizer.ema.device
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._drawn: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """The callback of the training loop, after `step` steps."""
         self.write()
         if step % self.config.checkpoint_every == 0 or step == self.config.steps:
-            self._drawn = step, self._draw()
+            weights = self.optimizer.ema_state_dict()
+            if self.sampler is not None:
+                self.sampler.unet.load_state_dict(weights)
+                self._drawn = step, self._draw(self.sampler)
             if self._side is None:
                 self.write()
 
-    def _draw(self) -> torch.Tensor:
+    def _draw(self, sampler: Sampler) -> torch.Tensor:
         """uint8 [N, H, W, C] on the device, perhaps still being computed."""
-        device = self.sampler.device
+        device = sampler.device
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._side):
-            self.sampler.unet.load_state_dict(self.optimizer.ema_state_dict())
-            copied = None if self._side is None else self._side.record_event()
             count, size = len(self.labels), min(self.batch_size, len(self.labels))
             labels = torch.from_numpy(np.pad(self.labels, (0, -count % size))).to(device)  # a graph has one batch size
             indices = torch.arange(len(labels), device=device) % _PER_CLASS
             parts = zip(labels.split(size), indices.split(size), strict=True)
-            images = torch.cat([self.sampler.draw(*part) for part in parts])[:count]
-        if copied is not None:
-            torch.cuda.current_stream(device).wait_event(copied)
-        return images
+            return torch.cat([sampler.draw(*part) for part in parts])[:count]
 
     def write(self) -> None:
         """Writes what has been drawn and is not on disk yet."""

@@ -246,7 +246,7 @@ def _steps(training: Training) -> Iterator[int]:
         LoopConfig(
             training.title, steps, training.checkpoint, max(1, min(1000, steps // 2)),
             (*training.seed, world.rank), training.config_hash, config.batch_size,
-            metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), writes=world.is_main,
+            metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), world=world,
         ),
         partial(_batches, training, seed), run,
         {"model": training.model, "optimizer": step.optimizer} | average,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,9 @@ _CHECKSUM = "crc32"  # in the metadata of safetensors
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, on disk and renamed to it when the block ends well, removed when it does not."""
+def atomic_write(path: Path, backup: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, on disk and renamed to it when the block ends well, removed when it does not.
+    What `path` was before becomes `backup`."""
     if path.exists() and not (path.is_file() or path.is_dir()):  # root could put a file in the place of /dev/null
         raise UserError(f"{path}: is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fchmod(written.fileno(), 0o666 & ~_UMASK)  # safetensors writes 0600
             os.fsync(written.fileno())
+        if backup is not None and path.exists():
+            os.replace(path, backup)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename in (None, temporary, str(temporary)):  # no name, or one that the user has never seen
@@ -195,9 +199,10 @@ def as_weights(path: Path) -> Iterator[None]:
         raise DamagedError(f"{path}: not the weights of this network ({reason}); delete it to train again") from None
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes training state: tensors, numbers and containers of them. Raises UserError as `save_tensors` does."""
-    with atomic_write(path) as temporary:
+def save_state(path: Path, state: Mapping[str, Any], backup: Path | None = None) -> None:
+    """Writes training state: tensors, numbers and containers of them; what `path` was before becomes `backup`. Raises
+    UserError as `save_tensors` does."""
+    with atomic_write(path, backup) as temporary:
         try:
             torch.save(dict(state), temporary)
         except RuntimeError as error:
@@ -210,14 +215,17 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, data alone (weights_only). Raises UserError if the file is truncated or holds code,
-    OSError if it cannot be read."""
+    """What `save_state` wrote, data alone (weights_only). Raises DamagedError if the file is truncated, holds code,
+    or is not as it was written, OSError if it cannot be read."""
     _check_readable(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("not the state of a training")
+        with ZipFile(path) as archive:
+            if archive.testzip() is not None:  # a checksum, which torch writes and does not read
+                raise ValueError("not as it was written")
         return state
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to restart this stage") from None
+        raise DamagedError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to restart this stage") from None

@@ -33,7 +33,7 @@ from diffult.runs.records import check_stage
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
-_NOT_NEEDED = (".tmp", ".damaged", ".png")  # by later stages: may be deleted, as may the folders in a stage's
+_NOT_NEEDED = (".tmp", ".damaged", ".png", ".pt")  # by later stages: may be deleted, as may the folders in a stage's
 _TRAINED = ("extractor", "diffusion", "classifier")
 
 
@@ -241,7 +241,7 @@ class RunDir:
         yield record
         record["seconds"] = round(time.perf_counter() - begun, 2)
         files = {f.name for f in self.folder(stage).iterdir() if f.is_file() and f.suffix not in _NOT_NEEDED}
-        record["files"] = sorted(name for name in files - {"started.json"} if not name.endswith("state.pt"))
+        record["files"] = sorted(files - {"started.json"})
         write_json(self.folder(stage) / "done.json", record)
         log.info("%s: finished in %.0f s, in %s", stage, record["seconds"], self.folder(stage))
 

@@ -118,14 +118,31 @@ def copied_run(tiny_run, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_run.path, tmp_path / "copy"))
 
 
-def test_truncated_checkpoint_is_refused_before_any_work(copied_run):
-    for done in copied_run.rglob("done.json"):
-        done.unlink()
-    checkpoint = copied_run / "diffusion" / "state.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+@pytest.fixture
+def unfinished(copied_run) -> RunDir:
+    for file in copied_run.rglob("done.json"):
+        file.unlink()
+    return RunDir.open(copied_run)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_truncated_checkpoints_are_refused_before_any_work(unfinished):
+    for file in (unfinished.folder("diffusion") / name for name in ("state.pt", "state.previous.pt")):
+        truncate(file)
     with pytest.raises(UserError, match=r"diffusion/state.pt: damaged checkpoint .*delete it"):
-        run_pipeline(RunDir.open(copied_run))
-    assert not (copied_run / "extractor" / "done.json").exists()
+        run_pipeline(unfinished)
+    assert unfinished.done("extractor") is None
+
+
+def test_a_truncated_checkpoint_loses_steps_alone(unfinished, tiny_run, caplog):
+    truncate(unfinished.folder("diffusion") / "state.pt")
+    run_pipeline(unfinished)
+    assert "diffusion/state.pt: damaged checkpoint, deleted; going on from the one before, of step 3" in caplog.text
+    assert comparable(unfinished.path) == comparable(tiny_run.path)
+    assert not list(unfinished.path.rglob(".*.tmp"))
 
 
 def test_truncated_weights_are_named(copied_run):

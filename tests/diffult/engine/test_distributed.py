@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def with_extractor(path: Path, settings: list[str] = SETTINGS) -> RunDir:
 
 
 def torchrun(count: int, *program: str) -> subprocess.CompletedProcess:
+    """Options of torchrun may come before the program."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *program]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -61,14 +63,17 @@ def in_processes(count: int, run: RunDir) -> None:
     assert out.returncode == 0, out.stderr[-3000:]
 
 
-# The command, whose processes all die as they begin step 5: the checkpoint of step 4 is there.
+# The command, one of whose processes dies as it begins a step: which one, and at which step, in each attempt in turn.
 DYING = """
 import os, signal
 from diffult import cli, train_diffusion
 from diffult.engine import loop
 
+deaths = {deaths}
+attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+
 def seed_step(*key):
-    if key[-1] == 5:
+    if deaths[attempt:] and deaths[attempt] == (rank, key[-1]):
         os.kill(os.getpid(), signal.SIGKILL)
     known(*key)
 
@@ -114,16 +119,34 @@ def test_two_processes_go_on_where_one_was_interrupted(alone, tmp_path, monkeypa
     assert_same_model(alone, run.path)
 
 
+def dying(path: Path, run: RunDir, *deaths: tuple[int, int], restarts: int) -> subprocess.CompletedProcess:
+    (path / "dying.py").write_text(DYING.format(deaths=deaths))
+    return torchrun(2, f"--max-restarts={restarts}", "--", str(path / "dying.py"), "--run", str(run.path))
+
+
 @pytest.mark.slow  # half a minute, most of it to import everything twice
 def test_one_process_goes_on_where_two_were_killed(alone, tmp_path):
     run = with_extractor(tmp_path / "run")
-    (tmp_path / "dying.py").write_text(DYING)
-    out = torchrun(2, "--", str(tmp_path / "dying.py"), "--run", str(run.path))
+    out = dying(tmp_path, run, (1, 7), restarts=0)
     assert out.returncode != 0 and "SIGKILL" in out.stderr, out.stderr[-3000:]
-    assert load_state(run.folder("diffusion") / "state.pt")["step"] == 4
+    found = [load_state(file)["step"] for file in sorted(run.folder("diffusion").glob("state*.pt"))]
+    assert found in ([2, 4], [4, 6])  # that of step 6 may not have come to the disk
     train_diffusion(run)
     assert_same_losses(alone, run.path)
     assert_same_model(alone, run.path)
+
+
+@pytest.mark.slow  # a minute
+def test_torchrun_starts_killed_processes_again_and_the_model_is_the_same(tmp_path):
+    whole, run = with_extractor(tmp_path / "whole"), RunDir.open(tmp_path / "run", "digits-lt", SETTINGS)
+    run.share(whole)
+    in_processes(2, whole)
+    steps = random.sample(range(8), 2)
+    out = dying(tmp_path, run, (1, min(steps)), (0, max(steps)), restarts=3)
+    assert out.returncode == 0 and out.stderr.count("(exitcode: -9)") == 2, out.stderr[-3000:]
+    assert_same_losses(whole.path, run.path)
+    (x, _), (y, _) = (load_tensors(r.folder("diffusion") / "ema.safetensors") for r in (whole, run))
+    assert all(torch.equal(x[name], y[name]) for name in x), steps
 
 
 def test_recomputed_activations_train_as_kept_ones(alone, tmp_path, monkeypatch):

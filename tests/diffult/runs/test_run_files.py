@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import mutated_bytes, mutated_document
 from safetensors.torch import load, save_file
 
-from diffult.engine.checkpoints import load_checkpoint, save_checkpoint
+from diffult.engine.checkpoints import Checkpoints
 from diffult.errors import DamagedError, UserError
 from diffult.evaluate import copies_line, table
 from diffult.generation.timesteps import read_trials
@@ -229,11 +229,14 @@ STATES = [{}, {"step": "x"}, {"step": 1, "model": {"weight": torch.ones(3)}}, {"
 @pytest.mark.parametrize("state", STATES)
 def test_a_checkpoint_of_something_else_is_damaged(tmp_path: Path, state: dict[str, Any]) -> None:
     torch.save({"config": "abc"} | state, tmp_path / "state.pt")
-    with pytest.raises(UserError, match=r"state.pt: damaged checkpoint \(.*delete it to restart this stage") as caught:
-        load_checkpoint(tmp_path / "state.pt", "abc", {"model": torch.nn.Linear(2, 2)})
-    assert in_a_line(caught.value)
-    save_checkpoint(tmp_path / "state.pt", 3, 0.5, "abc", {"model": torch.nn.Linear(2, 2)})
-    assert load_checkpoint(tmp_path / "state.pt", "abc", {"model": torch.nn.Linear(2, 2)}) == (3, 0.5)
+    with Checkpoints(tmp_path / "state.pt", "abc", {"model": torch.nn.Linear(2, 2)}) as checkpoints:
+        with pytest.raises(
+            DamagedError, match=r"state.pt: damaged checkpoint \(.*delete it to restart this stage"
+        ) as caught:
+            checkpoints.load()
+        assert in_a_line(caught.value)
+        checkpoints.save(3, 0.5)
+        assert checkpoints.load() == (3, 0.5)
 
 
 # records
