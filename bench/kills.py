@@ -25,7 +25,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench.standin import CLASSES
 from diffult.cli import main
 from diffult.engine.device import machine
 from diffult.errors import UserError
@@ -40,7 +39,8 @@ _SETTINGS = (
     "unet.head_width=8", "unet.dropout=0.0", "unet.gradient_checkpointing=false", "diffusion.steps=20",
     "diffusion.batch_size=8", "diffusion.checkpoint_every=10", "generate.sampler=dpm++", "generate.steps=5",
     "generate.batch_size=50", "generate.filter=distance", "generate.max_draws=2", "classifier.image_size=64",
-    "classifier.epochs=1", "classifier.batch_size=64", "classifier.learning_rate=0.02", "classifier.methods=['diffult']",
+    "classifier.epochs=1", "classifier.batch_size=64", "classifier.learning_rate=0.02",
+    "classifier.methods=['diffult']",
 )  # fmt: skip
 _VARIES = ("seconds", "images_per_s")  # in metrics.json, from run to run
 
@@ -68,15 +68,22 @@ def _own_mb(process: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
 
 
+def _cpu_s() -> float:
+    """Of this process and its ended children."""
+    return sum(os.times()[:4])
+
+
 def measured(command: list[str], watch: Callable[[subprocess.Popen[bytes]], None] = lambda _: None) -> dict[str, Any]:
-    """Runs a command to its end, calling `watch` five times a second; its exit code, seconds and peak memory."""
-    begun, peak = time.perf_counter(), 0.0
+    """Runs a command to its end, calling `watch` five times a second; its exit code, seconds, seconds of cores and peak
+    memory."""
+    begun, used, peak = time.perf_counter(), _cpu_s(), 0.0
     process = subprocess.Popen(command)
     while process.poll() is None:
         peak = max(peak, sum(map(_own_mb, _processes(process.pid))))
         watch(process)
         time.sleep(0.2)
-    return {"code": process.returncode, "seconds": round(time.perf_counter() - begun, 1), "peak_mb": round(peak)}
+    seconds, cpu_s = time.perf_counter() - begun, _cpu_s() - used
+    return {"code": process.returncode, "seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1), "peak_mb": round(peak)}
 
 
 def _finished(command: list[str]) -> dict[str, Any]:
@@ -104,12 +111,13 @@ def pack(images: Path, run: Path) -> dict[str, Any]:
 def load(run: Path) -> dict[str, Any]:
     """An epoch of random resized crops."""
     images, peak, seen = RunDir.open(run).packed().train, 0.0, 0
-    loader, begun = Loader(images, 512, crop=RandomResizedCrop(CROP, 0)), time.perf_counter()
-    for batch in loader.batches(Natural(len(images)).epoch(0, 0)):
+    begun, used = time.perf_counter(), _cpu_s()
+    for batch in Loader(images, 512, crop=RandomResizedCrop(CROP, 0)).batches(Natural(len(images)).epoch(0, 0)):
         seen += len(batch.labels)
         peak = max(peak, _own_mb(os.getpid()))
-    seconds = round(time.perf_counter() - begun, 1)
-    return {"images": seen, "cores": len(os.sched_getaffinity(0)), "seconds": seconds, "peak_mb": round(peak)}
+    seconds, cpu_s, cores = time.perf_counter() - begun, _cpu_s() - used, len(os.sched_getaffinity(0))
+    times = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1)}
+    return {"images": seen, "cores": cores} | times | {"peak_mb": round(peak)}
 
 
 def balance_to(counts: np.ndarray) -> int:
@@ -215,11 +223,11 @@ def command(
     begun = time.perf_counter()
     events = part("kills", lambda: list(killed(command, kills, calm["seconds"], seed)))
     taken = part("killed", lambda: {"seconds": round(time.perf_counter() - begun, 1)})
-    metrics = read_json(work / "killed" / "metrics.json")
+    drawn = read_json(work / "killed" / "metrics.json")["generation"]
     content = {
-        "command": "python -m bench.kills", "machine": machine(), "classes": CLASSES, "rows": rows,
-        "run": {"images": len(RunDir.open(packed).packed().train), "generation": metrics["generation"] | {"by_class": 0}},
-        "calm": calm, "killed": taken | {"kills": events}, "same": compared(work / "calm", work / "killed"),
+        "command": "python -m bench.kills", "machine": machine(), "rows": rows, "calm": calm,
+        "run": {"images": len(RunDir.open(packed).packed().train)} | {key: drawn[key] for key in ("drawn", "accepted")},
+        "killed": taken | {"kills": events}, "same": compared(work / "calm", work / "killed"),
     }  # fmt: skip
     write_json(out / "kills.json", content)
 

@@ -81,7 +81,8 @@ def _image(split: str, label: int, index: int, side: int) -> bytes:
     long = round(4 * side / 3)
     width, height = (long, side) if numbers.random() < 0.7 else (side, long)
     scale = min(photograph.width / width, photograph.height / height) * numbers.uniform(0.5, 1)
-    left, top = (numbers.uniform(0, whole - scale * part) for whole, part in zip(photograph.size, (width, height)))
+    left = numbers.uniform(0, photograph.width - scale * width)
+    top = numbers.uniform(0, photograph.height - scale * height)
     box = (left, top, left + scale * width, top + scale * height)
     image = photograph.resize((width, height), Image.Resampling.BILINEAR, box)
     if numbers.random() < 0.5:
