@@ -78,7 +78,11 @@ def test_kubernetes_job_runs_on_two_hosts(tools, tmp_path):
     assert set(here) <= set(environment)
     command = [*container["command"], *container["args"]]
     pods = [
-        subprocess.Popen(command, env=environment | tools | here, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            command, env=environment | tools | here | {"JOB_COMPLETION_INDEX": str(index)}, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
     ]
     errors = [pod.communicate(timeout=250)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
