@@ -74,12 +74,18 @@ def test_kubernetes_job_runs_on_two_hosts(tools, tmp_path):
     assert environment["ENDPOINT"].startswith(f"{job['metadata']['name']}-0.{pod['subdomain']}:")
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
-    here = {"NODES": "2", "ENDPOINT": f"localhost:{free_port()}", "SETTINGS": " ".join(ARGUMENTS)}
+    here = {
+        "NODES": "2",
+        "ENDPOINT": f"localhost:{free_port()}",
+        "SETTINGS": " ".join(word.replace(" ", "") for word in ARGUMENTS),
+    }
     assert set(here) <= set(environment)
     command = [*container["command"], *container["args"]]
     pods = [
         subprocess.Popen(
-            command, env=environment | tools | here | {"JOB_COMPLETION_INDEX": str(index)}, stderr=subprocess.PIPE,
+            command,
+            env=environment | tools | here | {"JOB_COMPLETION_INDEX": str(index)},
+            stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(2)

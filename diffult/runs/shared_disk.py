@@ -18,7 +18,7 @@ from diffult.errors import UserError
 
 PATIENCE = 90  # seconds; NFS asks its server again after 60 (acdirmax)
 
-_Files = dict[str, tuple[int, int]]  # size and time of the last change in ns, by FOLDER/NAME
+_Files = dict[str, tuple[int, int]]  # size and time of the last change in ns, by the path from the first folder
 
 
 def wait_for_same_files(folders: Iterable[Path], world: World) -> None:
@@ -48,15 +48,16 @@ def wait_for_same_files(folders: Iterable[Path], world: World) -> None:
     )
 
 
-def _files(folders: Iterable[Path]) -> _Files:
+def _files(folders: list[Path]) -> _Files:
     found = {}
     for folder in folders:
+        place = os.path.relpath(folder, folders[0])
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name[0] != "." and entry.is_file():
                         about = os.stat(entry.path)
-                        found[f"{folder.name}/{entry.name}"] = (about.st_size, about.st_mtime_ns)
+                        found[os.path.normpath(f"{place}/{entry.name}")] = (about.st_size, about.st_mtime_ns)
         except FileNotFoundError:  # no folder yet, or the file was just replaced: the next look differs from others'
             continue
     return found
