@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,7 +153,8 @@ def killed(command: list[str], kills: int, seconds: float, seed: int) -> Iterato
         if len(done) < kills and time.perf_counter() > due:
             kind, victims = _victims(launcher.pid, at)
             for process in victims:
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(process, signal.SIGKILL)
             done.append({"killed": kind, "after_s": round(time.perf_counter() - begun, 1)})
             print(f"kill {len(done)} of {kills}: {kind}", flush=True)
             due = time.perf_counter() + at.uniform(0.5, 1.5) * seconds / kills
