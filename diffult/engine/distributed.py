@@ -8,6 +8,8 @@ import itertools
 import logging
 import os
 import re
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -80,6 +82,7 @@ class World:
 
 ALONE = World()
 _TABLES = itertools.count()
+_POLL = 0.05  # seconds
 _TIMEOUT = datetime.timedelta(days=7)  # the others wait while the first packs images or measures features
 
 
@@ -124,7 +127,9 @@ def init_distributed() -> World:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+            store = dist.PrefixStore(_attempt(store, rank, size), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
             reason = str(error).partition("\n")[0][:200]
             raise UserError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
@@ -133,6 +138,30 @@ def init_distributed() -> World:
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this attempt share, and none of an earlier one had. torchrun keeps one store for all
+    attempts, where addresses of processes that have ended would be taken for those of their successors (PyTorch's issue
+    135712).
+
+    Each process leaves a new number. The first answers with all of them, and again when one has changed, until
+    everyone has found its own in an answer; the first process's number is the name.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"attempt/{rank}", mine)
+    if rank:
+        while True:
+            numbers = store.get("attempt/numbers").decode().split()
+            if numbers[rank : rank + 1] == [mine]:
+                store.set(f"attempt/{numbers[0]}/{rank}", "")
+                return numbers[0]
+            time.sleep(_POLL)
+    everyone = [f"attempt/{other}" for other in range(size)]
+    while not store.check([f"attempt/{mine}/{other}" for other in range(1, size)]):
+        store.set("attempt/numbers", " ".join(store.get(other).decode() for other in everyone))
+        time.sleep(_POLL)
+    return mine
 
 
 def _check_environment() -> None:
