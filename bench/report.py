@@ -5,7 +5,7 @@
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds:
 `comparison`, and its `best` rows beside the plain ones (`diffult.compare`), `variants` (`bench.variants`), `loaders`
 (`bench.loaders`), `speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check`
-(`bench.cost`), `growth` (`bench.growth`).
+(`bench.cost`), `growth` (`bench.growth`), `many` and `kills` (`bench.kills`).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cost": tables.cost_table,
     "check": tables.check_table,
     "growth": tables.growth_table,
+    "many": tables.many_images_table,
+    "kills": tables.kills_table,
 }
 
 

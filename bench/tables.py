@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from statistics import mean, median
 from typing import Any
@@ -136,6 +137,33 @@ def growth_table(content: Content) -> str:
         for row in rows
     ]
     return _table(["work", "images", "images/s", "peak memory, MB"], lines)
+
+
+def many_images_table(content: Content) -> str:
+    """Packing and an epoch of crops: images/s, and the most memory that all processes held."""
+    names = {"pack": "packing", "load": "an epoch of random crops of 224 pixels"}
+    lines = [
+        [names[work], f"{row['images']:,}", number(row["seconds"]), number(row["images"] / row["seconds"]),
+         number(row["peak_mb"])]
+        for work, row in content["rows"].items()
+    ]  # fmt: skip
+    return _table(["", "images", "seconds", "images/s", "peak memory, MB"], lines)
+
+
+def kills_table(content: Content) -> str:
+    """Each kill: whom and when; and what came of it, beside the run without."""
+    kills, same = content["killed"]["kills"], [name for name, equal in content["same"].items() if equal]
+    victims = Counter(kill["killed"] for kill in kills)
+    when = ", ".join(number(kill["after_s"]) for kill in kills)
+    rows = {
+        "seconds, undisturbed": number(content["calm"]["seconds"]),
+        f"seconds, killed {len(kills)} times": number(content["killed"]["seconds"]),
+        "killed": ", ".join(f"{name}: {count} times" for name, count in sorted(victims.items())),
+        "after seconds": when,
+        "samples drawn, kept": f"{content['run']['drawn']:,}, {content['run']['accepted']:,}",
+        "the same in both runs": f"{', '.join(same) or 'nothing'} ({len(same)} of {len(content['same'])})",
+    }
+    return _table(["", f"{content['run']['images']:,} training images"], [[name, text] for name, text in rows.items()])
 
 
 def variants_table(content: Content) -> str:

@@ -43,7 +43,7 @@ class AugmentConfig(StrictModel):
 
 
 class TrainingConfig(StrictModel):
-    """How a classifier is trained: SGD with momentum, warm-up, step decay."""
+    """How a classifier is trained: SGD with momentum, warm-up, step or cosine decay."""
 
     network: str
     image_size: int = Field(ge=1)  # what the network sees; stored images are cropped or scaled to it
@@ -55,6 +55,7 @@ class TrainingConfig(StrictModel):
     warmup: float = Field(0.0, ge=0, le=1)  # share of the steps
     milestones: tuple[float, ...] = ()  # shares of the steps at which the rate is multiplied by `decay`
     decay: float = Field(0.1, gt=0, le=1)
+    cosine_decay: bool = False  # the rate falls to 0 along half a cosine, whatever the milestones
     augment: AugmentConfig = AugmentConfig()
     mixup: float = Field(0.0, ge=0)  # alpha: images and labels mixed in shares of Beta(alpha, alpha); 0: off
     cutmix: float = Field(0.0, ge=0)  # alpha: a rectangle of another image pasted in, its area as above; 0: off

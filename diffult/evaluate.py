@@ -140,7 +140,8 @@ def copies_line(copies: dict[str, Any]) -> str:
 def command(run: RunOption, set_: SetOption = None) -> None:
     """Measure every classifier on the balanced test set: top-1 and many / medium / few; and count the synthetic images
     that are copies of training images. Needs every stage before."""
-    world, run_dir = init_distributed(), RunDir.open(run, overrides=set_)
+    world = init_distributed()
+    run_dir = RunDir.open(run, overrides=set_, world=world)
     if world.is_main:
         metrics = evaluate(run_dir)
         print(table(metrics))

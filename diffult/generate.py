@@ -343,7 +343,7 @@ def command(
     bundled, run = run is None, run or Path("runs") / BUNDLED
     if bundled:  # options are checked against the packed images, before any training
         _run_bundled(run, "pack", world)
-    run_dir = RunDir.open(run, overrides=set_)
+    run_dir = RunDir.open(run, overrides=set_, world=world)
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "batch_size": batch_size}
     settings = _settings(run_dir, fast, given)
     quotas = _quotas(run_dir, balance_to, per_class, counts_file, classes)

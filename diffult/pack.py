@@ -62,7 +62,7 @@ def _refuse_other_images(run: RunDir, fingerprint: str) -> None:
 def command(run: RunOption, preset: PresetOption = None, set_: SetOption = None) -> None:
     """Decode the images of a set once and write its train, val and test splits as .beton files."""
     world = init_distributed()
-    pack(RunDir.open(run, preset, set_), world)
+    pack(RunDir.open(run, preset, set_, world), world)
 
 
 if __name__ == "__main__":

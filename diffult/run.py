@@ -55,7 +55,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     Raises:
         UserError: bad settings or images, or damaged checkpoints.
     """
-    for folder in map(run.folder, STAGES):  # before any work starts
+    for folder in map(run.folder, STAGES if world.is_main else ()):  # before any work starts
         if not (folder / "done.json").exists():
             check_checkpoints(folder)
     device = pick_device()
@@ -100,7 +100,7 @@ def open_data_run(
     Raises:
         UserError: the run is of other images or was planned for other hours, or see `propose`.
     """
-    if anew or not (run / "config.toml").exists():
+    if world.gather(anew or not (run / "config.toml").exists())[0]:  # as the first process sees it
         plan = propose(data, hours or DEFAULT_HOURS, overrides, run, world) if world.is_main else None
         plan = world.gather(plan)[0]
         assert plan is not None  # the first process's
@@ -114,7 +114,7 @@ def open_data_run(
         if before.source != place.pop("source"):
             raise UserError(f"{run}: holds a run of other images ({before.source}); give another --run")
         moved = [f"data.{key}={value}" for key, value in place.items() if getattr(before, key) != value]
-    run_dir = RunDir.open(run, overrides=[*moved, *overrides])
+    run_dir = RunDir.open(run, overrides=[*moved, *overrides], world=world)
     if hours is not None and (planned := planned_hours(run_dir.comments)) not in (None, f"{hours:g}"):
         anew_by = "another --run" if any((run / stage).exists() for stage in STAGES) else "--plan"
         raise UserError(
@@ -176,7 +176,7 @@ def command(
         raise UserError(f"--until {until!r}: expected one of {', '.join(STAGES)}")
     world = init_distributed()
     if data is None:
-        run_dir = RunDir.open(run, preset, set_)
+        run_dir = RunDir.open(run, preset, set_, world)
     else:
         run_dir = open_data_run(run, data, hours, set_ or [], world, anew=plan)
     if plan:
@@ -188,7 +188,7 @@ def command(
         world.barrier()  # every process has opened the run before the first writes to it
         if world.is_main:
             run_dir.share(RunDir.open(from_))
-    world.barrier()
+    run_dir.synchronise(world)
     run_pipeline(run_dir, until, world)
 
 

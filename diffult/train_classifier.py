@@ -98,7 +98,7 @@ def _train(run: RunDir, packed: Packed, world: World) -> None:
                     folder / f"{name}.safetensors", training.model, config.network, data.channels, config.image_size,
                     training.config_hash,
                 )  # fmt: skip
-        world.barrier()  # the next wave starts from these weights
+        run.synchronise(world)  # the next wave starts from these weights
 
 
 def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> None:
@@ -174,7 +174,7 @@ def command(run: RunOption, set_: SetOption = None) -> None:
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_classifier --run RUN
     """
     world = init_distributed()
-    train_classifier(RunDir.open(run, overrides=set_), world)
+    train_classifier(RunDir.open(run, overrides=set_, world=world), world)
 
 
 command.__doc__ = (

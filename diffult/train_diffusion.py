@@ -181,7 +181,7 @@ def command(
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_diffusion --run RUN
     """
     world = init_distributed()
-    run_dir = RunDir.open(run, overrides=set_)
+    run_dir = RunDir.open(run, overrides=set_, world=world)
     if dry_run:
         print_cost(run_dir, world)
     else:

@@ -66,7 +66,7 @@ def command(run: RunOption, set_: SetOption = None) -> None:
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.train_extractor --run RUN
     """
     world = init_distributed()
-    train_extractor(RunDir.open(run, overrides=set_), world)
+    train_extractor(RunDir.open(run, overrides=set_, world=world), world)
 
 
 if __name__ == "__main__":

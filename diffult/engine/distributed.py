@@ -8,6 +8,8 @@ import itertools
 import logging
 import os
 import re
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +19,6 @@ import torch.distributed as dist
 from diffult.errors import UserError
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -91,6 +92,7 @@ _TABLES = itertools.count()
 # barrier the others wait while the first packs images or measures features.
 _TIMEOUT, _PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=7)
 _patient: Any = None  # for barriers and objects
+_POLL = 0.05  # seconds
 
 
 class _Sum(torch.autograd.Function):
@@ -136,7 +138,7 @@ def init_distributed() -> World:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-            store = dist.PrefixStore(_attempt(), store)
+            store = dist.PrefixStore(_attempt(store, rank, size), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
             _patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
@@ -149,15 +151,28 @@ def init_distributed() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def _attempt() -> str:
-    """Which of torchrun's starts this is. It keeps its store over restarts, where processes that have died left their
-    addresses. With several hosts the count is not the same on all: there torchrun must make a new store each time."""
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["RANK"] == "0":
-        log.warning("set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or its restarts may fail on several hosts")
-    return ""
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this attempt share, and none of an earlier one had. torchrun keeps one store for all
+    attempts, where addresses of processes that have ended would be taken for those of their successors (PyTorch's issue
+    135712).
+
+    Each process leaves a new number. The first answers with all of them, and again when one has changed, until
+    everyone has found its own in an answer; the first process's number is the name.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"attempt/{rank}", mine)
+    if rank:
+        while True:
+            numbers = store.get("attempt/numbers").decode().split()
+            if numbers[rank : rank + 1] == [mine]:
+                store.set(f"attempt/{numbers[0]}/{rank}", "")
+                return numbers[0]
+            time.sleep(_POLL)
+    everyone = [f"attempt/{other}" for other in range(size)]
+    while not store.check([f"attempt/{mine}/{other}" for other in range(1, size)]):
+        store.set("attempt/numbers", " ".join(store.get(other).decode() for other in everyone))
+        time.sleep(_POLL)
+    return mine
 
 
 def _check_environment() -> None:

@@ -18,6 +18,7 @@ from diffult.generation.sampler import Sampler
 from diffult.generation.shards import ShardStore
 from diffult.longtail.extractor import Extractor
 from diffult.longtail.quota import Quota
+from diffult.runs.shared_disk import wait_for_same_files
 
 log = logging.getLogger(__name__)
 _NAMED = 5  # classes that lack samples
@@ -43,6 +44,7 @@ def fill(
         store.flush()
     seconds = time.perf_counter() - begun
     drawn = sum(world.gather(drawn))  # so every process has flushed
+    wait_for_same_files([store.folder], world)
     if world.is_main:
         store.finish(quota)
     tallies = [quota.tally(c) for c in range(len(classes))]

@@ -229,9 +229,8 @@ def _steps(training: Training) -> Iterator[int]:
     log.info("%s: %d steps", training.title, steps)
     step = _Step(training, seed)
     average = {"average": step.average} if step.average else {}
-    factors = [
-        learning_rate_factor(i, steps, config.warmup * steps, config.milestones, config.decay) for i in range(steps)
-    ]
+    schedule = (config.warmup * steps, config.milestones, config.decay, config.cosine_decay)
+    factors = [learning_rate_factor(i, steps, *schedule) for i in range(steps)]
     rates = torch.tensor([config.learning_rate * factor for factor in factors], device=loader.device)
     # With several processes their exchange stays outside graphs.
     device = loader.device if world.size == 1 else torch.device("cpu")

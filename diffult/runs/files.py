@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
+import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,10 +24,12 @@ from safetensors.torch import save_file
 
 from diffult.errors import DamagedError, UserError
 
+log = logging.getLogger(__name__)
 _UMASK = os.umask(0)  # which can be read only by setting it, for all threads: so once, here
 os.umask(_UMASK)
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 _DEPTH = 3  # of the folders of exported images
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # NFS or Lustre, mounted without
 _CHECKSUM = "crc32"  # in the metadata of safetensors
 
 
@@ -59,19 +65,31 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     """Locks a folder, created where it is missing, for this process, and removes what killed ones left half written
-    there; the system releases it however the process ends.
+    there; the system releases it however the process ends. A disk without locks is used without, which is logged.
+
+    Args:
+        patience: seconds to wait for another process: of a host that died, a network disk keeps the lock for a while.
 
     Raises:
         UserError: another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _open_lock(folder / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process writes to it; wait for it, or stop it") from None
+        for left in reversed(range(math.ceil(patience) + 1)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise UserError(f"{folder}: another process writes to it; wait for it, or stop it") from None
+                time.sleep(1)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s: its disk has no locks (%s); start one command at a time", folder, error.strerror)
+                break
         _remove_temporaries(folder, _DEPTH)
         yield
 

@@ -30,6 +30,7 @@ from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.runs.files import lock_folder, read_json, temporary_path, write_json, write_text
 from diffult.runs.records import check_stage
+from diffult.runs.shared_disk import PATIENCE, wait_for_same_files
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
@@ -61,17 +62,28 @@ class RunDir:
         return cls(path, config, comments)
 
     @classmethod
-    def open(cls, path: Path, preset: str | None = None, overrides: list[str] | None = None) -> RunDir:
+    def open(
+        cls, path: Path, preset: str | None = None, overrides: list[str] | None = None, world: World = ALONE
+    ) -> RunDir:
         """Opens the run at `path`, or a new one from a preset. Nothing is written before a stage starts.
 
         Args:
             overrides: `section.key=value`, applied to the preset, or to config.toml where the run exists; what that
                 redoes is logged.
+            world: every process of it calls this; the first opens the run for all.
 
         Raises:
             UserError: no run there and no preset given; a run of another preset or of an earlier version; bad settings,
-                among them networks that do not fit the images.
+                among them networks that do not fit the images; or see `synchronise`.
         """
+        opened = world.gather(cls._open(path, preset, overrides) if world.is_main else None)[0]
+        assert opened is not None  # the first process's
+        run = cls(path, opened.config, opened.comments)
+        run.synchronise(world)
+        return run
+
+    @classmethod
+    def _open(cls, path: Path, preset: str | None, overrides: list[str] | None) -> RunDir:
         _refuse_file(path)
         file = path / "config.toml"
         if not file.exists():
@@ -118,15 +130,23 @@ class RunDir:
         file = self.path / "config.toml"
         return file.exists() and file.read_text(encoding="utf-8") == self.config.to_toml(self.comments)
 
+    def synchronise(self, world: World) -> None:
+        """Returns once every process sees the files that the others have written. Every process calls this.
+
+        Raises:
+            UserError: they do not see the same, as on hosts whose disks are not one.
+        """
+        wait_for_same_files([self.path, *map(self.folder, STAGES)], world)
+
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience: float = 0) -> Iterator[None]:
         """Locks the run for this process and brings config.toml up to date. Taken when all that can be refused has
-        been: a command refused for a bad path can be typed again, corrected.
+        been: a command refused for a bad path can be typed again, corrected. `patience`: as of `lock_folder`.
 
         Raises:
             UserError: another process writes to the run.
         """
-        with lock_folder(self.path):
+        with lock_folder(self.path, patience):
             if not self._is_saved():
                 write_text(self.path / "config.toml", self.config.to_toml(self.comments))
             yield
@@ -206,22 +226,22 @@ class RunDir:
         "seconds" counts the last attempt only. Of several processes the first writes, and none leaves before the stage
         is finished. What an attempt with other settings left is deleted, except the files for which `keep` is true.
         """
-        if world.gather(self.done(stage) is not None)[0]:
+        if world.gather(world.is_main and self.done(stage) is not None)[0]:
             log.info("%s: already finished, skipped", stage)
             yield None
             return
         if world.is_main:
-            with self.lock():
+            with self.lock(PATIENCE if world.size > 1 else 0):
                 if world.size == 1 and self.done(stage) is not None:  # by another process, since the question above
                     yield None
                     return
                 self._clear_outdated(stage, keep)
-                world.barrier()  # the others look for checkpoints only now
+                self.synchronise(world)  # the others look for checkpoints only now
                 yield from self._work(stage)
         else:
-            world.barrier()
+            self.synchronise(world)
             yield {}
-        world.barrier()
+        self.synchronise(world)
 
     def _clear_outdated(self, stage: Stage, keep: Callable[[Path], bool]) -> None:
         folder, started = self.folder(stage), self.folder(stage) / "started.json"

@@ -1,6 +1,8 @@
 """Configuration: presets, overrides, and one-line errors."""
 
+import re
 import tomllib
+from importlib import resources
 
 import pytest
 
@@ -30,6 +32,23 @@ def test_every_preset_loads_and_survives_a_round_trip(tmp_path):
         file.write_text(config.to_toml())
         again = read_config(file)
         assert again == config
+
+
+def test_published_recipes_in_the_comments_are_settings():
+    """Kang et al., MiSLAS and RIDE on ImageNet-LT, as their configuration files have them."""
+    text = (resources.files("diffult.presets") / "imagenet-lt-256.toml").read_text(encoding="utf-8")
+    comments = " ".join(line for line in text.splitlines() if line.startswith("#"))
+    recipes = [found.split() for found in re.findall(r"(?:[a-z_]+=[-.\w]+ ?){3,}", comments)]
+    columns = ("epochs", "batch_size", "learning_rate", "weight_decay", "cosine_decay", "mixup", "warmup")
+    rows = []
+    for recipe in recipes:
+        config = load_preset("imagenet-lt-64", [f"classifier.{setting}" for setting in recipe]).classifier
+        rows.append(tuple(getattr(config, column) for column in columns))
+    assert rows == [
+        (90, 512, 0.2, 5e-4, True, 0, 0),
+        (180, 256, 0.1, 5e-4, True, 0.2, 0),
+        (100, 256, 0.1, 2e-4, False, 0, 0.05),
+    ]
 
 
 @pytest.mark.parametrize("imbalance", [10, 50, 100])

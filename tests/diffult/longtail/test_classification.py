@@ -48,6 +48,25 @@ def test_mixed_batches_of_a_set_ratio_train_on_after_a_break_as_without(both, tm
     assert not torch.equal(trained(both, tmp_path / "plain"), whole)
 
 
+def test_cosine_decay_is_torchs_schedule_whatever_the_milestones(both, tmp_path, monkeypatch):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.2)
+    schedule, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8), []
+    for _ in range(8):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+    rates, step = [], torch.optim.SGD.step
+
+    def recorded(optimizer: torch.optim.SGD) -> None:
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    fit(training(both, tmp_path, "cosine_decay=true", "learning_rate=0.2", "warmup=0", "milestones=[0.5]"))
+    assert rates == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_several_trainings_end_as_each_alone(both, tmp_path, monkeypatch, side_by_side):
     """Side by side, with nothing in place of streams: the steps take turns."""
