@@ -3,9 +3,10 @@
     python -m bench.cost --price 3.0                          # with an assumed share of an H100's peak
     python -m bench.cost --rates bench/results/CARD-DATE.json # with the rates that `python -m bench` measured
 
-Time is operations / rate. Training on n cards adds the exchange of gradients, not overlapped, and uses no more cards
-than leave each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders
-keep off the path, and starting up.
+The cost model is the plan's and the rehearsal's, `diffult.planning.cost`, on a machine of so many cards: time is
+operations / rate. Trainings on n cards add the exchange of gradients, not overlapped, and use no more cards than leave
+each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders keep off the
+path, packing, evaluation and starting up. `python -m diffult.run --rehearse` measures these, too.
 
 The model is checked against the runs of bench/results/*/comparison.json: each preset's stages are predicted with rates
 taken from the runs of the other presets alone, and stand beside what was measured.
@@ -21,25 +22,23 @@ from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
+from bench.standin import class_counts as imagenet_lt_counts
 from diffult.cli import main
 from diffult.config import Config, load_preset
 from diffult.data.profiles import class_counts
 from diffult.errors import UserError
-from diffult.models.cost import parameters
-from diffult.models.unet import build_unet
-from diffult.planning.cost import stage_flops
+from diffult.planning.cost import Amounts, Work, classifier_cost, costs, stage_flops, unet_cost
 from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
 
 SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
 CARDS = (1, 8, 64)
-_LEAST = 8  # images of the batch that a card gets: below that it idles
+LEAST = 8  # images of the batch that a card gets: below that it idles
+_STAGES = ("extractor", "diffusion", "generate", "classifier")
 _NVLINK, _NETWORK = 450e9, 50e9  # bytes/s a card: an H100's NVLink one way, and 400 Gbit/s between hosts of eight
-# The published list gives ImageNet-LT's counts; without it: what imagenet-lt's 100 epochs over real and synthetic say.
-_IMAGENET_LT = 115_846
+_GAIN = 0.05  # of the time: twice the cards that save less do not help
 
 
 @dataclass(frozen=True)
@@ -52,29 +51,72 @@ class Rates:
     source: str
 
 
+@dataclass(frozen=True)
+class Cards:
+    """So many cards of these rates; a `Machine` of the cost model.
+
+    Attributes:
+        batches: images of a batch of each training.
+        gradients: bytes that its cards exchange in a step.
+    """
+
+    rates: Rates
+    processes: int
+    batches: dict[str, int]
+    gradients: dict[str, float]
+
+    @classmethod
+    def of(cls, config: Config, classes: int, rates: Rates, cards: int) -> Cards:
+        parts = {"extractor": config.extractor, "classifier": config.classifier}
+        batches = {stage: part.batch_size for stage, part in parts.items()} | {"diffusion": config.diffusion.batch_size}
+        gradients = {
+            stage: 4.0 * classifier_cost(part.network, part.image_size, config.data.channels, classes).parameters
+            for stage, part in parts.items()
+        }
+        unet = unet_cost(config.unet, config.data.image_size, config.data.channels, classes)
+        return cls(rates, cards, batches, gradients | {"diffusion": 2.0 * unet.parameters})  # these in bfloat16
+
+    def seconds(self, stage: str, work: Work) -> float:
+        """See `Machine`; none for what is done on the host."""
+        if stage == "generate":
+            return work.flops / self.rates.sample / self.processes
+        if stage not in self.batches:
+            return 0.0
+        rate = self.rates.train if stage == "diffusion" else self.rates.classify
+        busy = max(1, min(self.processes, self.batches[stage] // LEAST))
+        exchange = 2 * (busy - 1) / busy * self.gradients[stage] / (_NVLINK if busy <= 8 else _NETWORK)
+        return work.flops / rate / busy + work.units * exchange
+
+
+def amounts(config: Config, classes: int) -> Amounts:
+    """Of a preset in SETS: CIFAR's, or ImageNet-LT's."""
+    if config.data.profile == "natural":
+        return Amounts(imagenet_lt_counts(), np.full(classes, 50.0), 70 * classes, 0, 0.0)
+    counts = class_counts(config.data, np.full(classes, config.data.n_max or 50_000 // classes))
+    return Amounts(np.array(counts, np.int64), np.full(classes, 10_000 / classes), 10_000, 0, 0.0)
+
+
 def synthetic_images(config: Config, classes: int) -> int:
     """How many samples the preset asks for."""
-    if config.data.profile == "natural":
-        return config.classifier.steps * config.classifier.batch_size // 100 - _IMAGENET_LT
-    available = np.full(classes, config.data.n_max or 50_000 // classes)  # CIFAR's training split
-    return sum(max(0, config.generate.balance_to - count) for count in class_counts(config.data, available))
+    return amounts(config, classes).synthetic(config.generate.balance_to, config.generate.dose)
 
 
 def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_rate: float) -> dict[str, float]:
-    """Predicted seconds of each stage on so many cards; extractor and classifier train on one card, the classifier's
-    methods side by side where there are cards for them."""
-    flops = stage_flops(config, classes, synthetic_images(config, classes) / pass_rate)
-    busy = max(1, min(cards, config.diffusion.batch_size // _LEAST))
-    with torch.device("meta"):
-        gradient = 2 * parameters(build_unet(config, classes))  # bytes, in bfloat16
-    exchange = 2 * (busy - 1) / busy * gradient / (_NVLINK if busy <= 8 else _NETWORK)
-    side_by_side = min(cards, len(config.classifier.methods))
-    return {
-        "extractor": flops["extractor"] / rates.classify,
-        "diffusion": flops["diffusion"] / rates.train / busy + config.diffusion.steps * exchange,
-        "generate": flops["generate"] / rates.sample / cards,
-        "classifier": flops["classifier"] / rates.classify / side_by_side,
-    }
+    """Predicted seconds of each stage on so many cards."""
+    rows = costs(config, amounts(config, classes), Cards.of(config, classes, rates, cards), pass_rate)
+    return {row.stage: row.seconds for row in rows if row.stage in _STAGES}
+
+
+def most_cards(config: Config, classes: int, rates: Rates, pass_rate: float) -> int:
+    """The power of two from which twice the cards save less than _GAIN of the whole time."""
+
+    def seconds(cards: int) -> float:
+        return sum(stage_seconds(config, classes, rates, cards, pass_rate).values())
+
+    cards = 1
+    while seconds(2 * cards) < (1 - _GAIN) * seconds(cards):
+        cards *= 2
+    return cards
 
 
 def measured_rates(file: Path) -> Rates:
@@ -124,15 +166,25 @@ def check_runs(results: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def spread(checked: list[dict[str, Any]]) -> float:
+    """How many times as long a stage took in one run as in another of equal work, at the most: no model comes closer
+    to these runs than the root of it."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for row in checked:
+        times.setdefault((row["preset"], row["stage"]), []).append(row["measured_s"])
+    return max(max(seconds) / min(seconds) for seconds in times.values())
+
+
 def predict(rates: Rates, pass_rate: float, price: float) -> list[dict[str, Any]]:
-    """Time and money of each preset in SETS on each number of cards."""
+    """Time and money of each preset in SETS on each number of cards, and the number beyond which more do not help."""
     rows = []
     for preset, classes in SETS.items():
         config = load_preset(preset)
+        most = most_cards(config, classes, rates, pass_rate)
         for cards in CARDS:
             seconds = stage_seconds(config, classes, rates, cards, pass_rate)
             hours = sum(seconds.values()) / 3600
-            row = {"preset": preset, "cards": cards, "hours": hours, "money": hours * cards * price}
+            row = {"preset": preset, "cards": cards, "hours": hours, "money": hours * cards * price, "most_cards": most}
             rows.append(row | {f"{stage}_h": value / 3600 for stage, value in seconds.items()})
     return rows
 
@@ -159,11 +211,14 @@ def command(
     for row in predicted:
         hours = duration(row["hours"] * 3600)
         print(f"{row['preset']}, {row['cards']} cards: {hours}, {row['money']:,.0f} at {price:g} an hour and card")
+    for preset, most in {row["preset"]: row["most_cards"] for row in predicted}.items():
+        print(f"{preset}: more than {most} cards hardly help, with {LEAST} images of a training's batch each at least")
     content = {"rates": used.__dict__, "pass_rate": share, "price": price, "predicted": predicted, "checked": checked}
     write_json(out / "cost.json", content)
     ratios = [row["ratio"] for row in checked]
     if ratios:
         print(f"predicted / measured over {len(ratios)} stages of earlier runs: {min(ratios)} to {max(ratios)}")
+        print(f"the same stage took up to {spread(checked):.1f} times as long in one run as in another of its preset")
     print(json.dumps({"results": str(out / "cost.json")}))
 
 

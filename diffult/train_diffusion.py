@@ -80,7 +80,7 @@ def _train(
         digest, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
         folder / "metrics.jsonl", world.is_main, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
-    preview = _preview(run, trainer, packed.classes) if world.is_main else None
+    preview = build_preview(run, trainer, packed.classes) if world.is_main else None
     callbacks = [*callbacks, preview] if preview else callbacks
     go_back = lr_backoff if config.on_divergence == "go_back" else None
     check = _early_stopping(run, trainer, packed, extractor, world)
@@ -120,7 +120,8 @@ def _early_stopping(
     return early_stopping(checks, config)
 
 
-def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
+def build_preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...]) -> Preview:
+    """Of the model in training, into the stage's folder."""
     config, dtype = run.config.diffusion, compute_dtype(run.config.precision, trainer.device)
     unet = build_unet(run.config, len(classes)).eval().requires_grad_(False).to(trainer.device, dtype)
     sampler = Sampler.for_run(run.config, unet, preview_settings(config.timesteps), run.config.seed)

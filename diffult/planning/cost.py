@@ -235,17 +235,20 @@ def radius_flops(counts: np.ndarray) -> float:
     return 3.0 * 128 * float((counts.astype(float) ** 2).sum())
 
 
-def copies_flops(config: Config, amounts: Amounts) -> float:
+def copies_flops(config: Config, amounts: Amounts, samples: np.ndarray | None = None) -> float:
     """Of the search for copies among samples: `diffult.longtail.copies.nearest` for them, the validation images and
-    some training images of each class, whose features are computed and whose distances are products."""
+    some training images of each class, whose features are computed and whose distances are products. `samples`: of each
+    class, int64 [C]; None: as many as it lacks."""
     generate, counts, data = config.generate, amounts.counts.astype(float), config.data
     pixels, orientations = data.channels * data.image_size**2, 1 + config.diffusion.flip
     rows = rows_at_a_time(data.image_size, data.channels)
     features, total = classifier_flops(config, config.extractor, len(counts)), 0.0
     validation = np.full(len(counts), max(0.0, amounts.held_out - amounts.tests.sum()) / len(counts))
-    for samples in quotas_to(generate.balance_to, amounts.counts, generate.dose), validation, counts.clip(max=256):
-        embedded = orientations * samples + np.ceil(samples / rows) * counts
-        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (samples * counts).sum())
+    if samples is None:
+        samples = quotas_to(generate.balance_to, amounts.counts, generate.dose)
+    for images in samples, validation, counts.clip(max=256):
+        embedded = orientations * images + np.ceil(images / rows) * counts
+        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (images * counts).sum())
     return total
 
 
