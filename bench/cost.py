@@ -8,14 +8,13 @@ operations / rate. Trainings on n cards add the exchange of gradients, not overl
 each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders keep off the
 path, packing, evaluation and starting up. `python -m diffult.run --rehearse` measures these, too.
 
-The model is checked against the runs of bench/results/*/comparison.json: each preset's stages are predicted with rates
-taken from the runs of the other presets alone, and stand beside what was measured.
+Held against runs that were rehearsed on the same machine just before: --run DIR, repeatable. Runs of another day or
+preset do not serve: beside other work the same stage took up to 6.5 times as long.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,9 +28,10 @@ from diffult.cli import main
 from diffult.config import Config, load_preset
 from diffult.data.profiles import class_counts
 from diffult.errors import UserError
-from diffult.planning.cost import Amounts, Work, classifier_cost, costs, stage_flops, unet_cost
+from diffult.planning.cost import Amounts, Work, classifier_cost, costs, unet_cost
 from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
+from diffult.runs.run_dir import REHEARSAL
 
 SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
 CARDS = (1, 8, 64)
@@ -142,37 +142,24 @@ def pass_rates(results: Path) -> list[float]:
     return [run["generation"]["accepted"] / run["generation"]["drawn"] for run in runs]
 
 
-def check_runs(results: Path) -> list[dict[str, Any]]:
-    """Each measured run's stages: seconds measured, and predicted with the median rates of the other presets' runs."""
-    measured: list[tuple[str, int, str, float, float]] = []
-    for content in map(read_json, sorted(results.glob("*/comparison.json"))):
-        preset = content["preset"]
-        words = shlex.split(content["command"])
-        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        for run in content["runs"]:
-            if "@" in run["folder"]:  # of other settings than the preset's
-                continue
-            config = load_preset(preset, [*settings, f"classifier.methods={run['methods']}"])
-            flops = stage_flops(config, len(content["classes"]), run["generation"]["drawn"])
-            known = [stage for stage in flops if stage in run["seconds"]]
-            measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in known]
+def check_rehearsal(run: Path) -> list[dict[str, Any]]:
+    """Of a finished run, each stage that took a second: predicted by its rehearsal beside what was measured. Not
+    packing, whose start the run counts elsewhere.
+
+    Raises:
+        UserError: it was not rehearsed, or is not finished.
+    """
+    for file in (run / REHEARSAL, run / "metrics.json"):
+        if not file.exists():
+            raise UserError(f"{file}: not found; --rehearse the run, then run it, both on a quiet machine")
+    rehearsal, metrics = read_json(run / REHEARSAL), read_json(run / "metrics.json")
     rows = []
-    for preset, seed, stage, flops, seconds in measured:
-        others = [f / s for p, _, other, f, s in measured if p != preset and other == stage]
-        if others:
-            predicted = flops / median(others)
-            row = {"preset": preset, "seed": seed, "stage": stage, "flops": flops, "measured_s": seconds}
-            rows.append(row | {"predicted_s": round(predicted, 1), "ratio": round(predicted / seconds, 2)})
+    for stage, measured in metrics["seconds"].items():
+        if stage != "pack" and measured >= 1:
+            predicted = rehearsal["stages"][stage]["seconds"]
+            row = {"preset": metrics["name"], "seed": metrics["seed"], "stage": stage, "measured_s": measured}
+            rows.append(row | {"predicted_s": round(predicted, 1), "ratio": round(predicted / measured, 2)})
     return rows
-
-
-def spread(checked: list[dict[str, Any]]) -> float:
-    """How many times as long a stage took in one run as in another of equal work, at the most: no model comes closer
-    to these runs than the root of it."""
-    times: dict[tuple[str, str], list[float]] = {}
-    for row in checked:
-        times.setdefault((row["preset"], row["stage"]), []).append(row["measured_s"])
-    return max(max(seconds) / min(seconds) for seconds in times.values())
 
 
 def predict(rates: Rates, pass_rate: float, price: float) -> list[dict[str, Any]]:
@@ -197,9 +184,13 @@ def command(
         float | None, typer.Option(min=0.01, max=1, help="Share of candidates kept; default: median of measured runs.")
     ] = None,
     price: Annotated[float, typer.Option(min=0, help="Of one card for an hour.")] = 3.0,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="A run to check by, finished after --rehearse; default: those of the file."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results file, and of those read.")] = Path("bench/results"),
 ) -> None:
-    """Predict time and money of the large presets, and hold the model against the runs that were measured."""
+    """Predict time and money of the large presets, and hold the model against runs that were rehearsed."""
     if rates is None:
         flops = peak * 1e12 * efficiency
         used = Rates(flops, flops, flops, f"assumed: {efficiency:.0%} of {peak:g} TFLOP/s")
@@ -207,19 +198,21 @@ def command(
         used = measured_rates(rates)
     kept = pass_rates(out)
     share = pass_rate or (median(kept) if kept else 0.5)
-    predicted, checked = predict(used, share, price), check_runs(out)
+    predicted, file = predict(used, share, price), out / "cost.json"
+    checked = [row for run in runs or [] for row in check_rehearsal(run)]
+    if not runs and file.exists():
+        checked = read_json(file)["checked"]
     for row in predicted:
         hours = duration(row["hours"] * 3600)
         print(f"{row['preset']}, {row['cards']} cards: {hours}, {row['money']:,.0f} at {price:g} an hour and card")
     for preset, most in {row["preset"]: row["most_cards"] for row in predicted}.items():
         print(f"{preset}: more than {most} cards hardly help, with {LEAST} images of a training's batch each at least")
     content = {"rates": used.__dict__, "pass_rate": share, "price": price, "predicted": predicted, "checked": checked}
-    write_json(out / "cost.json", content)
+    write_json(file, content)
     ratios = [row["ratio"] for row in checked]
     if ratios:
-        print(f"predicted / measured over {len(ratios)} stages of earlier runs: {min(ratios)} to {max(ratios)}")
-        print(f"the same stage took up to {spread(checked):.1f} times as long in one run as in another of its preset")
-    print(json.dumps({"results": str(out / "cost.json")}))
+        print(f"predicted / measured over {len(ratios)} stages: {min(ratios)} to {max(ratios)}")
+    print(json.dumps({"results": str(file)}))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from diffult.planning.failures import (
 from diffult.planning.part import amounts_of, pack_part
 from diffult.planning.rehearsal import Part, Rehearsal, Rehearsed, expected_passing
 from diffult.planning.stopwatch import (
+    HeldLoader,
     bounded_memory,
     is_out_of_memory,
     peak_memory,
@@ -66,7 +67,6 @@ from diffult.runs.stages import Stage
 from diffult.train_classifier import method_hash, method_loaders, method_training
 from diffult.train_diffusion import build_preview
 from diffult.train_extractor import extractor_training, save_extractor
-from ffcv_writers import Batch, Loader
 
 log = logging.getLogger(__name__)
 # Shares of the minutes; of a training's, its steps, and then its loader and its network alone.
@@ -101,7 +101,7 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
     Raises:
         UserError: as packing does; another rehearsal of the run is at work; one process of several is out of memory.
     """
-    begun, start = time.perf_counter(), since_start()
+    begun, start, computed = time.perf_counter(), since_start(), time.process_time()
     quiet = logging.getLogger()
     level = quiet.level
     quiet.setLevel(logging.WARNING)
@@ -112,6 +112,7 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
     finally:
         quiet.setLevel(level)
     rehearsal.seconds_taken = time.perf_counter() - begun
+    rehearsal.computed = (time.process_time() - computed) / rehearsal.seconds_taken
     if world.is_main:
         write_json(run.path / REHEARSAL, rehearsal.content() | {"failures": failures})
     return rehearsal, failures
@@ -207,20 +208,6 @@ def _rehearse_packing(run: RunDir, seconds: float, world: World) -> tuple[Rehear
 # Training
 
 
-class _Held(Loader):
-    """Reads one batch and gives it again and again: what is left is the network's time."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.__dict__ |= vars(loader)
-        self._batch: Batch | None = None
-
-    def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
-        if self._batch is None:
-            size = slice(self.batch_size)
-            (self._batch,) = super().batches(order[size], None if positions is None else positions[size])
-        return itertools.repeat(self._batch, -(-len(order) // self.batch_size))
-
-
 def _time_training(
     into: Rehearsed, what: str, make: Callable[[], list[Training]], seconds: float, world: World, share: float = 1.0
 ) -> None:
@@ -233,7 +220,7 @@ def _time_training(
     if into.images_per_s:
         return
     (one, *_), size = make(), trainings[0].config.batch_size
-    held = replace(one, loader=_Held(one.loader), checkpoint=one.checkpoint.with_name("held.state.pt"))
+    held = replace(one, loader=HeldLoader(one.loader), checkpoint=one.checkpoint.with_name("held.state.pt"))
     for name, steps in {"loader": batches_of(one), "network": fit_steps([held])}.items():
         into.images_per_s[name] = size / median(stretches(steps, _ALONE * seconds, world)[1])
 

@@ -19,6 +19,8 @@ from diffult.config import Config
 from diffult.planning.cost import Amounts, Cost, Work, costs, pass_rate, stage_work
 from diffult.reporting.text import counted, duration
 
+_QUIET = 0.8  # share of the time that a process computes where nothing else is at work
+
 
 @dataclass(frozen=True)
 class Part:
@@ -94,7 +96,7 @@ class Rehearsal:
         amounts: of the whole run.
         stages: by name, in order.
         passing: the share of candidates that a trained model's filter kept; None: there is no trained model.
-        seconds_taken: by the rehearsal.
+        seconds_taken: by the rehearsal, and `computed`, the share of them that this process had a processor for.
     """
 
     config: Config
@@ -103,6 +105,7 @@ class Rehearsal:
     stages: dict[str, Rehearsed] = field(default_factory=dict)
     passing: float | None = None
     seconds_taken: float = 0.0
+    computed: float = 1.0
     pick: Callable[[Sequence[float]], float] = median
 
     def seconds(self, stage: str, work: Work) -> float:
@@ -136,7 +139,12 @@ class Rehearsal:
             del measured["candidates"]
             of_run = {"seconds": cost.seconds, "least": least, "most": most, "limit": cost.limit, "disk": cost.disk}
             stages[cost.stage] = measured | of_run
-        about = {"name": self.config.name, "processes": self.processes, "seconds_taken": self.seconds_taken}
+        about = {
+            "name": self.config.name,
+            "processes": self.processes,
+            "seconds_taken": self.seconds_taken,
+            "computed": self.computed,
+        }
         return about | {"passing": self.passing, "stages": stages}
 
 
@@ -179,6 +187,11 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
         "times: median, least and most of what one took here, times how many there are"
         + (f"; {scaled}: in proportion to counted work" if scaled else "")
     )
+    if not peaks[1] and rehearsal.computed < _QUIET:
+        text.append(
+            f"this process had a processor for {rehearsal.computed:.0%} of the time: other programs are at work here, and "
+            "the run takes as long beside such, less without"
+        )
     return text
 
 

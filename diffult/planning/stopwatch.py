@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE, World
+from ffcv_writers import Batch, Loader
 
 T = TypeVar("T")
 # Steps that come before: allocated and compiled here; on CUDA recorded as a graph, at the fourth call.
@@ -53,7 +55,7 @@ def stretches(
 
     def take(count: int) -> tuple[int, float]:
         begun = clock()
-        taken = sum(1 for _ in islice(steps, count * group))
+        taken = sum(1 for _ in itertools.islice(steps, count * group))
         return taken, clock() - begun
 
     first, warm = take(warm_up or _WARM_UP[pick_device().type])
@@ -152,3 +154,17 @@ def since_start() -> float:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / 100
     return 0.0
+
+
+class HeldLoader(Loader):
+    """Reads one batch and gives it again and again: what is left is the network's time."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.__dict__ |= vars(loader)
+        self._batch: Batch | None = None
+
+    def batches(self, order: np.ndarray, positions: np.ndarray | None = None) -> Iterator[Batch]:
+        if self._batch is None:
+            size = slice(self.batch_size)
+            (self._batch,) = super().batches(order[size], None if positions is None else positions[size])
+        return itertools.repeat(self._batch, -(-len(order) // self.batch_size))
