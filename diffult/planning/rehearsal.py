@@ -115,13 +115,22 @@ class Rehearsal:
     @property
     def work(self) -> dict[str, Work]:
         """Of each stage of the whole run."""
-        passing = self.passing or pass_rate(self.config.generate.filter)
-        return stage_work(self.config, self.amounts, passing)
+        return stage_work(self.config, self.amounts, self._passes[0])
+
+    @property
+    def _passes(self) -> tuple[float, float, float]:
+        """The share of candidates that is kept: expected, at the most and at the least."""
+        if self.passing is not None:
+            return (self.passing,) * 3
+        least = pass_rate(self.config.generate.filter)
+        return least**0.5, 1.0, least
 
     def costs(self) -> list[tuple[Cost, float, float]]:
         """Of each stage, and the least and the most seconds that the spread allows."""
+        picks: tuple[Callable[[Sequence[float]], float], ...] = (median, min, max)
         columns = [
-            costs(self.config, self.amounts, replace(self, pick=pick), self.passing) for pick in (median, min, max)
+            costs(self.config, self.amounts, replace(self, pick=pick), passing)
+            for pick, passing in zip(picks, self._passes, strict=True)
         ]
         rows = []
         for row, least, most in zip(*columns, strict=True):
@@ -139,13 +148,8 @@ class Rehearsal:
             del measured["candidates"]
             of_run = {"seconds": cost.seconds, "least": least, "most": most, "limit": cost.limit, "disk": cost.disk}
             stages[cost.stage] = measured | of_run
-        about = {
-            "name": self.config.name,
-            "processes": self.processes,
-            "seconds_taken": self.seconds_taken,
-            "computed": self.computed,
-        }
-        return about | {"passing": self.passing, "stages": stages}
+        own = {key: getattr(self, key) for key in ("processes", "seconds_taken", "computed", "passing")}
+        return {"name": self.config.name} | own | {"stages": stages}
 
 
 def expected_passing(quotas: np.ndarray, drawn: np.ndarray, passed: np.ndarray, max_draws: float) -> float:
@@ -178,6 +182,11 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
         money = [f"{price * rehearsal.processes * seconds / 3600:,.2f}" for seconds in together]
         devices = counted(rehearsal.processes, "device", "devices")
         text.append(f"money: {money[0]} ({money[1]} to {money[2]}) at {price:g} an hour and device, {devices}")
+    if rehearsal.passing is None:
+        share = f"{pass_rate(rehearsal.config.generate.filter):.0%} to all"
+        text.append(
+            f"candidates that pass the filter: not known before a model is trained; {share} of them are reckoned with"
+        )
     if limit > 1.02 * together[0]:
         text.append(f"at most {duration(limit)}, were every class as hard to draw as generate.max_draws allows")
     for name, stage in stages.items():
@@ -188,10 +197,8 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
         + (f"; {scaled}: in proportion to counted work" if scaled else "")
     )
     if not peaks[1] and rehearsal.computed < _QUIET:
-        text.append(
-            f"this process had a processor for {rehearsal.computed:.0%} of the time: other programs are at work here, and "
-            "the run takes as long beside such, less without"
-        )
+        share = f"{rehearsal.computed:.0%} of the time"
+        text.append(f"this process had a processor for {share}: beside other programs; the run is faster without them")
     return text
 
 
