@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -134,6 +134,8 @@ def _scratch(run: RunDir, world: World) -> Iterator[RunDir]:
         finally:
             if world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # not empty
+                    run.path.rmdir()
 
 
 def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: World) -> tuple[Rehearsal, list[str]]:
@@ -258,23 +260,21 @@ def _diffusion(context: _Context, into: Rehearsed) -> None:
     for name, repeated in alone.items():
         timing = stretches(repeated, _ALONE * seconds, world, group if name == "network" else 1)
         into.images_per_s[name] = config.batch_size / median(timing[1])
+    file, state = folder / f"state-{world.rank}.pt", {"optimizer": trainer.optimizer}
+    _, took = timed(lambda: save_checkpoint(file, 0, 0.0, "", state))
+    preview = build_preview(run, trainer, packed.classes)
+
+    def draw() -> None:
+        preview(config.checkpoint_every, {})
+        preview.write()
+
+    (_, first), (_, again) = timed(draw), timed(draw)
     checkpoints = -(-config.steps // config.checkpoint_every)
-    if world.is_main:
-        file, state = folder / "state.pt", {"optimizer": trainer.optimizer}
-        _, took = timed(lambda: save_checkpoint(file, 0, 0.0, "", state))
-        into.checkpoint = file.stat().st_size
-        preview = build_preview(run, trainer, packed.classes)
-
-        def draw() -> None:
-            preview(config.checkpoint_every, {})
-            preview.write()
-
-        _, first = timed(draw)
-        _, again = timed(draw)
-        into.add_start(max(0.0, first - again))
-        into.parts += [Part("checkpoints", (took,), count=checkpoints), Part("previews", (again,), count=checkpoints)]
-        pictures = sum(picture.stat().st_size for picture in folder.glob("*.png")) * checkpoints
-        into.disk = into.checkpoint + (folder / "ema.safetensors").stat().st_size + pictures
+    into.add_start(max(0.0, first - again))
+    into.parts += [Part("checkpoints", (took,), count=checkpoints), Part("previews", (again,), count=checkpoints)]
+    into.checkpoint = file.stat().st_size
+    pictures = checkpoints * sum(picture.stat().st_size for picture in folder.glob("*.png"))
+    into.disk = into.checkpoint + (folder / "ema.safetensors").stat().st_size + pictures
     if config.check_every and packed.val is not None and extractor is not None:
         checks, building = timed(
             lambda: ModelChecks(run.config, packed, extractor, trainer.optimizer, trainer.micro_batch, world)

@@ -189,6 +189,8 @@ def command(
         raise UserError("--plan and --hours are for your own images: give --data DIR, too")
     if price is not None and minutes is None:
         raise UserError("--price is for the cost that --rehearse MINUTES prints; leave it out, or rehearse")
+    if minutes is not None and (plan or from_ is not None or until != "report"):
+        raise UserError("--rehearse is of the whole run, and starts nothing: leave --plan, --from and --until out")
     if hours is not None and not 0 < hours < 1e5:
         raise UserError(f"--hours {hours:g}: expected a number above 0")
     if run is None:

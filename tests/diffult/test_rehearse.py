@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from diffult.errors import UserError
 from diffult.planning.failures import missing_files
 from diffult.planning.rehearsal import lines
 from diffult.rehearse import rehearse
+from diffult.run import command
+from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
 from ffcv_writers.readers import open_source
 
@@ -110,7 +113,7 @@ def test_images_that_are_not_there_are_refused_in_one_line(tmp_path):
     run = RunDir.open(tmp_path / "run", "imagenet-lt-64", [f"data.path={tmp_path}/none"])
     with pytest.raises(UserError, match=r"data.path .*/none does not exist"):
         rehearse(run, 0.01)
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_files_of_a_list_are_counted(tmp_path):
@@ -126,10 +129,16 @@ def test_missing_files_of_a_list_are_counted(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "options", [{"price": 2.0}, {"minutes": 1.0, "from_": Path("other")}, {"minutes": 1.0, "until": "pack"}]
+)
+def test_options_without_a_meaning_are_refused(options):
+    with pytest.raises(UserError, match="--rehearse"):
+        command(preset="digits-lt", **options)
+
+
 def test_another_rehearsal_of_the_run_is_refused(tmp_path):
     run = RunDir.open(tmp_path / "run", "digits-lt", TINY)
-    from diffult.runs.files import lock_folder
-
     with lock_folder(run.path / ".rehearsal"), pytest.raises(UserError, match="another process writes to it"):
         rehearse(run, 0.01)
 
