@@ -370,6 +370,9 @@ def _evaluate(context: _Context, into: Rehearsed) -> None:
     run, packed = context.run, context.packed
     if not context.world.is_main:
         return
+    if run.done("generate") is None:
+        into.notes.append("not rehearsed, for want of samples")
+        return
     kept = open_kept(run.folder("generate"))
     _, both = timed(lambda: evaluate(run))
     (run.path / "metrics.json").unlink()

@@ -21,8 +21,8 @@ from diffult.engine.distributed import ALONE, World
 from ffcv_writers import Batch, Loader
 
 T = TypeVar("T")
-# Steps that come before: allocated and compiled here; on CUDA recorded as a graph, at the fourth call.
-_WARM_UP = {"cpu": 2, "cuda": 5}
+# Steps that come before: their memory is allocated then; on CUDA each kind is recorded as a graph at its fourth call.
+_TOUCHED, _RECORDED = 2, 5
 _STRETCHES, _LEAST = 10, 3  # readings of the clock, and steps at the least, however long they take
 
 
@@ -46,8 +46,8 @@ def stretches(
     """Takes steps for about so long, as many on each process of `world`.
 
     Args:
-        group: steps that belong together, of which no part is timed.
-        warm_up: groups at the start; None: as training steps need them.
+        group: steps of several kinds that belong together, of which no part is timed.
+        warm_up: steps at the start; None: as training steps need them.
 
     Returns:
         Seconds that the first steps took beyond those that follow, and those of a step in up to ten stretches.
@@ -55,25 +55,25 @@ def stretches(
 
     def take(count: int) -> tuple[int, float]:
         begun = clock()
-        taken = sum(1 for _ in itertools.islice(steps, count * group))
+        taken = sum(1 for _ in itertools.islice(steps, count))
         return taken, clock() - begun
 
-    first, warm = take(warm_up or _WARM_UP[pick_device().type])
-    taken, one = take(1)
+    on_card = pick_device().type == "cuda"
+    first, warm = take(warm_up or (_RECORDED * group if on_card else _TOUCHED))
+    end = time.perf_counter() + seconds - warm
+    taken, length = take(group)
     if not taken:  # the whole stage is as short
         return 0.0, (warm / max(first, 1),)
-    most = int((seconds - warm) / one)
-    count = world.gather(max(_LEAST, min(most, 100_000)))[0]
-    each: list[float] = []
-    end = time.perf_counter() + seconds - warm
-    while len(each) < min(_STRETCHES, count):
-        taken, length = take(count // min(_STRETCHES, count))
-        if taken:
-            each.append(length / taken)
-        late = len(each) >= _LEAST and time.perf_counter() > end  # on a busy machine
-        if world.gather(late or not taken)[0]:
+    each = [length / taken]
+    size = world.gather(group * max(1, int((seconds - warm) / length / _STRETCHES)))[0]
+    while len(each) < _STRETCHES:
+        late = len(each) >= (_LEAST if group == 1 else 1) and time.perf_counter() > end
+        if world.gather(late)[0]:
             break
-    each = each or [one / group]
+        taken, length = take(size)
+        if not taken:
+            break
+        each.append(length / taken)
     return max(0.0, warm - first * median(each)), tuple(each)
 
 
