@@ -3,43 +3,42 @@
     python -m bench.cost --price 3.0                          # with an assumed share of an H100's peak
     python -m bench.cost --rates bench/results/CARD-DATE.json # with the rates that `python -m bench` measured
 
-Time is operations / rate. Training on n cards adds the exchange of gradients, not overlapped, and uses no more cards
-than leave each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders
-keep off the path, and starting up.
+The cost model is the plan's and the rehearsal's, `diffult.planning.cost`, on a machine of so many cards: time is
+operations / rate. Trainings on n cards add the exchange of gradients, not overlapped, and use no more cards than leave
+each 8 images of the batch; drawing uses all. Not in it: decoding and other host work, which these loaders keep off the
+path, packing, evaluation and starting up. `python -m diffult.run --rehearse` measures these, too.
 
-The model is checked against the runs of bench/results/*/comparison.json: each preset's stages are predicted with rates
-taken from the runs of the other presets alone, and stand beside what was measured.
+Held against runs that were rehearsed on the same machine just before: --run DIR, repeatable. Runs of another day or
+preset do not serve: beside other work the same stage took up to 6.5 times as long.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
+from bench.standin import class_counts as imagenet_lt_counts
 from diffult.cli import main
 from diffult.config import Config, load_preset
 from diffult.data.profiles import class_counts
 from diffult.errors import UserError
-from diffult.models.cost import parameters
-from diffult.models.unet import build_unet
-from diffult.planning.cost import stage_flops
+from diffult.planning.cost import Amounts, Work, classifier_cost, costs, unet_cost
 from diffult.reporting.text import duration
 from diffult.runs.files import read_json, write_json
+from diffult.runs.run_dir import REHEARSAL
 
 SETS = {"cifar10-lt-100-fast": 10, "cifar100-lt-100": 100, "imagenet-lt-64": 1000, "imagenet-lt-256": 1000}
 CARDS = (1, 8, 64)
-_LEAST = 8  # images of the batch that a card gets: below that it idles
+LEAST = 8  # images of the batch that a card gets: below that it idles
+_STAGES = ("extractor", "diffusion", "generate", "classifier")
 _NVLINK, _NETWORK = 450e9, 50e9  # bytes/s a card: an H100's NVLink one way, and 400 Gbit/s between hosts of eight
-# The published list gives ImageNet-LT's counts; without it: what imagenet-lt's 100 epochs over real and synthetic say.
-_IMAGENET_LT = 115_846
+_GAIN = 0.05  # of the time: twice the cards that save less do not help
 
 
 @dataclass(frozen=True)
@@ -52,29 +51,72 @@ class Rates:
     source: str
 
 
+@dataclass(frozen=True)
+class Cards:
+    """So many cards of these rates; a `Machine` of the cost model.
+
+    Attributes:
+        batches: images of a batch of each training.
+        gradients: bytes that its cards exchange in a step.
+    """
+
+    rates: Rates
+    processes: int
+    batches: dict[str, int]
+    gradients: dict[str, float]
+
+    @classmethod
+    def of(cls, config: Config, classes: int, rates: Rates, cards: int) -> Cards:
+        parts = {"extractor": config.extractor, "classifier": config.classifier}
+        batches = {stage: part.batch_size for stage, part in parts.items()} | {"diffusion": config.diffusion.batch_size}
+        gradients = {
+            stage: 4.0 * classifier_cost(part.network, part.image_size, config.data.channels, classes).parameters
+            for stage, part in parts.items()
+        }
+        unet = unet_cost(config.unet, config.data.image_size, config.data.channels, classes)
+        return cls(rates, cards, batches, gradients | {"diffusion": 2.0 * unet.parameters})  # these in bfloat16
+
+    def seconds(self, stage: str, work: Work) -> float:
+        """See `Machine`; none for what is done on the host."""
+        if stage == "generate":
+            return work.flops / self.rates.sample / self.processes
+        if stage not in self.batches:
+            return 0.0
+        rate = self.rates.train if stage == "diffusion" else self.rates.classify
+        busy = max(1, min(self.processes, self.batches[stage] // LEAST))
+        exchange = 2 * (busy - 1) / busy * self.gradients[stage] / (_NVLINK if busy <= 8 else _NETWORK)
+        return work.flops / rate / busy + work.units * exchange
+
+
+def amounts(config: Config, classes: int) -> Amounts:
+    """Of a preset in SETS: CIFAR's, or ImageNet-LT's."""
+    if config.data.profile == "natural":
+        return Amounts(imagenet_lt_counts(), np.full(classes, 50.0), 70 * classes, 0, 0.0)
+    counts = class_counts(config.data, np.full(classes, config.data.n_max or 50_000 // classes))
+    return Amounts(np.array(counts, np.int64), np.full(classes, 10_000 / classes), 10_000, 0, 0.0)
+
+
 def synthetic_images(config: Config, classes: int) -> int:
     """How many samples the preset asks for."""
-    if config.data.profile == "natural":
-        return config.classifier.steps * config.classifier.batch_size // 100 - _IMAGENET_LT
-    available = np.full(classes, config.data.n_max or 50_000 // classes)  # CIFAR's training split
-    return sum(max(0, config.generate.balance_to - count) for count in class_counts(config.data, available))
+    return amounts(config, classes).synthetic(config.generate.balance_to, config.generate.dose)
 
 
 def stage_seconds(config: Config, classes: int, rates: Rates, cards: int, pass_rate: float) -> dict[str, float]:
-    """Predicted seconds of each stage on so many cards; extractor and classifier train on one card, the classifier's
-    methods side by side where there are cards for them."""
-    flops = stage_flops(config, classes, synthetic_images(config, classes) / pass_rate)
-    busy = max(1, min(cards, config.diffusion.batch_size // _LEAST))
-    with torch.device("meta"):
-        gradient = 2 * parameters(build_unet(config, classes))  # bytes, in bfloat16
-    exchange = 2 * (busy - 1) / busy * gradient / (_NVLINK if busy <= 8 else _NETWORK)
-    side_by_side = min(cards, len(config.classifier.methods))
-    return {
-        "extractor": flops["extractor"] / rates.classify,
-        "diffusion": flops["diffusion"] / rates.train / busy + config.diffusion.steps * exchange,
-        "generate": flops["generate"] / rates.sample / cards,
-        "classifier": flops["classifier"] / rates.classify / side_by_side,
-    }
+    """Predicted seconds of each stage on so many cards."""
+    rows = costs(config, amounts(config, classes), Cards.of(config, classes, rates, cards), pass_rate)
+    return {row.stage: row.seconds for row in rows if row.stage in _STAGES}
+
+
+def most_cards(config: Config, classes: int, rates: Rates, pass_rate: float) -> int:
+    """The power of two from which twice the cards save less than _GAIN of the whole time."""
+
+    def seconds(cards: int) -> float:
+        return sum(stage_seconds(config, classes, rates, cards, pass_rate).values())
+
+    cards = 1
+    while seconds(2 * cards) < (1 - _GAIN) * seconds(cards):
+        cards *= 2
+    return cards
 
 
 def measured_rates(file: Path) -> Rates:
@@ -100,39 +142,36 @@ def pass_rates(results: Path) -> list[float]:
     return [run["generation"]["accepted"] / run["generation"]["drawn"] for run in runs]
 
 
-def check_runs(results: Path) -> list[dict[str, Any]]:
-    """Each measured run's stages: seconds measured, and predicted with the median rates of the other presets' runs."""
-    measured: list[tuple[str, int, str, float, float]] = []
-    for content in map(read_json, sorted(results.glob("*/comparison.json"))):
-        preset = content["preset"]
-        words = shlex.split(content["command"])
-        settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        for run in content["runs"]:
-            if "@" in run["folder"]:  # of other settings than the preset's
-                continue
-            config = load_preset(preset, [*settings, f"classifier.methods={run['methods']}"])
-            flops = stage_flops(config, len(content["classes"]), run["generation"]["drawn"])
-            known = [stage for stage in flops if stage in run["seconds"]]
-            measured += [(preset, run["seed"], stage, flops[stage], run["seconds"][stage]) for stage in known]
+def check_rehearsal(run: Path) -> list[dict[str, Any]]:
+    """Of a finished run, each stage that took a second: predicted by its rehearsal beside what was measured. Not
+    packing, whose start the run counts elsewhere.
+
+    Raises:
+        UserError: it was not rehearsed, or is not finished.
+    """
+    for file in (run / REHEARSAL, run / "metrics.json"):
+        if not file.exists():
+            raise UserError(f"{file}: not found; --rehearse the run, then run it, both on a quiet machine")
+    rehearsal, metrics = read_json(run / REHEARSAL), read_json(run / "metrics.json")
     rows = []
-    for preset, seed, stage, flops, seconds in measured:
-        others = [f / s for p, _, other, f, s in measured if p != preset and other == stage]
-        if others:
-            predicted = flops / median(others)
-            row = {"preset": preset, "seed": seed, "stage": stage, "flops": flops, "measured_s": seconds}
-            rows.append(row | {"predicted_s": round(predicted, 1), "ratio": round(predicted / seconds, 2)})
+    for stage, measured in metrics["seconds"].items():
+        if stage != "pack" and measured >= 1:
+            predicted = rehearsal["stages"][stage]["seconds"]
+            row = {"preset": metrics["name"], "seed": metrics["seed"], "stage": stage, "measured_s": measured}
+            rows.append(row | {"predicted_s": round(predicted, 1), "ratio": round(predicted / measured, 2)})
     return rows
 
 
 def predict(rates: Rates, pass_rate: float, price: float) -> list[dict[str, Any]]:
-    """Time and money of each preset in SETS on each number of cards."""
+    """Time and money of each preset in SETS on each number of cards, and the number beyond which more do not help."""
     rows = []
     for preset, classes in SETS.items():
         config = load_preset(preset)
+        most = most_cards(config, classes, rates, pass_rate)
         for cards in CARDS:
             seconds = stage_seconds(config, classes, rates, cards, pass_rate)
             hours = sum(seconds.values()) / 3600
-            row = {"preset": preset, "cards": cards, "hours": hours, "money": hours * cards * price}
+            row = {"preset": preset, "cards": cards, "hours": hours, "money": hours * cards * price, "most_cards": most}
             rows.append(row | {f"{stage}_h": value / 3600 for stage, value in seconds.items()})
     return rows
 
@@ -145,9 +184,13 @@ def command(
         float | None, typer.Option(min=0.01, max=1, help="Share of candidates kept; default: median of measured runs.")
     ] = None,
     price: Annotated[float, typer.Option(min=0, help="Of one card for an hour.")] = 3.0,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="A run to check by, finished after --rehearse; default: those of the file."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results file, and of those read.")] = Path("bench/results"),
 ) -> None:
-    """Predict time and money of the large presets, and hold the model against the runs that were measured."""
+    """Predict time and money of the large presets, and hold the model against runs that were rehearsed."""
     if rates is None:
         flops = peak * 1e12 * efficiency
         used = Rates(flops, flops, flops, f"assumed: {efficiency:.0%} of {peak:g} TFLOP/s")
@@ -155,16 +198,21 @@ def command(
         used = measured_rates(rates)
     kept = pass_rates(out)
     share = pass_rate or (median(kept) if kept else 0.5)
-    predicted, checked = predict(used, share, price), check_runs(out)
+    predicted, file = predict(used, share, price), out / "cost.json"
+    checked = [row for run in runs or [] for row in check_rehearsal(run)]
+    if not runs and file.exists():
+        checked = read_json(file)["checked"]
     for row in predicted:
         hours = duration(row["hours"] * 3600)
         print(f"{row['preset']}, {row['cards']} cards: {hours}, {row['money']:,.0f} at {price:g} an hour and card")
+    for preset, most in {row["preset"]: row["most_cards"] for row in predicted}.items():
+        print(f"{preset}: more than {most} cards hardly help, with {LEAST} images of a training's batch each at least")
     content = {"rates": used.__dict__, "pass_rate": share, "price": price, "predicted": predicted, "checked": checked}
-    write_json(out / "cost.json", content)
+    write_json(file, content)
     ratios = [row["ratio"] for row in checked]
     if ratios:
-        print(f"predicted / measured over {len(ratios)} stages of earlier runs: {min(ratios)} to {max(ratios)}")
-    print(json.dumps({"results": str(out / "cost.json")}))
+        print(f"predicted / measured over {len(ratios)} stages: {min(ratios)} to {max(ratios)}")
+    print(json.dumps({"results": str(file)}))
 
 
 if __name__ == "__main__":

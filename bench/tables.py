@@ -110,10 +110,12 @@ def cost_table(content: Content) -> str:
     """Predicted hours and money of the large presets."""
     lines = [
         [row["preset"], str(row["cards"]), *(number(row[f"{stage}_h"]) for stage in
-         ("extractor", "diffusion", "generate", "classifier")), number(row["hours"]), number(row["money"])]
+         ("extractor", "diffusion", "generate", "classifier")), number(row["hours"]), number(row["money"]),
+         str(row["most_cards"])]
         for row in content["predicted"]
     ]  # fmt: skip
     header = ["preset", "cards", "extractor, h", "diffusion, h", "drawing, h", "classifiers, h", "all, h", "money"]
+    header.append("more cards hardly help from")
     return _table(header, lines)
 
 

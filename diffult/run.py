@@ -24,6 +24,8 @@ from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.pack import pack
 from diffult.planning import DEFAULT_HOURS, plan_name, planned_hours, propose
+from diffult.planning.rehearsal import lines
+from diffult.rehearse import rehearse
 from diffult.report import write_report
 from diffult.runs.run_dir import RunDir
 from diffult.runs.stages import STAGES, Stage
@@ -125,6 +127,19 @@ def open_data_run(
     return run_dir
 
 
+def print_rehearsal(run: RunDir, minutes: float, price: float | None, world: World) -> None:
+    """Rehearses the run and prints its cost.
+
+    Raises:
+        UserError: something would fail; it has been printed. Or see `rehearse`.
+    """
+    rehearsal, failures = rehearse(run, minutes, world)
+    if world.is_main:
+        print("\n".join([*lines(rehearsal, price), *(f"would fail: {failure}" for failure in failures)]))
+    if failures:
+        raise UserError(f"{run.config.name}: this run would fail as it is, see the last lines above")
+
+
 def command(
     run: Annotated[
         Path | None, typer.Option("--run", help="Run directory.", show_default="runs/PRESET or runs/NAME of the images")
@@ -150,13 +165,20 @@ def command(
         typer.Option("--from", help="Take finished stages from this run where they read the same settings and images."),
     ] = None,
     until: Annotated[str, typer.Option(help=f"Stop after this stage: {', '.join(STAGES)}.")] = "report",
+    minutes: Annotated[
+        float | None,
+        typer.Option("--rehearse", min=0.01, help="So many minutes; print the whole run's cost and what would fail."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="With --rehearse: of one device (or process) for an hour.")
+    ] = None,
 ) -> None:
     """Rebalance a long-tailed image set and train on it: every stage, resumable, from images to report.
 
     Start with --data DIR or --preset NAME; the same command again resumes. --data looks at the images, times a few
     steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why,
     and may be edited between --plan and the start: only --plan plans anew. --set on an existing run redoes the stages
-    that read the setting.
+    that read the setting. --rehearse works at every stage for some minutes, in a folder that it removes.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """
@@ -164,6 +186,10 @@ def command(
         raise UserError("--data proposes settings and --preset has them: give one of the two")
     if data is None and (plan or hours is not None):
         raise UserError("--plan and --hours are for your own images: give --data DIR, too")
+    if price is not None and minutes is None:
+        raise UserError("--price is for the cost that --rehearse MINUTES prints; leave it out, or rehearse")
+    if minutes is not None and (plan or from_ is not None or until != "report"):
+        raise UserError("--rehearse is of the whole run, and starts nothing: leave --plan, --from and --until out")
     if hours is not None and not 0 < hours < 1e5:
         raise UserError(f"--hours {hours:g}: expected a number above 0")
     if run is None:
@@ -183,6 +209,9 @@ def command(
         if world.is_main:
             run_dir.save_config()
             print(f"written to {run / 'config.toml'}, with the reasons; the same command without --plan starts it")
+        return
+    if minutes is not None:
+        print_rehearsal(run_dir, minutes, price, world)
         return
     if from_ is not None:
         world.barrier()  # every process has opened the run before the first writes to it

@@ -77,28 +77,36 @@ def _up_to_date(run: RunDir, file: Path) -> bool:
 
 
 def _train(run: RunDir, packed: Packed, world: World) -> None:
-    config, data, folder = run.config.classifier, run.config.data, run.folder("classifier")
-    device, seed = pick_device(), (run.config.seed, _STAGE)
-    kept = open_kept(run.folder("generate"))
-    both = open_set([*packed.train.paths, *kept.paths], mixed_sizes=True) if kept else packed.train
-    real_loader, loader = (training_loader(part, data, config, seed, device, world) for part in (packed.train, both))
+    config, channels, folder = run.config.classifier, run.config.data.channels, run.folder("classifier")
+    of_images = method_loaders(run, packed, world)
     waves = in_waves(config.methods)
     names = [name for wave in waves for name in wave]
     titles = {name: f"classifier {number} of {len(names)}: {name}" for number, name in enumerate(names, start=1)}
     for wave in waves:
         missing = [name for name in wave if not _up_to_date(run, folder / f"{name}.safetensors")]
         missing = world.gather(missing)[0]  # of the first process: it may already write the first of them
-        loaders = {name: loader if find_method(name).synthetic else real_loader for name in missing}
-        trainings = [_training(run, packed, name, titles[name], loaders[name], world) for name in missing]
+        loaders = {name: of_images[find_method(name).synthetic] for name in missing}
+        trainings = [method_training(run, packed, name, titles[name], loaders[name], world) for name in missing]
         for training in fit_all(trainings):
             if world.is_main:
                 name = training.checkpoint.name.removesuffix(".state.pt")
                 _adapt(run, packed, find_method(name), training)
                 save_classifier(
-                    folder / f"{name}.safetensors", training.model, config.network, data.channels, config.image_size,
+                    folder / f"{name}.safetensors", training.model, config.network, channels, config.image_size,
                     training.config_hash,
                 )  # fmt: skip
         run.synchronise(world)  # the next wave starts from these weights
+
+
+def method_loaders(run: RunDir, packed: Packed, world: World = ALONE) -> tuple[Loader, Loader]:
+    """Of the real images, and of these and the run's samples: what methods train on, by whether they take samples."""
+    kept, seed = open_kept(run.folder("generate")), (run.config.seed, _STAGE)
+    both = open_set([*packed.train.paths, *kept.paths], mixed_sizes=True) if kept else packed.train
+
+    def loader(images: ImageSet) -> Loader:
+        return training_loader(images, run.config.data, run.config.classifier, seed, pick_device(), world)
+
+    return loader(packed.train), loader(both)
 
 
 def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> None:
@@ -116,7 +124,14 @@ def _adapt(run: RunDir, packed: Packed, method: Method, training: Training) -> N
     method.adapt(training.model, prior, validate)
 
 
-def _training(run: RunDir, packed: Packed, name: str, title: str, loader: Loader, world: World) -> Training:
+def method_training(
+    run: RunDir, packed: Packed, name: str, title: str, loader: Loader, world: World = ALONE
+) -> Training:
+    """The training of a method's classifier, whose start, if it has one, lies in the stage's folder.
+
+    Args:
+        loader: one of `method_loaders`.
+    """
     config, method, images = run.config.classifier, find_method(name), loader.image_set
     filling, num_classes, device = run.config.generate, len(packed.classes), loader.device
     train = TrainingSet(

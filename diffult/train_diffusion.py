@@ -81,7 +81,7 @@ def _train(
         digest, config.batch_size, sum(trainer.flops.values()), peak_flops(trainer.device) * world.size,
         folder / "metrics.jsonl", world, monitor="ddpm",  # L_AID of a batch is a thousand times another's
     )  # fmt: skip
-    preview = _preview(run, trainer, packed.classes, world)
+    preview = build_preview(run, trainer, packed.classes, world)
     callbacks = [*callbacks, preview]
     go_back = lr_backoff if config.on_divergence == "go_back" else None
     check = _early_stopping(run, trainer, packed, extractor, world)
@@ -121,8 +121,9 @@ def _early_stopping(
     return early_stopping(checks, config)
 
 
-def _preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...], world: World) -> Preview:
-    """Drawn by the first process; the others take part in gathering the weights."""
+def build_preview(run: RunDir, trainer: Trainer, classes: tuple[str, ...], world: World) -> Preview:
+    """Of the model in training, into the stage's folder. Drawn by the first process; the others take part in gathering
+    the weights."""
     config, sampler = run.config.diffusion, None
     if world.is_main:
         dtype = compute_dtype(run.config.precision, trainer.device)

@@ -15,7 +15,7 @@ from diffult.engine.device import compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.longtail.classification import Training, TrainingPhase, extract_features, fit, training_loader
 from diffult.longtail.losses import CrossEntropy, log_prior
-from diffult.longtail.statistics import class_statistics
+from diffult.longtail.statistics import ClassStatistics, class_statistics
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.runs.files import save_tensors
 from diffult.runs.run_dir import RunDir
@@ -37,27 +37,46 @@ def train_extractor(run: RunDir, world: World = ALONE) -> None:
             _train(run, packed, world, record)
 
 
-def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) -> None:
-    config, data, folder, images = run.config.extractor, run.config.data, run.folder("extractor"), packed.train
-    device, digest, num_classes = pick_device(), run.hash("extractor"), len(packed.classes)
+def extractor_training(run: RunDir, packed: Packed, world: World = ALONE) -> Training:
+    """The training of a new network, on this process's device."""
+    config, images, device = run.config.extractor, packed.train, pick_device()
     dtype, seed = compute_dtype(run.config.precision, device), (run.config.seed, _STAGE)
     torch.manual_seed(run.config.seed)
-    model = build_classifier(config.network, num_classes, data.channels, config.image_size).to(device)
-    loader = training_loader(images, data, config, seed, device, world)
-    prior, adjusted = log_prior(torch.from_numpy(packed.counts)).to(device), config.loss == "logit_adjust"
-    loss = CrossEntropy(prior=prior if adjusted else None, smoothing=config.label_smoothing)
-    phase = TrainingPhase(config.steps, Natural(len(images)), loss)
-    fit(Training("extractor", model, loader, (phase,), config, folder / "state.pt", seed, digest, dtype, world))
-    if not world.is_main:  # the others wait where the stage ends
-        return
+    model = build_classifier(config.network, len(packed.classes), run.config.data.channels, config.image_size)
+    loader = training_loader(images, run.config.data, config, seed, device, world)
+    prior = _prior(packed).to(device) if config.loss == "logit_adjust" else None
+    phase = TrainingPhase(
+        config.steps, Natural(len(images)), CrossEntropy(prior=prior, smoothing=config.label_smoothing)
+    )
+    checkpoint, digest = run.folder("extractor") / "state.pt", run.hash("extractor")
+    return Training("extractor", model.to(device), loader, (phase,), config, checkpoint, seed, digest, dtype, world)
+
+
+def _prior(packed: Packed) -> torch.Tensor:
+    return log_prior(torch.from_numpy(packed.counts))
+
+
+def _train(run: RunDir, packed: Packed, world: World, record: dict[str, Any]) -> None:
+    training = extractor_training(run, packed, world)
+    fit(training)
+    if world.is_main:  # the others wait where the stage ends
+        statistics = save_extractor(run, packed, training)
+        record["radii"] = [round(float(r), 3) for r in statistics.radii]
+
+
+def save_extractor(run: RunDir, packed: Packed, training: Training) -> ClassStatistics:
+    """Measures the classes with the network, and writes both to the stage's folder."""
+    config, data, folder, digest = run.config.extractor, run.config.data, run.folder("extractor"), training.config_hash
     view = data.view(config.image_size, config.image_size / data.image_size)  # as of samples
-    loader = Loader(images, config.batch_size, device=device, crop=view)
-    features, labels = extract_features(model, loader, dtype)
-    statistics = class_statistics(features, labels, num_classes)
-    save_classifier(folder / "weights.safetensors", model, config.network, data.channels, config.image_size, digest)
-    left = torch.zeros_like(prior) if adjusted else prior  # in the logits of the trained network
+    loader = Loader(packed.train, config.batch_size, device=training.loader.device, crop=view)
+    features, labels = extract_features(training.model, loader, training.dtype)
+    statistics = class_statistics(features, labels, len(packed.classes))
+    file = folder / "weights.safetensors"
+    save_classifier(file, training.model, config.network, data.channels, config.image_size, digest)
+    prior = _prior(packed)
+    left = torch.zeros_like(prior) if config.loss == "logit_adjust" else prior  # in the logits of the trained network
     save_tensors(folder / "statistics.safetensors", vars(statistics) | {"prior": left}, {"hash": digest})
-    record["radii"] = [round(float(r), 3) for r in statistics.radii]
+    return statistics
 
 
 def command(run: RunOption, set_: SetOption = None) -> None:

@@ -56,7 +56,7 @@ def test_the_verbs_are_the_modules_with_a_command():
 
 
 def test_nouns_import_neither_a_verb_nor_a_run():
-    above = {f"diffult.{verb}" for verb in VERBS} | {*RUN, "diffult.cli"}
+    above = {f"diffult.{verb}" for verb in (*VERBS, "rehearse")} | {*RUN, "diffult.cli"}
     for noun in NOUNS:
         for file in files(f"diffult/{noun}"):
             assert not imports(file) & above, file
@@ -77,6 +77,11 @@ def test_verbs_import_each_other_only_in_run_and_compare():
     verbs = {f"diffult.{verb}" for verb in VERBS}
     for verb in VERBS - {"run", "compare"}:
         assert not imports(ROOT / "diffult" / f"{verb}.py") & verbs, verb
+
+
+def test_only_run_imports_what_rehearses_the_verbs():
+    for name, imported in modules("diffult").items():
+        assert name == "diffult.run" or "diffult.rehearse" not in imported, name
 
 
 def test_no_circular_imports():

@@ -85,10 +85,15 @@ def open_data(config: DataConfig) -> Source:
     return source
 
 
-def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, Any]:
+def pack_images(
+    config: DataConfig, source: Source, folder: Path, numbers: dict[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Writes the splits of a run to FOLDER/{train,val,test}.beton on all cores; on an error none of them is left.
 
     The samples' `index` is their number in the source's split.
+
+    Args:
+        numbers: of the samples of each split, int64; None: as `choose_splits` chooses them.
 
     Returns:
         What it writes to packed.json: "classes", "counts" of images per split and class, the source's "survey", and a
@@ -98,7 +103,7 @@ def pack_images(config: DataConfig, source: Source, folder: Path) -> dict[str, A
         UserError: a file does not decode (it is named), or a class has too few images.
     """
     try:
-        return _write(config, source, choose_splits(config, source), folder)
+        return _write(config, source, choose_splits(config, source) if numbers is None else numbers, folder)
     except SampleError as error:
         unread = isinstance(error.__cause__, OSError)
         mend = "see that it is there and may be read" if unread else "repair or remove the file"
@@ -118,7 +123,7 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
         stored: dict[str, np.ndarray] = {}
         for split, chosen in numbers.items():
             stored[split] = _write_split(config, source, split, chosen, files[split])
-            labels[split] = _origin(source, split).labels[chosen]
+            labels[split] = origin(source, split).labels[chosen]
             counts[split] = np.bincount(labels[split], minlength=len(source.classes)).tolist()
             with files[split].open("rb") as file:
                 digests[split] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -133,7 +138,7 @@ def _write(config: DataConfig, source: Source, numbers: dict[str, np.ndarray], f
     return record
 
 
-def _origin(source: Source, split: str) -> Split:
+def origin(source: Source, split: str) -> Split:
     """The source's split that a run's is taken from."""
     return source.splits[split if split in source.splits else "train"]
 
@@ -142,7 +147,7 @@ def _warn_of_duplicates(
     source: Source, numbers: dict[str, np.ndarray], labels: dict[str, np.ndarray], stored: dict[str, np.ndarray]
 ) -> None:
     def name(split: str, position: int) -> str:
-        return sample_name(_origin(source, split).samples, int(numbers[split][position]))
+        return sample_name(origin(source, split).samples, int(numbers[split][position]))
 
     for line in duplicate_lines(stored, labels, name):
         _log.warning("%s", line)
@@ -150,13 +155,13 @@ def _warn_of_duplicates(
 
 def _write_split(config: DataConfig, source: Source, split: str, numbers: np.ndarray, path: Path) -> np.ndarray:
     """Writes one split; returns a digest of each image."""
-    origin = _origin(source, split)
-    transform = None if isinstance(origin.samples, np.ndarray) else file_transform(config)
+    given = origin(source, split)
+    transform = None if isinstance(given.samples, np.ndarray) else file_transform(config)
     with progress_bar(total=len(numbers), unit="img", desc=f"pack {split}") as bar:
         return write(
             path,
-            _Chosen(origin.samples, numbers),
-            labels=origin.labels[numbers],
+            _Chosen(given.samples, numbers),
+            labels=given.labels[numbers],
             synthetic=np.zeros(len(numbers), bool),
             index=numbers,
             storage=config.storage,

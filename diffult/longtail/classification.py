@@ -130,10 +130,10 @@ def training_batches(
             yield batch if policy is None else replace(batch, images=policy(batch.images, where))
 
 
-def _batches(training: Training, seed: int, start: int) -> Iterator[tuple[int, Batch]]:
+def batches_of(training: Training, start: int = 0) -> Iterator[tuple[int, Batch]]:
     """The number of the phase and the batch of each step from `start` on; partners follow the images in a batch."""
     loader, size, config = training.loader, training.config.batch_size, training.config
-    rows = _local_rows(config, training.world)
+    rows, seed = _local_rows(config, training.world), _stream_seed(training.seed)
     policy = None if config.augment.policy == "none" else Policy(config.augment.policy, config.image_size, seed)
     first = 0
     for number, phase in enumerate(training.phases):
@@ -161,7 +161,12 @@ def fit_all(trainings: Sequence[Training]) -> Iterator[Training]:
 
     On one GPU, small networks train side by side, each on its own stream, to fill the card; the results are the same.
     """
-    together = _side_by_side(trainings)
+    return (training for training, done in fit_steps(trainings) if done)
+
+
+def fit_steps(trainings: Sequence[Training]) -> Iterator[tuple[Training, bool]]:
+    """As `fit_all`, and yields a training, with False, after each of its steps, too."""
+    together = side_by_side(trainings)
     if together:
         for training in trainings:  # a resident set must be on the device before several streams read it
             next(training.loader.batches(np.zeros(1, np.int64)))
@@ -171,16 +176,19 @@ def fit_all(trainings: Sequence[Training]) -> Iterator[Training]:
             for lane in list(lanes):
                 training, steps, stream = lane
                 with stream:
-                    if next(steps, None) is not None:
-                        continue
+                    goes_on = next(steps, None) is not None
+                if goes_on:
+                    yield training, False
+                    continue
                 lanes.remove(lane)
                 if together:
                     torch.cuda.synchronize(training.loader.device)
                 training.model.eval()
-                yield training
+                yield training, True
 
 
-def _side_by_side(trainings: Sequence[Training]) -> bool:
+def side_by_side(trainings: Sequence[Training]) -> bool:
+    """Whether `fit_steps` lets them take turns."""
     alone = len(trainings) < 2 or any(t.loader.device.type != "cuda" or t.world.size > 1 for t in trainings)
     return not alone and all(_step_flops(training) < _SMALL_STEP for training in trainings)
 
@@ -247,7 +255,7 @@ def _steps(training: Training) -> Iterator[int]:
             (*training.seed, world.rank), training.config_hash, config.batch_size,
             metrics=training.checkpoint.with_name(f"{name}metrics.jsonl"), world=world,
         ),
-        partial(_batches, training, seed), run,
+        partial(batches_of, training), run,
         {"model": training.model, "optimizer": step.optimizer} | average,
     )  # fmt: skip
     if step.average:

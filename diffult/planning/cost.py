@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from diffult.models.config import UNetConfig
 from diffult.models.cost import parameters
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import UNet
+from kernels.adamw_ema import bytes_per_parameter
 
 # Seconds of evaluation's start, plots and report, and for each class of the search for copies.
 _REPORT_S, _COPIES_S = 10.0, 0.01
@@ -33,6 +34,26 @@ _REPORT_S, _COPIES_S = 10.0, 0.01
 def pass_rate(filter: str) -> float:
     """Of the candidates, what a filter keeps; measured: nearly all by distance, 0.22 to 0.97 with the label."""
     return {"none": 1.0, "distance": 0.9}.get(filter, 0.5)
+
+
+class Work(NamedTuple):
+    """Of a stage: its units (images packed, training steps of all methods, samples drawn, held-out images times
+    classifiers), the FLOP of all of them, and seconds on one core that FLOP do not count."""
+
+    units: float
+    flops: float = 0.0
+    core_seconds: float = 0.0
+
+
+class Machine(Protocol):
+    """What a run takes its time from: counted work and rates, or seconds that were measured."""
+
+    @property
+    def processes(self) -> int:
+        """That share each batch."""
+
+    def seconds(self, stage: str, work: Work) -> float:
+        """That the stage takes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,13 @@ class Speeds:
     memory: float = 8e9
     disk: float = 1e12
     processes: int = 1
+
+    def seconds(self, stage: str, work: Work) -> float:
+        """See `Machine`; packing includes the start of the program."""
+        rate = {"diffusion": self.train, "generate": self.sample}.get(stage, self.classify)
+        if stage == "pack":
+            return self.start + work.core_seconds / self.decode
+        return work.flops / rate + work.core_seconds
 
 
 @dataclass(frozen=True)
@@ -167,17 +195,22 @@ def step_flops(config: Config, classes: int) -> dict[str, float]:
     return flops
 
 
+def pilot_samples(config: Config, classes: int) -> int:
+    """Samples drawn before those of `generate`: to search timesteps and to match pixel levels."""
+    generate = config.generate
+    pilot = generate.search * len(trial_names(np.arange(classes))[0])
+    return pilot + (len(pilot_names(classes)[0]) if generate.match_histogram else 0)
+
+
 def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, float]:
     """Of each stage of the whole pipeline; `candidates`: samples drawn, passed or not."""
     extractor, classifier, generate = config.extractor, config.classifier, config.generate
-    pilot = generate.search * len(trial_names(np.arange(classes))[0])
-    if generate.match_histogram:
-        pilot += len(pilot_names(classes)[0])
     recomputed = 4 / 3 if config.unet.gradient_checkpointing else 1.0
+    drawn = pilot_samples(config, classes) + candidates
     flops = {
         "extractor": 3.0 * extractor.steps * extractor.batch_size * classifier_flops(config, extractor, classes),
         "diffusion": recomputed * config.diffusion.steps * sum(step_flops(config, classes).values()),
-        "generate": (pilot + candidates) * generate.evaluations * evaluation_flops(config, classes),
+        "generate": drawn * generate.evaluations * evaluation_flops(config, classes),
         "classifier": 3.0 * classifier.steps * classifier.batch_size * classifier_flops(config, classifier, classes),
     }
     flops["diffusion"] *= 1 + CHECK_SHARE * (config.diffusion.check_every > 0)
@@ -186,13 +219,16 @@ def stage_flops(config: Config, classes: int, candidates: float) -> dict[str, fl
     return flops
 
 
-def _epochs_share(settings: ClassifierConfig, real: int, synthetic: int) -> float:
-    """Times the work of `steps` that methods take whose length is given in epochs of their own images; 1 if none is."""
-    if settings.epochs is None:
-        return 1.0
-    methods = [find_method(name) for wave in in_waves(settings.methods) for name in wave]
-    images = sum(method.share * (real + synthetic * method.synthetic) for method in methods)
-    return settings.epochs * images / (settings.steps * settings.batch_size * trained_share(settings.methods))
+def method_steps(settings: ClassifierConfig, real: int, synthetic: int) -> dict[str, float]:
+    """Steps of each method, and of those that they start from, on so many images."""
+
+    def steps(name: str) -> float:
+        method = find_method(name)
+        if settings.epochs is None:
+            return method.share * settings.steps
+        return method.share * settings.epochs * (real + synthetic * method.synthetic) / settings.batch_size
+
+    return {name: steps(name) for wave in in_waves(settings.methods) for name in wave}
 
 
 def radius_flops(counts: np.ndarray) -> float:
@@ -200,51 +236,73 @@ def radius_flops(counts: np.ndarray) -> float:
     return 3.0 * 128 * float((counts.astype(float) ** 2).sum())
 
 
-def copies_flops(config: Config, amounts: Amounts) -> float:
+def copies_flops(config: Config, amounts: Amounts, samples: np.ndarray | None = None) -> float:
     """Of the search for copies among samples: `diffult.longtail.copies.nearest` for them, the validation images and
-    some training images of each class, whose features are computed and whose distances are products."""
+    some training images of each class, whose features are computed and whose distances are products. `samples`: of each
+    class, int64 [C]; None: as many as it lacks."""
     generate, counts, data = config.generate, amounts.counts.astype(float), config.data
     pixels, orientations = data.channels * data.image_size**2, 1 + config.diffusion.flip
     rows = rows_at_a_time(data.image_size, data.channels)
     features, total = classifier_flops(config, config.extractor, len(counts)), 0.0
     validation = np.full(len(counts), max(0.0, amounts.held_out - amounts.tests.sum()) / len(counts))
-    for samples in quotas_to(generate.balance_to, amounts.counts, generate.dose), validation, counts.clip(max=256):
-        embedded = orientations * samples + np.ceil(samples / rows) * counts
-        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (samples * counts).sum())
+    if samples is None:
+        samples = quotas_to(generate.balance_to, amounts.counts, generate.dose)
+    for images in samples, validation, counts.clip(max=256):
+        embedded = orientations * images + np.ceil(images / rows) * counts
+        total += float(features * embedded.sum() + 2.0 * pixels * orientations * (images * counts).sum())
     return total
 
 
-def costs(config: Config, amounts: Amounts, speeds: Speeds) -> list[Cost]:
-    """Of each stage. The first includes the start of the program, the last what the report takes."""
-    classes, generate, data = len(amounts.counts), config.generate, config.data
+def stage_work(config: Config, amounts: Amounts, passing: float) -> dict[str, Work]:
+    """Of each stage; `passing`: the share of candidates that the filter keeps."""
+    classes, generate = len(amounts.counts), config.generate
     synthetic = amounts.synthetic(generate.balance_to, generate.dose)
-    passing = pass_rate(generate.filter)
     batches = math.ceil(synthetic / passing / generate.batch_size)  # a small one takes as long as a full one
     flops = stage_flops(config, classes, batches * generate.batch_size)
-    real = int(amounts.counts.sum())
-    flops["classifier"] *= _epochs_share(config.classifier, real, synthetic)
+    steps = sum(method_steps(config.classifier, int(amounts.counts.sum()), synthetic).values())
+    planned = config.classifier.steps * trained_share(config.classifier.methods)
+    shown = amounts.held_out * len(config.classifier.methods)
+    evaluated = shown * classifier_flops(config, config.classifier, classes) + copies_flops(config, amounts)
+    return {
+        "pack": Work(amounts.packed, 0.0, amounts.packed * amounts.seconds_per_image),
+        "extractor": Work(config.extractor.steps, flops["extractor"] + radius_flops(amounts.counts)),
+        "diffusion": Work(config.diffusion.steps, flops["diffusion"]),
+        "generate": Work(batches * generate.batch_size + pilot_samples(config, classes), flops["generate"]),
+        "classifier": Work(steps, flops["classifier"] * steps / planned),
+        "evaluate": Work(shown, evaluated, _REPORT_S + _COPIES_S * classes),
+    }
+
+
+def costs(config: Config, amounts: Amounts, machine: Machine, passing: float | None = None) -> list[Cost]:
+    """Of each stage. The first includes the start of the program, the last what the report takes.
+
+    Args:
+        passing: the share of candidates that the filter keeps; None: what such filters kept elsewhere.
+    """
+    classes, generate, data = len(amounts.counts), config.generate, config.data
+    synthetic = amounts.synthetic(generate.balance_to, generate.dose)
+    passing = passing or pass_rate(generate.filter)
+    work = stage_work(config, amounts, passing)
+    seconds = {stage: machine.seconds(stage, part) for stage, part in work.items()}
     pixels = data.image_size**2 * data.channels
     unet = unet_cost(config.unet, data.image_size, data.channels, classes)
-    micro = config.diffusion.batch_size / speeds.processes / config.diffusion.accumulate
     head = classifier_cost(config.classifier.network, config.classifier.image_size, data.channels, classes)
     phi0 = classifier_cost(config.extractor.network, config.extractor.image_size, data.channels, classes)
-    shown = float(amounts.held_out) * len(config.classifier.methods) * head.flops
-    rates = {"extractor": speeds.classify, "diffusion": speeds.train, "generate": speeds.sample}
-    seconds = {stage: flops[stage] / rates.get(stage, speeds.classify) for stage in flops}
-    seconds["pack"] = speeds.start + amounts.packed * amounts.seconds_per_image / speeds.decode
-    seconds["extractor"] += radius_flops(amounts.counts) / speeds.classify
-    seconds["evaluate"] = _REPORT_S + _COPIES_S * classes
-    seconds["evaluate"] += (shown + copies_flops(config, amounts)) / speeds.classify
     program, held = 0.75e9, 2.5  # Python, PyTorch and what they load; times what autograd keeps, as measured on a CPU
+
+    def kept(batch_size: int, cost: NetworkCost) -> float:
+        """Of a process's share of a batch."""
+        return held * batch_size / machine.processes * cost.kept_bytes
+
     memory = {
-        "extractor": program + 12.0 * phi0.parameters + held * config.extractor.batch_size * phi0.kept_bytes,
-        "diffusion": program + 20.0 * unet.parameters + held * micro * unet.kept_bytes,
+        "extractor": program + 12.0 * phi0.parameters + kept(config.extractor.batch_size, phi0),
+        "diffusion": program + bytes_per_parameter(torch.bfloat16, machine.processes) * unet.parameters
+        + kept(config.diffusion.batch_size, unet) / config.diffusion.accumulate,
         "generate": program + 4.0 * unet.parameters,
-        "classifier": program + 12.0 * head.parameters + held * config.classifier.batch_size * head.kept_bytes,
-    }
-    disk = {"pack": float((real + amounts.held_out) * pixels), "extractor": 12.0 * phi0.parameters}
-    disk |= {"diffusion": 24.0 * unet.parameters, "generate": 2.0 * synthetic * pixels}
+        "classifier": program + 12.0 * head.parameters + kept(config.classifier.batch_size, head),
+    }  # fmt: skip
+    disk = {"pack": float((amounts.counts.sum() + amounts.held_out) * pixels), "extractor": 12.0 * phi0.parameters}
+    disk |= {"diffusion": 36.0 * unet.parameters, "generate": synthetic * pixels + min(synthetic * pixels, 4e9)}
     disk["classifier"] = 12.0 * head.parameters * len(config.classifier.methods)
     limit = seconds | {"generate": seconds["generate"] * max(1.0, generate.max_draws * passing)}
-    stages = ("pack", "extractor", "diffusion", "generate", "classifier", "evaluate")
-    return [Cost(s, seconds[s], memory.get(s, program), disk.get(s, 0.0), limit[s]) for s in stages]
+    return [Cost(s, seconds[s], memory.get(s, program), disk.get(s, 0.0), limit[s]) for s in work]

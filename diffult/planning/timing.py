@@ -41,21 +41,22 @@ def measure(config: Config, classes: int, place: Path, world: World = ALONE) -> 
         place: where the run will be written.
     """
     unet, classify = evaluation_flops(config, classes), classifier_flops(config, config.classifier, classes)
+    share = config.classifier.batch_size // world.size
     train = _rate(lambda n: _unet_step(config, classes, n), 3.0 * unet, config.diffusion.batch_size)
     sample = _rate(lambda n: _draw(config, classes, n), 2.0 * unet, config.generate.batch_size)
-    steps = _rate(lambda n: _classifier_step(config, classes, n), 3.0 * classify, config.classifier.batch_size, True)
+    steps = _rate(lambda n: _classifier_step(config, classes, n), 3.0 * classify, share, True)
     return _speeds(train, sample, steps, place, world)
 
 
 def _speeds(train: float, sample: float, classify: float, place: Path, world: World) -> Speeds:
     on_card = pick_device().type == "cuda"
-    memory = torch.cuda.mem_get_info()[0] if on_card else _host_memory() / world.size
+    memory = torch.cuda.mem_get_info()[0] if on_card else free_memory() / world.size
     there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
     start, free, size = 150.0 if on_card else 20.0, shutil.disk_usage(there).free, world.size  # compiling takes time
     return Speeds(train * size, sample * size, classify * size, available_cores(), start, memory, free, size)
 
 
-def _host_memory() -> float:
+def free_memory() -> float:
     """Bytes that programs may still take, as Linux estimates; a cautious guess elsewhere."""
     try:
         rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

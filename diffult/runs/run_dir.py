@@ -35,6 +35,7 @@ from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
 _NOT_NEEDED = (".tmp", ".damaged", ".png", ".pt")  # by later stages: may be deleted, as may the folders in a stage's
+REHEARSAL = "rehearsal.json"  # what a rehearsal leaves in a run directory, before a run begins too
 _TRAINED = ("extractor", "diffusion", "classifier")
 
 
@@ -55,8 +56,8 @@ class RunDir:
             UserError: something else lies there, or networks that do not fit the images.
         """
         _refuse_file(path)
-        others = [entry for entry in path.iterdir() if entry.name != "config.toml"] if path.is_dir() else []
-        if any(entry.name[0] != "." for entry in others):  # .lock, .*.tmp: after a kill
+        others = {entry.name for entry in path.iterdir()} - {"config.toml", REHEARSAL} if path.is_dir() else set()
+        if any(name[0] != "." for name in others):  # .lock, .*.tmp: after a kill
             raise UserError(f"{path}: is not empty and holds no config.toml; give another directory")
         _check_networks(config)
         return cls(path, config, comments)

@@ -74,10 +74,13 @@ def _read(content: Callable[[], tuple[dict[str, Split], tuple[str, ...]]]) -> tu
 
 
 class Contents:
-    """Encoded images, each read when it is asked for; `name` gives what messages call them."""
+    """Encoded images, each read when it is asked for; `name` gives what messages call them, `paths` the file of each
+    where it has one of its own."""
 
-    def __init__(self, count: int, read: Callable[[int], bytes], name: Callable[[int], str]) -> None:
-        self._count, self._read, self.name = count, read, name
+    def __init__(
+        self, count: int, read: Callable[[int], bytes], name: Callable[[int], str], paths: Sequence[str] = ()
+    ) -> None:
+        self._count, self._read, self.name, self.paths = count, read, name, paths
 
     def __len__(self) -> int:
         return self._count
@@ -88,7 +91,7 @@ class Contents:
 
 def image_files(paths: Sequence[str], name: Callable[[int], str]) -> Contents:
     """Files as samples."""
-    return Contents(len(paths), lambda number: _file_bytes(paths[number]), name)
+    return Contents(len(paths), lambda number: _file_bytes(paths[number]), name, paths)
 
 
 def _file_bytes(path: str) -> bytes:

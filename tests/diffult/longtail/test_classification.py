@@ -19,7 +19,7 @@ from diffult.engine.cuda_graph import CUDAGraphRunner
 from diffult.longtail.augment import mixed
 from diffult.longtail.classification import (
     Training,
-    _batches,
+    batches_of,
     fit,
     fit_all,
     training_loader,
@@ -70,7 +70,7 @@ def test_cosine_decay_is_torchs_schedule_whatever_the_milestones(both, tmp_path,
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_several_trainings_end_as_each_alone(both, tmp_path, monkeypatch, side_by_side):
     """Side by side, with nothing in place of streams: the steps take turns."""
-    monkeypatch.setattr("diffult.longtail.classification._side_by_side", lambda trainings: side_by_side)
+    monkeypatch.setattr("diffult.longtail.classification.side_by_side", lambda trainings: side_by_side)
     monkeypatch.setattr("diffult.longtail.classification._stream", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     methods = ("mix", "diffult+resample", "mix+logit_adjust")
@@ -87,7 +87,7 @@ def test_phases_change_the_images_and_resume_within_either(both, tmp_path):
     (tmp_path / "whole").mkdir()
     one = training(both, tmp_path / "whole", method="synthetic_first")
     assert [phase.steps for phase in one.phases] == [6, 2]
-    drawn = [int(batch.synthetic.sum()) for _, batch in _batches(one, 3, 0)]
+    drawn = [int(batch.synthetic.sum()) for _, batch in batches_of(one)]
     assert len(drawn) == 8 and min(drawn[:6]) > 0 and drawn[6:] == [0, 0]
     whole = trained(both, tmp_path / "whole", method="synthetic_first")
     for stop in (3, 7):
@@ -100,7 +100,7 @@ def test_phases_change_the_images_and_resume_within_either(both, tmp_path):
 def test_partners_of_their_own_order_follow_the_images(both, tmp_path):
     """CMO: each batch of the natural order is followed by one in which the classes are equally frequent."""
     one = training(open_set([both.paths[0]]), tmp_path, "steps=8", method="cmo")
-    batches = [batch for _, batch in _batches(one, 3, 0)]
+    batches = [batch for _, batch in batches_of(one)]
     assert all(len(batch.labels) == 32 and len(set(batch.position.tolist())) == 32 for batch in batches)
     own, partners = (torch.cat([batch.labels.chunk(2)[i] for batch in batches]).bincount() for i in (0, 1))
     np.testing.assert_allclose(own / own.sum(), np.array(REAL) / sum(REAL), atol=0.02)

@@ -1,0 +1,167 @@
+"""A rehearsal: what it leaves, what follows from what it measured, and that each kind of failure is found."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from diffult.errors import UserError
+from diffult.planning.failures import missing_files
+from diffult.planning.rehearsal import lines
+from diffult.rehearse import rehearse
+from diffult.run import command
+from diffult.runs.files import lock_folder
+from diffult.runs.run_dir import RunDir
+from ffcv_writers.readers import open_source
+
+STAGES = ["pack", "extractor", "diffusion", "generate", "classifier", "evaluate"]
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """Of the tiny run, before it begins."""
+    run = RunDir.open(tmp_path_factory.mktemp("runs") / "run", "digits-lt", [*TINY, "classifier.methods=['ce', 'crt']"])
+    return run, *rehearse(run, 0.01)
+
+
+def test_it_leaves_one_file_and_the_run_may_begin(rehearsed):
+    run, rehearsal, failures = rehearsed
+    assert [file.name for file in run.path.iterdir()] == ["rehearsal.json"]
+    content = json.loads((run.path / "rehearsal.json").read_text())
+    assert list(content["stages"]) == STAGES and content["failures"] == failures == []
+    assert content["stages"]["diffusion"]["seconds"] == pytest.approx(rehearsal.costs()[2][0].seconds)
+    assert RunDir.open(run.path, "digits-lt", TINY).config.name == "digits-lt"
+
+
+def test_every_stage_has_times_counts_and_memory(rehearsed):
+    _, rehearsal, _ = rehearsed
+    for cost, least, most in rehearsal.costs():
+        stage = rehearsal.stages[cost.stage]
+        assert 0 < least <= cost.seconds <= most and cost.memory == stage.host > 1e8, cost.stage
+    counts = {(name, part.what): part.number(rehearsal.work[name].units)
+              for name, stage in rehearsal.stages.items() for part in stage.parts}  # fmt: skip
+    assert counts["extractor", "steps"] == 12 and counts["diffusion", "steps"] == 6
+    assert counts["diffusion", "previews"] == counts["diffusion", "checkpoints"] == 2
+    assert counts["classifier", "steps of ce"] == 8  # crt starts from it, and adds its head's
+    assert sum(n for (name, what), n in counts.items() if what.startswith("steps of")) == pytest.approx(
+        rehearsal.work["classifier"].units
+    )
+    assert counts["generate", "samples kept"] == np.maximum(10 - rehearsal.amounts.counts, 0).sum()
+    assert counts["evaluate", "images classified"] == 2 * rehearsal.amounts.held_out
+    assert {"loader", "network"} == set(rehearsal.stages["diffusion"].images_per_s)
+
+
+def test_the_sum_is_what_one_took_times_how_many_there_are(rehearsed):
+    _, rehearsal, _ = rehearsed
+    for cost, least, most in rehearsal.costs():
+        parts = rehearsal.stages[cost.stage].parts
+        numbers = [part.count + part.share * rehearsal.work[cost.stage].units for part in parts]
+        for seconds, pick in ((cost.seconds, np.median), (least, np.min), (most, np.max)):
+            assert seconds == pytest.approx(sum(n * pick(part.each) for n, part in zip(numbers, parts, strict=True)))
+    text = lines(rehearsal, price=7200.0)
+    together = sum(cost.seconds for cost, _, _ in rehearsal.costs())
+    assert any(line.startswith(f"money: {2 * together:,.2f} (") for line in text)
+    assert [line.split()[0] for line in text[1:7]] == STAGES
+
+
+def test_a_slower_loader_is_what_bounds(rehearsed):
+    _, rehearsal, _ = rehearsed
+    stage = rehearsal.stages["extractor"]
+    assert stage.bound == min(stage.images_per_s, key=stage.images_per_s.get)
+    assert any(line == f"extractor: {_alone(stage)}" for line in lines(rehearsal, None))
+
+
+def _alone(stage):
+    loader, network = stage.images_per_s["loader"], stage.images_per_s["network"]
+    bound = "loader" if loader < network else "network"
+    return f"alone loader {loader:,.0f} images/s and network {network:,.0f} images/s: the {bound} bounds"
+
+
+def test_a_trained_model_tells_which_class_hardly_passes(tiny_run, tmp_path, monkeypatch):
+    run = copied(tiny_run, tmp_path, "pack", "extractor", "diffusion")
+    rehearsal, failures = rehearse(run, 0.01)
+    finished = [name for name, stage in rehearsal.stages.items() if stage.finished]
+    assert finished == ["pack", "extractor", "diffusion"] and 0 < rehearsal.passing <= 1
+    drawn, passed = rehearsal.stages["generate"].candidates
+    hard = [c for c, name in enumerate(run.packed().classes) if drawn[c] >= 8 and passed[c] < 0.05 * drawn[c]]
+    found = [failure for failure in failures if "the filter kept" in failure]
+    assert bool(hard) == bool(found)
+    assert sorted(file.name for file in run.path.iterdir() if file.name != ".lock") == [
+        "config.toml", "diffusion", "extractor", "pack", "rehearsal.json",
+    ]  # fmt: skip
+
+
+def test_out_of_memory_is_one_stages_failure(tmp_path, monkeypatch):
+    def build(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("diffult.rehearse.build_trainer", build)
+    rehearsal, failures = rehearse(RunDir.open(tmp_path / "run", "digits-lt", TINY), 0.01)
+    assert len(failures) == 1 and failures[0].startswith("diffusion: out of memory (CUDA out of memory")
+    assert rehearsal.stages["generate"].parts and rehearsal.stages["classifier"].parts
+    assert lines(rehearsal, None)[3].split()[:2] == ["diffusion", "unknown"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["rehearsal.json"]
+
+
+def test_images_that_are_not_there_are_refused_in_one_line(tmp_path):
+    run = RunDir.open(tmp_path / "run", "imagenet-lt-64", [f"data.path={tmp_path}/none"])
+    with pytest.raises(UserError, match=r"data.path .*/none does not exist"):
+        rehearse(run, 0.01)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_of_a_list_are_counted(tmp_path):
+    names = [f"{i}.png" for i in range(5)]
+    for name in names[:3]:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "train.txt").write_text("".join(f"{name} 0\n" for name in names))
+    source = open_source("list", tmp_path, train_list=tmp_path / "train.txt")
+    missing, failures = missing_files(source, {"train": np.array([0, 2, 4, 3])})
+    assert missing["train"].tolist() == [False, False, True, True]
+    assert failures == [
+        f"2 files are missing in split train, the first is {tmp_path}/4.png; restore them, or correct the list"
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"price": 2.0}, {"minutes": 1.0, "from_": Path("other")}, {"minutes": 1.0, "until": "pack"}]
+)
+def test_options_without_a_meaning_are_refused(options):
+    with pytest.raises(UserError, match="--rehearse"):
+        command(preset="digits-lt", **options)
+
+
+def test_another_rehearsal_of_the_run_is_refused(tmp_path):
+    run = RunDir.open(tmp_path / "run", "digits-lt", TINY)
+    with lock_folder(run.path / ".rehearsal"), pytest.raises(UserError, match="another process writes to it"):
+        rehearse(run, 0.01)
+
+
+def copied(run, tmp_path, *stages):
+    for stage in stages:
+        shutil.copytree(run.path / stage, tmp_path / "run" / stage)
+    shutil.copy(run.path / "config.toml", tmp_path / "run")
+    return RunDir.open(tmp_path / "run")
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_rehearse_together_and_a_batch_they_cannot_share_fails(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    command += ["diffult.run", "--preset", "digits-lt", "--run", str(tmp_path / "run"), "--rehearse", "0.01"]
+    settings = [*TINY, "extractor.batch_size=7"]
+    out = subprocess.run(
+        [*command, *(part for setting in settings for part in ("--set", setting)), "--price", "2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert out.returncode != 0 and "2 devices" in out.stdout, out.stderr[-3000:]
+    failures = [line for line in out.stdout.splitlines() if line.startswith("would fail")]
+    assert failures == ["would fail: extractor: batch_size = 7 cannot be shared by 2 processes; make it a multiple"]
+    content = json.loads((tmp_path / "run" / "rehearsal.json").read_text())
+    assert content["processes"] == 2 and not content["stages"]["extractor"]["images_per_s"]
+    assert all(content["stages"][name]["seconds"] > 0 for name in STAGES if name != "extractor")
