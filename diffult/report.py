@@ -45,7 +45,8 @@ def command(
     ] = None,
 ) -> None:
     """Write the report of an evaluated run: one HTML file with answers, tables, figures, samples, cost and settings."""
-    world, run_dir = init_distributed(), RunDir.open(run)
+    world = init_distributed()
+    run_dir = RunDir.open(run, world=world)
     if world.is_main:
         print(write_report(run_dir, out))
     world.barrier()

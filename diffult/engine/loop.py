@@ -17,6 +17,7 @@ from diffult.engine.checkpoints import Checkpoints
 from diffult.engine.data_wait import DataWait
 from diffult.engine.device import seed_step
 from diffult.engine.distributed import ALONE, World
+from diffult.engine.divergence import DivergenceError, DivergenceMonitor
 from diffult.engine.progress import progress_bar
 from diffult.engine.threads import ThreadWatch
 from diffult.errors import UserError
@@ -27,7 +28,6 @@ Losses = dict[str, torch.Tensor]
 Callback = Callable[[int, Mapping[str, float]], None]  # steps done; losses and speed by name
 log = logging.getLogger(__name__)
 _LOG_EVERY = 50  # steps between readings of the loss: each one waits for the device
-_EXPLODED = 10.0  # a loss this many times that of the first step is as bad as NaN
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class LoopConfig:
         metrics: a file of JSON lines, one for each reading of the loss; None: none.
         world: the processes that share each step; the first writes files and shows progress.
         monitor: name of the loss that is checked for divergence; a steady one.
+        collapsed: see `DivergenceMonitor`.
     """
 
     title: str
@@ -60,6 +61,7 @@ class LoopConfig:
     metrics: Path | None = None
     world: World = ALONE
     monitor: str = "loss"
+    collapsed: float = math.inf
 
 
 class LRBackoff:
@@ -87,10 +89,6 @@ class Check(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class DivergenceError(Exception):
-    """The loss is not finite, or many times what it was."""
 
 
 def learning_rate_factor(
@@ -193,6 +191,7 @@ def _run(
     check: Check | None,
 ) -> Iterator[int]:
     writes, wait = config.world.is_main, DataWait()
+    monitor = DivergenceMonitor(config.monitor, first, config.collapsed)
     logged, since = start, time.perf_counter()
     bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not writes)
     with bar, ThreadWatch() as adapt_threads:
@@ -201,8 +200,8 @@ def _run(
                 return
             seed_step(*config.seed, i)
             losses = step(i, batch)
-            if math.isnan(first):  # before any update: by the first reading the training may have exploded already
-                first = losses[config.monitor].item()
+            if math.isnan(monitor.first):  # before any update: by the first reading it may have exploded already
+                monitor.first = losses[config.monitor].item()
             bar.update()
             adapt_threads()
             done = i + 1
@@ -211,7 +210,7 @@ def _run(
             if saves or judged or done % _LOG_EVERY == 0:
                 checkpoints.check()
                 values = {name: value.item() for name, value in losses.items()}
-                _refuse_divergence(values, config.monitor, first, done)
+                monitor.read(values, done)
                 seconds = time.perf_counter() - since
                 speed = _speed(config, (done - logged) / seconds) | {"data_wait": round(wait.read() / seconds, 4)}
                 if check is not None and judged:
@@ -224,16 +223,9 @@ def _run(
                         file.write(json.dumps({"step": done} | speed | values) + "\n")
                 for callback in callbacks:
                     callback(done, speed | values)
-            if saves:
-                checkpoints.save(done, first)
+            if saves and not (monitor.risen and done < config.steps):
+                checkpoints.save(done, monitor.first)
             yield done
-
-
-def _refuse_divergence(values: Mapping[str, float], monitor: str, first: float, step: int) -> None:
-    """Raises DivergenceError for a loss that is not finite, or many times the first one."""
-    if not all(map(math.isfinite, values.values())) or values[monitor] > _EXPLODED * first:
-        losses = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        raise DivergenceError(f"the loss diverged by step {step} ({losses})")
 
 
 def _speed(config: LoopConfig, steps_per_s: float) -> dict[str, float]:

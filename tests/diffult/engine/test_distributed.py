@@ -189,6 +189,7 @@ def test_processes_measure_as_many_steps_as_the_first_says(fresh, monkeypatch):
 @pytest.mark.parametrize("verb", [evaluate, report])
 def test_what_cannot_be_shared_is_done_by_the_first_process_alone(tiny_run, monkeypatch, capsys, verb):
     monkeypatch.setattr(verb, "init_distributed", lambda: World(1, 2))
+    monkeypatch.setattr(verb.RunDir, "open", lambda *_, **__: tiny_run)
     barriers = []
     monkeypatch.setattr(World, "barrier", lambda world: barriers.append(world))
     before = (tiny_run.path / "report.html").stat().st_mtime_ns

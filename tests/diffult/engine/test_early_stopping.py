@@ -84,7 +84,7 @@ def train(path, die_at=None):
 
 @pytest.mark.parametrize("die_at", [2, 5, 9, 13])  # before a checkpoint, between checkpoint and check, ...
 def test_killed_and_taken_up_it_ends_at_the_same_step_with_the_same_weights(tmp_path, monkeypatch, die_at):
-    monkeypatch.setattr("diffult.engine.loop._EXPLODED", math.inf)
+    monkeypatch.setattr("diffult.engine.divergence._EXPLODED", math.inf)
     weight, stopping, done = train(tmp_path / "a.pt")
     assert stopping.reason and 0 < stopping.best_step < stopping.step < 40
     assert done == list(range(stopping.step)) and stopping.step > 13
@@ -98,7 +98,7 @@ def test_killed_and_taken_up_it_ends_at_the_same_step_with_the_same_weights(tmp_
 
 def test_what_has_ended_stays_ended(tmp_path, monkeypatch):
     """Killed after its last checkpoint, before its weights were used: no further step."""
-    monkeypatch.setattr("diffult.engine.loop._EXPLODED", math.inf)
+    monkeypatch.setattr("diffult.engine.divergence._EXPLODED", math.inf)
     weight, stopping, _ = train(tmp_path / "a.pt")
     assert load_state(tmp_path / "a.pt")["step"] == stopping.step
     again, resumed, done = train(tmp_path / "a.pt")
