@@ -40,17 +40,13 @@ from diffult.longtail.quota import Quota, quotas_to
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.models.unet import build_unet, save_unet
 from diffult.planning.cost import Amounts, copies_flops, method_steps
-from diffult.planning.failures import (
-    disk_failures,
-    hardly_passing,
-    memory_failures,
-    open_file_failures,
-)
+from diffult.planning.failures import disk_failures, hardly_passing, memory_failures, open_file_failures
 from diffult.planning.part import amounts_of, pack_part
 from diffult.planning.rehearsal import Part, Rehearsal, Rehearsed, expected_passing
 from diffult.planning.stopwatch import (
     HeldLoader,
     bounded_memory,
+    ended_by_sigterm,
     is_out_of_memory,
     peak_memory,
     release,
@@ -122,7 +118,7 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
 def _scratch(run: RunDir, world: World) -> Iterator[RunDir]:
     """A run of the same settings beside the stages of this one, with those that are finished."""
     folder = run.path / _FOLDER
-    with lock_folder(folder) if world.is_main else nullcontext():
+    with lock_folder(folder) if world.is_main else nullcontext(), ended_by_sigterm():
         scratch = RunDir(folder / "run", run.config)
         try:
             if world.is_main:
@@ -139,6 +135,8 @@ def _scratch(run: RunDir, world: World) -> Iterator[RunDir]:
 
 
 def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: World) -> tuple[Rehearsal, list[str]]:
+    if world.is_main:
+        log.info("rehearsing pack")
     finished = world.gather([stage for stage in _SHARES if (real if stage == "classifier" else run).done(stage)])[0]
     packing, amounts = _rehearse_packing(run, _SHARES["pack"] * seconds, world)
     packing.add_start(start)

@@ -167,10 +167,18 @@ def command(
     until: Annotated[str, typer.Option(help=f"Stop after this stage: {', '.join(STAGES)}.")] = "report",
     minutes: Annotated[
         float | None,
-        typer.Option("--rehearse", min=0.01, help="So many minutes; print the whole run's cost and what would fail."),
+        typer.Option(
+            "--rehearse",
+            min=0.01,
+            max=10_000,
+            metavar="MINUTES",
+            help="Try every stage at full size, for so many minutes or a little more; print what the whole run takes "
+            "and what would fail, also to RUN/rehearsal.json.",
+        ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="With --rehearse: of one device (or process) for an hour.")
+        float | None,
+        typer.Option(min=0, max=1e9, help="With --rehearse: of an hour of one device, or process on a CPU."),
     ] = None,
 ) -> None:
     """Rebalance a long-tailed image set and train on it: every stage, resumable, from images to report.
@@ -178,7 +186,7 @@ def command(
     Start with --data DIR or --preset NAME; the same command again resumes. --data looks at the images, times a few
     steps, prints what it proposes with the time, memory and disk of each stage, and starts; RUN/config.toml says why,
     and may be edited between --plan and the start: only --plan plans anew. --set on an existing run redoes the stages
-    that read the setting. --rehearse works at every stage for some minutes, in a folder that it removes.
+    that read the setting. --rehearse tries every stage for some minutes, in a folder that it removes.
 
     On several GPUs: torchrun --nproc-per-node=N -m -- diffult.run --preset NAME
     """
@@ -189,7 +197,7 @@ def command(
     if price is not None and minutes is None:
         raise UserError("--price is for the cost that --rehearse MINUTES prints; leave it out, or rehearse")
     if minutes is not None and (plan or from_ is not None or until != "report"):
-        raise UserError("--rehearse is of the whole run, and starts nothing: leave --plan, --from and --until out")
+        raise UserError("--rehearse covers the whole run and starts nothing: leave out --plan, --from and --until")
     if hours is not None and not 0 < hours < 1e5:
         raise UserError(f"--hours {hours:g}: expected a number above 0")
     if run is None:

@@ -183,7 +183,9 @@ def _lists(config: DataConfig) -> dict[str, Path]:
 def _open(config: DataConfig) -> Source:
     path = _path(config)
     if not path.exists():
-        hint = ": apt-get install dataset-fashion-mnist" if str(path) == FASHION_MNIST_PATH else ""
+        hint = "; give --set data.path=PATH (the preset's file says where the images come from)"
+        if str(path) == FASHION_MNIST_PATH:
+            hint = ": apt-get install dataset-fashion-mnist"
         raise UserError(f"data.path {path} does not exist{hint}")
     return open_source(config.source, path, **_lists(config))
 

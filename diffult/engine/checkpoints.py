@@ -144,7 +144,8 @@ def _newest_whole(path: Path, read: Callable[[Path], T]) -> tuple[Path, T] | Non
         except DamagedError as error:
             damaged = damaged or error
     if damaged is not None:
-        raise damaged
+        others = "".join(f" and {file.name}, damaged too," for file in _found(path)[1:])
+        raise DamagedError(str(damaged).replace("delete it", f"delete it{others}"))
     return None
 
 

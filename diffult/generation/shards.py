@@ -28,6 +28,7 @@ from diffult.errors import DamagedError, UserError
 from diffult.generation.candidates import CandidateBatch
 from diffult.generation.config import GenerateConfig
 from diffult.longtail.quota import Quota
+from diffult.reporting.text import shortened
 from diffult.runs.files import load_tensors, metadata, read_json, save_tensors, write_json
 from ffcv_writers import ImageSet, open_set, write
 
@@ -70,8 +71,9 @@ def refuse_other(folder: Path, manifest: dict[str, Any], unknown: Mapping[str, s
     manifest = manifest | {key: before.get(key, why) for key, why in (unknown or {}).items()}
     for key in manifest | before:
         if before.get(key) != manifest.get(key):
+            was, now = (shortened(str(values.get(key)), 60) for values in (before, manifest))
             raise UserError(
-                f"{folder}: holds samples made otherwise ({key}: {before.get(key)}, now {manifest.get(key)}); "
+                f"{folder}: holds samples made otherwise ({key}: {was}, now {now}); "
                 "choose another --out or delete the folder"
             )
 

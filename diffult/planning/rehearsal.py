@@ -7,6 +7,7 @@ the seconds were measured, several times, and their spread is the uncertainty of
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ from diffult.config import Config
 from diffult.planning.cost import Amounts, Cost, Work, costs, pass_rate, stage_work
 from diffult.reporting.text import counted, duration
 
+_WIDTH = 80
 _QUIET = 0.8  # share of the time that a process computes where nothing else is at work
 
 
@@ -109,7 +111,9 @@ class Rehearsal:
     pick: Callable[[Sequence[float]], float] = median
 
     def seconds(self, stage: str, work: Work) -> float:
-        """See `Machine`."""
+        """See `Machine`; 0 for a stage that is finished."""
+        if self.stages[stage].finished:
+            return 0.0
         return sum(part.number(work.units) * self.pick(part.each) for part in self.stages[stage].parts)
 
     @property
@@ -170,62 +174,65 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
     peaks = [(max(getattr(stage, kind) for stage in stages.values())) for kind in ("host", "device")]
     together = [sum(column) for column in zip(*((c.seconds, a, b) for c, a, b in rows), strict=True)]
     disk, limit = sum(cost.disk for cost, _, _ in rows), sum(cost.limit for cost, _, _ in rows)
-    text = [_row("stage", ["time", "from", "to"], ["host", "device", "disk"])]
+    text = [_row("stage", "time", "range", ["host RAM", "device", "disk"])]
     for cost, least, most in rows:
         stage = stages[cost.stage]
-        times = [duration(seconds) for seconds in (cost.seconds, least, most)]
+        time, span = duration(cost.seconds), _range(least, most)
         if stage.finished or not stage.parts:
-            times = ["finished" if stage.finished else "unknown", "", ""]
-        text.append(_row(cost.stage, times, [size(stage.host), size(stage.device), size(cost.disk)]))
-    text.append(_row("together", map(duration, together), [*map(size, peaks), size(disk)]))
+            time, span = "finished" if stage.finished else "unknown", ""
+        text.append(_row(cost.stage, time, span, [size(stage.host), size(stage.device), size(cost.disk)]))
+    row = duration(together[0]), _range(together[1], together[2])
+    text.append(_row("together", *row, [*map(size, peaks), size(disk)]))
     if price is not None:
         money = [f"{price * rehearsal.processes * seconds / 3600:,.2f}" for seconds in together]
         devices = counted(rehearsal.processes, "device", "devices")
-        text.append(f"money: {money[0]} ({money[1]} to {money[2]}) at {price:g} an hour and device, {devices}")
-    if rehearsal.passing is None:
-        share = f"{pass_rate(rehearsal.config.generate.filter):.0%} to all"
-        text.append(
-            f"candidates that pass the filter: not known before a model is trained; {share} of them are reckoned with"
-        )
+        text.append(f"money: {money[0]} ({money[1]} to {money[2]}) for {devices} at {price:g} an hour each")
+    if rehearsal.passing is None and not stages["generate"].finished:
+        share = f"{pass_rate(rehearsal.config.generate.filter):.0%}"
+        text.append(f"the range allows for {share} to 100% of candidates passing the filter: no model is trained yet")
     if limit > 1.02 * together[0]:
-        text.append(f"at most {duration(limit)}, were every class as hard to draw as generate.max_draws allows")
+        text.append(f"at most {duration(limit)}, if every class needs as many candidates as generate.max_draws allows")
     for name, stage in stages.items():
         text += [f"{name}: {line}" for line in _details(stage, rehearsal.work[name].units)]
     scaled = ", ".join(part.what for stage in stages.values() for part in stage.parts if not part.linear)
     text.append(
-        "times: median, least and most of what one took here, times how many there are"
-        + (f"; {scaled}: in proportion to counted work" if scaled else "")
+        "times are the median, least and most that one of each took here, times how many the run has"
+        + (f"; {scaled}: by counted work" if scaled else "")
     )
     if not peaks[1] and rehearsal.computed < _QUIET:
         share = f"{rehearsal.computed:.0%} of the time"
-        text.append(f"this process had a processor for {share}: beside other programs; the run is faster without them")
-    return text
+        text.append(f"other programs were running: this one had a processor for {share}; alone the run is faster")
+    return [part for line in text for part in textwrap.wrap(line, _WIDTH, subsequent_indent="    ") or [line]]
 
 
-def _row(title: str, times: Iterable[str], sizes: Iterable[str]) -> str:
-    return f"{title:12}" + "".join(f"{time:>14}" for time in times) + "".join(f"{size:>10}" for size in sizes)
+def _range(least: float, most: float) -> str:
+    return f"{duration(least)} to {duration(most)}"
+
+
+def _row(title: str, time: str, span: str, sizes: Iterable[str]) -> str:
+    return f"{title:12}{time:>13}{span:>28}" + "".join(f"{size:>9}" for size in sizes)
 
 
 def _details(stage: Rehearsed, units: float) -> Iterator[str]:
     """What its time is made of, which of loader and network bounds it, and notes."""
     sums = [
         f"{part.what} {_short(median(part.each))}" if part.number(units) == 1 and not part.share
-        else f"{part.number(units):,.0f} {part.what} of {_short(median(part.each))}"
+        else f"{part.number(units):,.0f} {part.what} at {_short(median(part.each))}"
         for part in stage.parts
     ]  # fmt: skip
     if sums:
         yield " + ".join(sums)
     if stage.images_per_s:
-        alone = " and ".join(f"{what} {rate:,.0f} images/s" for what, rate in stage.images_per_s.items())
-        yield f"alone {alone}: the {stage.bound} bounds"
+        alone = ", ".join(f"{what} alone {float(f'{r:.3g}'):,.0f} images/s" for what, r in stage.images_per_s.items())
+        yield f"{alone}: the {stage.bound} is the bottleneck"
     yield from stage.notes
 
 
 def _short(seconds: float) -> str:
-    """5.2 ms, or as `duration`."""
-    return f"{1000 * seconds:.2g} ms" if seconds < 0.1 else duration(seconds)
+    """5.23 ms, or as `duration`."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
 
 
 def size(count: float) -> str:
-    """12.3 GB, 45.6 MB, or a dash for nothing."""
-    return "-" if not count else f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """12.3 GB, 456 MB, or a dash for nothing."""
+    return "-" if not count else f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

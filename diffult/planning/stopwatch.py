@@ -6,6 +6,9 @@ import ctypes
 import gc
 import itertools
 import resource
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -168,3 +171,16 @@ class HeldLoader(Loader):
             size = slice(self.batch_size)
             (self._batch,) = super().batches(order[size], None if positions is None else positions[size])
         return itertools.repeat(self._batch, -(-len(order) // self.batch_size))
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, so that what is to be removed is."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

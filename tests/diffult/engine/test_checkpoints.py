@@ -105,7 +105,9 @@ def test_where_both_are_damaged_it_is_refused(tmp_path):
     train(path)
     for file in tmp_path.glob("*.pt"):
         file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"state.pt: damaged checkpoint .*; delete it to restart this stage"):
+    with pytest.raises(
+        UserError, match=r"state.pt: damaged checkpoint .*; delete it and state.previous.pt, damaged too, to restart"
+    ):
         train(path)
     with pytest.raises(UserError, match=r"state.pt: damaged checkpoint"):
         checkpoints.check_checkpoints(tmp_path)
