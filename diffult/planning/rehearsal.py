@@ -234,5 +234,8 @@ def _short(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """12.3 GB, 456 MB, or a dash for nothing."""
-    return "-" if not count else f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    """12.3 GB, 456 MB, 7.89 kB, or a dash for nothing."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:,.1f} {name}" if unit == 1e9 else f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B" if count else "-"
