@@ -272,6 +272,8 @@ def own_scheduler(config: DiffusionConfig, schedule: Schedule, name: str, steps:
     else:
         made = _clipped(getattr(diffusers, kind), **settings)
     made.set_timesteps(steps, device=device)
+    if kind != "DDIMScheduler":
+        made.set_begin_index(0)  # Karras' noise levels may share a timestep, by which it would look for its place
     return made
 
 
