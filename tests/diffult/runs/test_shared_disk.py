@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.runs import files, shared_disk
 from diffult.runs.files import lock_folder
@@ -178,3 +179,15 @@ def test_a_lock_that_a_host_left_is_waited_for(tmp_path: Path, monkeypatch):
     assert slept == [1, 1, 1]
     with lock_folder(tmp_path, patience=3):
         assert len(slept) == 5
+
+
+def test_one_of_several_processes_waits_for_the_lock_of_a_run(tmp_path: Path, naps):
+    """Every stage with which a run goes on, evaluation too, may come first after a host has died."""
+    run = RunDir.open(tmp_path / "run", "digits-lt")
+    with lock_folder(run.path):
+        with pytest.raises(UserError, match="another process writes to it"), run.lock():
+            pass
+        assert not naps
+        with pytest.raises(UserError, match="another process writes to it"), run.lock(World(0, 2)):
+            pass
+    assert naps == [1] * shared_disk.PATIENCE
