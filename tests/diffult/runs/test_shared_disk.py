@@ -81,6 +81,23 @@ def test_hosts_that_see_the_same_files_go_on_at_once(tmp_path, naps):
     assert not naps
 
 
+def test_those_that_come_early_look_when_the_last_has_written(tmp_path, naps):
+    """Without the second of a look that was too early."""
+    others_came = threading.Barrier(3, timeout=60)
+
+    def wait(process: Process) -> None:
+        if process.is_main:
+            others_came.wait()
+            (tmp_path / "state.pt").write_bytes(b"1")
+        else:
+            gather, first = process.gather, iter([others_came.wait])
+            process.gather = lambda mine: (next(first, int)(), gather(mine))[1]
+        shared_disk.wait_for_same_files([tmp_path], process)
+
+    assert together(wait) == [None] * 3
+    assert not naps
+
+
 @pytest.mark.parametrize("change", ["missing", "older", "shorter"])
 def test_a_host_that_sees_files_late_is_waited_for(tmp_path, naps, monkeypatch, change):
     (tmp_path / "state.pt").write_bytes(b"12")
