@@ -70,8 +70,7 @@ _SHARES: dict[Stage, float] = {
     "pack": 0.15, "extractor": 0.1, "diffusion": 0.3, "generate": 0.2, "classifier": 0.2, "evaluate": 0.05,
 }  # fmt: skip
 _STEPS, _ALONE = 0.6, 0.2
-_FOLDER = ".rehearsal"
-_SOON = 10.0  # seconds between processes that are refused for the same reason
+_FOLDER, _SOON = ".rehearsal", 10.0  # seconds between processes that are refused for the same reason
 
 
 @dataclass
@@ -96,12 +95,10 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
         What was measured, and what would fail, a line each. Both also go to rehearsal.json, which is all that is left.
 
     Raises:
-        UserError: as packing does; another rehearsal of the run is at work; one process of several is out of memory,
-            or cannot do what the others wait for.
+        UserError: as packing does; another rehearsal of the run is at work; one process of several fails alone.
     """
     begun, start, computed = time.perf_counter(), since_start(), time.process_time()
-    quiet = logging.getLogger()
-    level = quiet.level
+    quiet, level = logging.getLogger(), logging.getLogger().level
     quiet.setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     try:
