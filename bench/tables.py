@@ -115,7 +115,7 @@ def cost_table(content: Content) -> str:
         for row in content["predicted"]
     ]  # fmt: skip
     header = ["preset", "cards", "extractor, h", "diffusion, h", "drawing, h", "classifiers, h", "all, h", "money"]
-    header.append("more cards hardly help from")
+    header.append("more cards hardly help beyond")
     return _table(header, lines)
 
 

@@ -16,7 +16,7 @@ import torch
 from diffult.cli import RunOption, SetOption, main
 from diffult.data.packing import Packed
 from diffult.engine.device import compute_dtype, pick_device
-from diffult.engine.distributed import init_distributed
+from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.engine.progress import progress_bar
 from diffult.generation.shards import open_kept
 from diffult.longtail.classification import evaluation_loader, predict
@@ -31,11 +31,12 @@ from diffult.runs.run_dir import RunDir
 from ffcv_writers import ImageSet, Loader
 
 
-def evaluate(run: RunDir) -> dict[str, Any]:
+def evaluate(run: RunDir, world: World = ALONE) -> dict[str, Any]:
     """Top-1, many / medium / few and each class in percent on the test set, the same on the validation set under
     "validation", and the share of copies among the synthetic images under "copies".
 
-    Skipped if it is done already. Raises UserError if a stage before is not finished.
+    Skipped if it is done already; of several processes the first calls it. Raises UserError if a stage before is not
+    finished.
     """
     file, folder, digest = run.path / "metrics.json", run.folder("evaluate"), run.hash("evaluate")
     predictions, copies = folder / "predictions.safetensors", folder / "copies.safetensors"
@@ -47,7 +48,7 @@ def evaluate(run: RunDir) -> dict[str, Any]:
     packed = run.packed()
     metrics = {"name": run.config.name, "hash": digest, "seed": run.config.seed}
     metrics |= {"device": str(pick_device()), "torch": torch.__version__}
-    with run.lock():
+    with run.lock(world):
         predicted = _predictions(run, packed.test)
         columns = {"labels": packed.test.labels} | predicted
         save_tensors(
@@ -143,7 +144,7 @@ def command(run: RunOption, set_: SetOption = None) -> None:
     world = init_distributed()
     run_dir = RunDir.open(run, overrides=set_, world=world)
     if world.is_main:
-        metrics = evaluate(run_dir)
+        metrics = evaluate(run_dir, world)
         print(table(metrics))
         print(copies_line(metrics["copies"]))
     world.barrier()

@@ -25,7 +25,7 @@ from diffult.diffusion.objective import stride
 from diffult.diffusion.trainer import build_trainer
 from diffult.engine.checkpoints import Checkpoints
 from diffult.engine.device import pick_device
-from diffult.engine.distributed import ALONE, World
+from diffult.engine.distributed import ALONE, Arrivals, World
 from diffult.engine.loop import LoopConfig, LRBackoff, train_steps
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
@@ -70,7 +70,7 @@ _SHARES: dict[Stage, float] = {
     "pack": 0.15, "extractor": 0.1, "diffusion": 0.3, "generate": 0.2, "classifier": 0.2, "evaluate": 0.05,
 }  # fmt: skip
 _STEPS, _ALONE = 0.6, 0.2
-_FOLDER = ".rehearsal"
+_FOLDER, _SOON = ".rehearsal", 10.0  # seconds between processes that are refused for the same reason
 
 
 @dataclass
@@ -95,11 +95,10 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
         What was measured, and what would fail, a line each. Both also go to rehearsal.json, which is all that is left.
 
     Raises:
-        UserError: as packing does; another rehearsal of the run is at work; one process of several is out of memory.
+        UserError: as packing does; another rehearsal of the run is at work; one process of several fails alone.
     """
     begun, start, computed = time.perf_counter(), since_start(), time.process_time()
-    quiet = logging.getLogger()
-    level = quiet.level
+    quiet, level = logging.getLogger(), logging.getLogger().level
     quiet.setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     try:
@@ -125,7 +124,7 @@ def _scratch(run: RunDir, world: World) -> Iterator[RunDir]:
                 shutil.rmtree(scratch.path, ignore_errors=True)  # of one that was killed
                 if run.done("pack") is not None:
                     scratch.share(run)
-            world.barrier()
+            scratch.synchronise(world)
             yield scratch
         finally:
             if world.is_main:
@@ -165,8 +164,8 @@ def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: Wo
 
 
 def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context: _Context, into: Rehearsed) -> None:
-    """Rehearses a stage. What it cannot do is recorded, and the next one begins."""
-    world, refused = context.world, ""
+    """Rehearses a stage. What it cannot do is recorded and the next one begins, unless others wait for this process."""
+    world, refused, arrivals = context.world, "", Arrivals(context.world)
     if world.is_main:
         log.info("rehearsing %s", stage)
     with peak_memory() as peak:
@@ -181,7 +180,10 @@ def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context:
             refused = f"out of memory ({str(error).partition(chr(10))[0][:200]}); a smaller batch needs less"
             if world.size > 1:  # the others wait for this process
                 raise UserError(f"{stage}, process {world.rank}: {refused}") from None
+        arrivals.mark()
         if refused:
+            if not arrivals.all_within(_SOON):
+                raise UserError(f"{stage}, process {world.rank}: {refused}")
             into.failures.append(refused)
     release()
     into.host, into.device = (max(column) for column in zip(*world.gather((peak.host, peak.device)), strict=True))

@@ -82,7 +82,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
         "diffusion": lambda: train_diffusion(run, world),
         "generate": lambda: generate_stage(run, world=world),
         "classifier": lambda: train_classifier(run, world),
-        "evaluate": lambda: print(table(evaluate(run))) if world.is_main else None,
+        "evaluate": lambda: print(table(evaluate(run, world))) if world.is_main else None,
         "report": lambda: log.info("report: %s", write_report(run)) if world.is_main else None,
     }
     for name in STAGES[: STAGES.index(until) + 1]:

@@ -16,6 +16,7 @@ import torch
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import DamagedError, UserError
 from diffult.runs.files import load_state, save_state
+from diffult.runs.shared_disk import wait_for_same_files
 from kernels.adamw_ema import AdamWEma
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class Checkpoints:
                 another one.
         """
         self.finish()
-        self.world.barrier()
+        wait_for_same_files([self.path.parent], self.world)
         path, (step, first) = _newest_whole(self.path, self._load) or (None, (0, math.nan))
         everyone = self.world.gather(step)
         if len(set(everyone)) > 1:

@@ -85,6 +85,27 @@ class World:
             dist.barrier(group=_patient)
 
 
+class Arrivals:
+    """Which processes have come to a point that one of them may come to alone. All of them make one, equally often."""
+
+    def __init__(self, world: World) -> None:
+        self._size, self._table = world.size, world.store() if world.size > 1 else None
+
+    def mark(self) -> None:
+        """This process has come."""
+        if self._table is not None:
+            self._table.add("come", 1)
+
+    def all_within(self, seconds: float) -> bool:
+        """Whether every process has come, waiting for them at most so long."""
+        end = time.monotonic() + seconds
+        while self._table is not None and self._table.add("come", 0) < self._size:
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL)
+        return True
+
+
 ALONE = World()
 _TABLES = itertools.count()
 # A process that ends breaks its connections, which ends the others at once; these are for one that hangs, or a host

@@ -199,9 +199,9 @@ class ShardStore:
         kept = KeptSamples(labels[begin:], indices[begin:], shards, table["shard"][row], table["row"][row])
         parts = kept.split(FILE_BYTES)
         about = {"kept": str(len(names)), "files": str(len(files) + len(parts))}
-        save_tensors(self._candidates, {name: torch.from_numpy(table[name]) for name in _TABLE}, about)
-        for file in set(kept_files(self.folder)) - set(files):
+        for file in set(kept_files(self.folder)) - set(files):  # first: they count as soon as the table is there
             file.unlink()
+        save_tensors(self._candidates, {name: torch.from_numpy(table[name]) for name in _TABLE}, about)
         with progress_bar(total=len(kept), desc="write", unit="img") as bar:
             for number, part in enumerate(parts):
                 name = "synthetic.beton" if about["files"] == "1" else f"synthetic-{len(files) + number:03d}.beton"

@@ -301,8 +301,9 @@ def costs(config: Config, amounts: Amounts, machine: Machine, passing: float | N
         "generate": program + 4.0 * unet.parameters,
         "classifier": program + 12.0 * head.parameters + kept(config.classifier.batch_size, head),
     }  # fmt: skip
-    disk = {"pack": float((amounts.counts.sum() + amounts.held_out) * pixels), "extractor": 12.0 * phi0.parameters}
+    # Weights, and the last two checkpoints: of SGD two numbers a parameter, of AdamW and the average four.
+    disk = {"pack": float((amounts.counts.sum() + amounts.held_out) * pixels), "extractor": 20.0 * phi0.parameters}
     disk |= {"diffusion": 36.0 * unet.parameters, "generate": synthetic * pixels + min(synthetic * pixels, 4e9)}
-    disk["classifier"] = 12.0 * head.parameters * len(config.classifier.methods)
+    disk["classifier"] = 20.0 * head.parameters * len(config.classifier.methods)
     limit = seconds | {"generate": seconds["generate"] * max(1.0, generate.max_draws * passing)}
     return [Cost(s, seconds[s], memory.get(s, program), disk.get(s, 0.0), limit[s]) for s in work]

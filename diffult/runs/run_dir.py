@@ -140,14 +140,15 @@ class RunDir:
         wait_for_same_files([self.path, *map(self.folder, STAGES)], world)
 
     @contextmanager
-    def lock(self, patience: float = 0) -> Iterator[None]:
+    def lock(self, world: World = ALONE) -> Iterator[None]:
         """Locks the run for this process and brings config.toml up to date. Taken when all that can be refused has
-        been: a command refused for a bad path can be typed again, corrected. `patience`: as of `lock_folder`.
+        been: a command refused for a bad path can be typed again, corrected. One of several processes waits for a lock
+        that a host which died may have left.
 
         Raises:
             UserError: another process writes to the run.
         """
-        with lock_folder(self.path, patience):
+        with lock_folder(self.path, PATIENCE if world.size > 1 else 0):
             if not self._is_saved():
                 write_text(self.path / "config.toml", self.config.to_toml(self.comments))
             yield
@@ -232,7 +233,7 @@ class RunDir:
             yield None
             return
         if world.is_main:
-            with self.lock(PATIENCE if world.size > 1 else 0):
+            with self.lock(world):
                 if world.size == 1 and self.done(stage) is not None:  # by another process, since the question above
                     yield None
                     return

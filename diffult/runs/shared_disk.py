@@ -31,6 +31,7 @@ def wait_for_same_files(folders: Iterable[Path], world: World) -> None:
     if world.size == 1:
         return
     folders = list(folders)
+    world.gather(None)  # the last one to come may have written until now
     for left in reversed(range(PATIENCE + 1)):
         seen = _files(folders)
         digests = world.gather(hashlib.sha256(repr(sorted(seen.items())).encode()).hexdigest())

@@ -5,17 +5,22 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from torch.distributed import HashStore
 
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.planning.failures import missing_files
-from diffult.planning.rehearsal import lines
-from diffult.rehearse import rehearse
+from diffult.planning.rehearsal import Rehearsed, lines
+from diffult.rehearse import _Context, _measure, rehearse
 from diffult.run import command
 from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
@@ -85,7 +90,7 @@ def _alone(stage):
     return f"loader alone {loader:,.0f} images/s, network alone {network:,.0f} images/s: the {slower} is the bottleneck"
 
 
-def test_a_trained_model_tells_which_class_hardly_passes(tiny_run, tmp_path, monkeypatch):
+def test_a_trained_model_shows_which_class_hardly_passes(tiny_run, tmp_path, monkeypatch):
     run = copied(tiny_run, tmp_path, "pack", "extractor", "diffusion")
     rehearsal, failures = rehearse(run, 0.01)
     finished = [name for name, stage in rehearsal.stages.items() if stage.finished]
@@ -167,3 +172,34 @@ def test_two_processes_rehearse_together_and_a_batch_they_cannot_share_fails(tmp
     content = json.loads((tmp_path / "run" / "rehearsal.json").read_text())
     assert content["processes"] == 2 and not content["stages"]["extractor"]["images_per_s"]
     assert all(content["stages"][name]["seconds"] > 0 for name in STAGES if name != "extractor")
+
+
+@pytest.mark.parametrize("refused", [{0, 1}, {0}])
+def test_a_refusal_ends_the_rehearsal_where_another_process_waits_in_the_stage(monkeypatch, refused):
+    """Two processes, here threads: both refused, the stage has failed; one alone, it ends, and so the other one."""
+    store, meeting, refusals = HashStore(), threading.Barrier(2, timeout=20), []
+    monkeypatch.setattr(World, "store", lambda _: store)
+    monkeypatch.setattr(World, "gather", lambda _, mine: (meeting.wait(), [mine, mine])[1])
+    monkeypatch.setattr("diffult.rehearse._SOON", 0.2)
+    monkeypatch.setattr("diffult.rehearse.bounded_memory", lambda free: nullcontext())
+
+    def measure(rank: int) -> list[str]:
+        def work(context, into):
+            if rank in refused:
+                raise UserError("no room")
+            context.world.gather(None)
+
+        into, context = Rehearsed(), _Context(None, None, None, 1.0, World(rank, 2))
+        try:
+            _measure("extractor", work, context, into)
+        except UserError as error:
+            refusals.append(str(error))
+            meeting.abort()
+        except threading.BrokenBarrierError:
+            refusals.append("lost the other process")
+        return into.failures
+
+    with ThreadPoolExecutor(2) as pool:
+        failures = list(pool.map(measure, range(2)))
+    alone = ["extractor, process 0: no room", "lost the other process"]
+    assert (failures, refusals) == (([["no room"]] * 2, []) if len(refused) == 2 else ([[], []], alone))

@@ -118,13 +118,28 @@ def test_where_both_are_damaged_it_is_refused(tmp_path):
 
 def test_processes_that_see_other_files_are_refused(tmp_path, monkeypatch):
     train(tmp_path / "state.pt", 2)
-    monkeypatch.setattr(World, "barrier", lambda _: None)
+    monkeypatch.setattr(checkpoints, "wait_for_same_files", lambda folders, world: None)
     monkeypatch.setattr(World, "gather", lambda _, mine: [mine, 0])
     with (
         pytest.raises(UserError, match="find checkpoints of steps 2, 0; put the run on a disk that all of them share"),
         Checkpoints(tmp_path / "state.pt", "a", {}, World(0, 2)) as pair,
     ):
         pair.load()
+
+
+def test_a_host_that_sees_the_newest_late_loads_that_one(tmp_path, monkeypatch):
+    """As when the loss has diverged just after a checkpoint, which the disk of another host does not show yet."""
+    train(tmp_path / "state.pt", 2)
+    hidden = (tmp_path / "state.pt").rename(tmp_path / "hidden")
+
+    def wait(folders, world):
+        assert folders == [tmp_path]
+        hidden.rename(tmp_path / "state.pt")
+
+    monkeypatch.setattr(checkpoints, "wait_for_same_files", wait)
+    monkeypatch.setattr(World, "gather", lambda _, mine: [2, mine])
+    with Checkpoints(tmp_path / "state.pt", "a", {}, World(1, 2)) as pair:
+        assert pair.load() == (2, 1.0)
 
 
 # Children that train on from what is there, each killed in the middle of a write or before a rename; the parent prints

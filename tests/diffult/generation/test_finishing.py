@@ -147,6 +147,27 @@ def test_what_is_damaged_half_way_is_drawn_again_and_no_more(whole: Path, tmp_pa
     assert content(folder) == content(whole)
 
 
+def test_damaged_files_do_not_count_when_it_is_killed_with_others_drawn(whole: Path, monkeypatch) -> None:
+    """The second file damaged, and the table deleted as damaged: what was drawn again outlives a kill at any step."""
+    expected = content(whole)
+    damaged = Path(shutil.copytree(whole, whole.parent / "damaged"))
+    (damaged / FILES[1]).write_bytes(b"")
+    (damaged / "candidates.safetensors").unlink()
+    draw(damaged)
+    for step in range(8):
+        folder = Path(shutil.copytree(damaged, whole.parent / f"damaged-{step}"))
+        store, quota, _ = draw(folder)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killing(patch, step)
+            store.finish(quota)
+        store, quota, drawn = draw(folder)
+        assert drawn == 0
+        store.finish(quota)
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+        assert content(folder) == expected
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_file_that_is_gone_is_drawn_again(whole: Path, lost: int) -> None:
     expected = content(whole)

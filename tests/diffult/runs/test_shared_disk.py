@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.runs import files, shared_disk
 from diffult.runs.files import lock_folder
@@ -77,6 +78,23 @@ def test_hosts_that_see_the_same_files_go_on_at_once(tmp_path, naps):
     assert (
         together(lambda process: shared_disk.wait_for_same_files([tmp_path, tmp_path / "none"], process)) == [None] * 3
     )
+    assert not naps
+
+
+def test_those_that_come_early_look_when_the_last_has_written(tmp_path, naps):
+    """Without the second of a look that was too early."""
+    others_came = threading.Barrier(3, timeout=60)
+
+    def wait(process: Process) -> None:
+        if process.is_main:
+            others_came.wait()
+            (tmp_path / "state.pt").write_bytes(b"1")
+        else:
+            gather, first = process.gather, iter([others_came.wait])
+            process.gather = lambda mine: (next(first, int)(), gather(mine))[1]
+        shared_disk.wait_for_same_files([tmp_path], process)
+
+    assert together(wait) == [None] * 3
     assert not naps
 
 
@@ -178,3 +196,15 @@ def test_a_lock_that_a_host_left_is_waited_for(tmp_path: Path, monkeypatch):
     assert slept == [1, 1, 1]
     with lock_folder(tmp_path, patience=3):
         assert len(slept) == 5
+
+
+def test_one_of_several_processes_waits_for_the_lock_of_a_run(tmp_path: Path, naps):
+    """Every stage with which a run goes on, evaluation too, may come first after a host has died."""
+    run = RunDir.open(tmp_path / "run", "digits-lt")
+    with lock_folder(run.path):
+        with pytest.raises(UserError, match="another process writes to it"), run.lock():
+            pass
+        assert not naps
+        with pytest.raises(UserError, match="another process writes to it"), run.lock(World(0, 2)):
+            pass
+    assert naps == [1] * shared_disk.PATIENCE
