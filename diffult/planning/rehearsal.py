@@ -174,15 +174,15 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
     peaks = [(max(getattr(stage, kind) for stage in stages.values())) for kind in ("host", "device")]
     together = [sum(column) for column in zip(*((c.seconds, a, b) for c, a, b in rows), strict=True)]
     disk, limit = sum(cost.disk for cost, _, _ in rows), sum(cost.limit for cost, _, _ in rows)
-    text = [_row("stage", "time", "range", ["host RAM", "device", "disk"])]
+    table, text = [_row("stage", "time", "range", ["host RAM", "device", "disk"])], list[str]()
     for cost, least, most in rows:
         stage = stages[cost.stage]
         time, span = duration(cost.seconds), _range(least, most)
         if stage.finished or not stage.parts:
             time, span = "finished" if stage.finished else "unknown", ""
-        text.append(_row(cost.stage, time, span, [size(stage.host), size(stage.device), size(cost.disk)]))
+        table.append(_row(cost.stage, time, span, [size(stage.host), size(stage.device), size(cost.disk)]))
     row = duration(together[0]), _range(together[1], together[2])
-    text.append(_row("together", *row, [*map(size, peaks), size(disk)]))
+    table.append(_row("together", *row, [*map(size, peaks), size(disk)]))
     if price is not None:
         money = [f"{price * rehearsal.processes * seconds / 3600:,.2f}" for seconds in together]
         devices = counted(rehearsal.processes, "device", "devices")
@@ -202,7 +202,7 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
     if not peaks[1] and rehearsal.computed < _QUIET:
         share = f"{rehearsal.computed:.0%} of the time"
         text.append(f"other programs were running: this one had a processor for {share}; alone the run is faster")
-    return [part for line in text for part in textwrap.wrap(line, _WIDTH, subsequent_indent="    ") or [line]]
+    return table + [part for line in text for part in textwrap.wrap(line, _WIDTH, subsequent_indent="    ")]
 
 
 def _range(least: float, most: float) -> str:
