@@ -156,7 +156,7 @@ def test_processes_that_cannot_be_reached_are_one_line(monkeypatch) -> None:
 
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed.dist, "init_process_group", refused)
+    monkeypatch.setattr(distributed.dist, "rendezvous", refused)
     with pytest.raises(UserError, match=r"cannot join the other processes \(The client socket has failed\); start all"):
         init_distributed()
 
