@@ -158,6 +158,7 @@ def copied(run, tmp_path, *stages):
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow  # half a minute
 def test_two_processes_rehearse_together_and_a_batch_they_cannot_share_fails(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     command += ["diffult.run", "--preset", "digits-lt", "--run", str(tmp_path / "run"), "--rehearse", "0.01"]
