@@ -165,6 +165,7 @@ def command(
         "command": f"python -m bench.equal_quality --run {run}", "machine": machine(),
         "threads": torch.get_num_threads(), "preset": opened.config.name, "evaluations": FAST["steps"],
         "per_class": per_class, "distances": distances, "rival": name, "rival_evaluations": steps, "equal": equal,
+        "images": opened.config.generate.batch_size,
         "ratios": {setting: ratios(results, setting) for setting in peers.SETTINGS}, "race": results,
     }  # fmt: skip
     file = out / f"equal-quality-{opened.config.name}.json"

@@ -5,7 +5,7 @@
 A table stands between `<!-- bench:KIND FILE -->` and `<!-- bench:end -->`; FILE is in bench/results. Kinds:
 `comparison`, and its `best` rows beside the plain ones (`diffult.compare`), `variants` (`bench.variants`), `loaders`
 (`bench.loaders`), `speed`, `suite`, `rivals`, `ceilings` and `machine` (`python -m bench`), `cost` and `check`
-(`bench.cost`), `growth` (`bench.growth`), `many` and `kills` (`bench.kills`).
+(`bench.cost`), `growth` (`bench.growth`), `many` and `kills` (`bench.kills`), `equal` (`bench.equal_quality`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": tables.machine_line,
     "cost": tables.cost_table,
     "check": tables.check_table,
+    "equal": tables.equal_quality_table,
     "growth": tables.growth_table,
     "many": tables.many_images_table,
     "kills": tables.kills_table,

@@ -131,6 +131,27 @@ def check_table(content: Content) -> str:
     return _table(["preset", "stage", "runs", "measured, s", "predicted, s", "predicted / measured"], lines)
 
 
+def equal_quality_table(content: Content) -> str:
+    """Fréchet distances of ours and of each scheduler of diffusers by evaluations, then the race at equal distance."""
+    distances, race = content["distances"], content["race"]
+    steps = sorted({int(step) for row in distances["theirs"].values() for step in row})
+    ours = [f"{distances['ours']:.2f}" if step == content["evaluations"] else "" for step in steps]
+    at_ours = [f"{distances['at our timesteps']:.2f}" if step == content["evaluations"] else "" for step in steps]
+    lines = [["ours, `generate --fast`", *ours], ["diffusers, DPM-Solver++, our timesteps", *at_ours]]
+    for name, row in distances["theirs"].items():
+        lines.append([f"diffusers, {name}", *(f"{row[str(step)]:.2f}" if str(step) in row else "" for step in steps)])
+    header = ["Fréchet distance after so many evaluations", *map(str, steps)]
+    images = content["images"]
+    raced = [["ours", str(content["evaluations"]), number(images / median(race[OURS]["seconds"])), ""]]
+    for name, values in content["ratios"].items():
+        rate = number(images / median(race[name]["seconds"]))
+        raced.append(
+            [f"{name}, {content['rival']}", str(content["rival_evaluations"]), rate, ratio_with_spread(values)]
+        )
+    race_header = ["at equal distance", "evaluations", "samples/s", "ours / contestant"]
+    return _table(header, lines) + "\n\n" + _table(race_header, raced)
+
+
 def growth_table(content: Content) -> str:
     """Images/s and peak memory as the number of images grows."""
     lines = [
