@@ -84,7 +84,7 @@ def test_folder_classes_are_sorted_and_files_in_order(tmp_path: Path, caplog: py
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     root, out = tmp_path / "source", tmp_path / "pack"
-    with pytest.raises(UserError, match=r"data\.path .*source does not exist$"):
+    with pytest.raises(UserError, match=r"data\.path .*source does not exist; give --set data.path=PATH"):
         write_packed(folder_config(root), out)
     write_folder(root, ("train",))
     with pytest.raises(UserError, match=r"source has no test split: a run needs train and test images"):
