@@ -126,7 +126,7 @@ def check_table(content: Content) -> str:
     for preset, stage in kinds:
         rows = [row for row in content["checked"] if (row["preset"], row["stage"]) == (preset, stage)]
         measured, predicted, ratio = ([row[key] for row in rows] for key in ("measured_s", "predicted_s", "ratio"))
-        spans = [f"{number(min(v))} to {number(max(v))}" for v in (measured, predicted, ratio)]
+        spans = [" to ".join(map(number, sorted({min(v), max(v)}))) for v in (measured, predicted, ratio)]
         lines.append([preset, stage, str(len(rows)), *spans])
     return _table(["preset", "stage", "runs", "measured, s", "predicted, s", "predicted / measured"], lines)
 
