@@ -58,6 +58,7 @@ if __name__ == "__main__":
         alone, _, _ = train(dtype, 0, 1, None, range(3))
         resumed, _, _ = train(dtype, rank, 2, dist.group.WORLD, range(3, 6), alone.state_dict())
         torch.save(result | {"resumed": resumed.state_dict()}, f"{sys.argv[1]}/{str(dtype)[6:]}-{rank}.pt")
+    dist.destroy_process_group()  # or gloo's threads may outlive the interpreter
     dist.destroy_process_group()
 """
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import time
 from unittest.mock import patch
 
 import pytest
@@ -83,6 +84,8 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(small_disk):
 
         def step(i, batch):
             if fills and i == 4:
+                while not path.exists():  # a thread writes it
+                    time.sleep(0.01)
                 fill(path.with_name("other"))
             loss = model(torch.randn(8, 40)).square().mean()
             optimizer.zero_grad()
