@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import itertools
 import logging
 import os
@@ -165,11 +166,16 @@ def init_distributed() -> World:
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
             reason = str(error).partition("\n")[0][:200]
             raise UserError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
-        # Or gloo's threads may outlive the interpreter, and the process ends in an abort.
-        atexit.register(dist.destroy_process_group, None if backend == "gloo" else _patient)
+        atexit.register(_leave, None if backend == "gloo" else _patient)
     if dist.get_rank():
         logging.getLogger().setLevel(logging.WARNING)  # the first process logs for all
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _leave(group: Any) -> None:
+    """Ends gloo's threads, or they may outlive the interpreter, and the process ends in an abort."""
+    gc.collect()  # optimizers hold the group, and their hooks themselves
+    dist.destroy_process_group(group)
 
 
 def _attempt(store: dist.Store, rank: int, size: int) -> str:

@@ -11,7 +11,7 @@ from kernels.adamw_ema import AdamWEma, bytes_per_parameter
 
 # Each process trains a network on its half of each batch, in buckets smaller than a layer, and stores what it has.
 PROGRAM = """
-import sys, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
 from torch import nn
 from kernels import shards
 from kernels.adamw_ema import AdamWEma
@@ -58,7 +58,8 @@ if __name__ == "__main__":
         alone, _, _ = train(dtype, 0, 1, None, range(3))
         resumed, _, _ = train(dtype, rank, 2, dist.group.WORLD, range(3, 6), alone.state_dict())
         torch.save(result | {"resumed": resumed.state_dict()}, f"{sys.argv[1]}/{str(dtype)[6:]}-{rank}.pt")
-    dist.destroy_process_group()  # or gloo's threads may outlive the interpreter
+    del optimizer, resumed, flat, result  # a group that outlives the interpreter ends it in an abort
+    gc.collect()
     dist.destroy_process_group()
 """
 
