@@ -30,6 +30,7 @@ from diffult.diffusion.schedule import Schedule
 from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.generate import FAST
+from diffult.generation.sampler import Sampler
 from diffult.longtail.classification import extract_features
 from diffult.longtail.extractor import Extractor, load_extractor
 from diffult.longtail.frechet import frechet_distance
@@ -45,13 +46,13 @@ _BEST = "diffusers channels-last"  # draws what is judged; all settings race
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # labels and indices, int64 [B] -> uint8 [B, H, W, C]
 
 
-def our_draws(run: RunDir) -> tuple[Draw, Model]:
-    """As `generate --fast` draws, and the trained network as a contestant has it."""
+def our_sampler(run: RunDir) -> tuple[Sampler, Model]:
+    """As `generate --fast` has it, and the trained network as a contestant has it."""
     settings = run.config.generate.model_copy(update=FAST | {"match_histogram": False})
     sampler = open_sampler(run, settings, run.config.seed)
     nothing = torch.empty(0)
     model = Model(run.config, sampler.unet, (nothing, nothing, nothing), sampler.dtype, sampler.device)
-    return sampler.draw, model
+    return sampler, model
 
 
 def peer_draws(model: Model, seed: int, peer: Any, make: Callable[[], Any]) -> Draw:
@@ -93,13 +94,13 @@ class Yardstick:
 
 def measure_distances(run: RunDir, yardstick: Yardstick) -> dict[str, Any]:
     """ "ours", "at our timesteps" and by own scheduler and number of steps "theirs": Fréchet distances."""
-    ours, model = our_draws(run)
+    sampler, model = our_sampler(run)
     config, seed = run.config.diffusion, run.config.seed
     schedule = Schedule(config.schedule, config.timesteps, model.device)
     peer = peers.build_peer(model.unet, run.config.data.image_size).in_setting(_BEST)
-    result: dict[str, Any] = {"ours": yardstick(ours), "theirs": {name: {} for name in peers.SOLVERS}}
+    result: dict[str, Any] = {"ours": yardstick(sampler.draw), "theirs": {name: {} for name in peers.SOLVERS}}
     print(f"ours, {FAST['steps']} evaluations: {result['ours']:.2f}", flush=True)
-    grid = open_sampler(run, run.config.generate.model_copy(update=FAST), seed).timesteps
+    grid = sampler.timesteps
 
     def at_ours() -> Any:
         made, _ = peers.scheduler(config, schedule, "dpm++", len(grid), model.device)
@@ -129,13 +130,13 @@ def fewest(distances: dict[str, Any]) -> tuple[str, int, bool]:
 
 def race(run: RunDir, name: str, steps: int, rounds: int, turn_s: float) -> dict[str, dict[str, Any]]:
     """Seconds of a batch: ours, and diffusers with this scheduler in each of its settings."""
-    ours, model = our_draws(run)
+    sampler, model = our_sampler(run)
     config, size = run.config.diffusion, run.config.generate.batch_size
     schedule = Schedule(config.schedule, config.timesteps, model.device)
     indices = torch.arange(size, device=model.device)
     labels = indices % len(run.packed().classes)
     peer = peers.build_peer(model.unet, run.config.data.image_size)
-    calls: dict[str, Callable[[], object]] = {OURS: lambda: ours(labels, indices)}
+    calls: dict[str, Callable[[], object]] = {OURS: lambda: sampler.draw(labels, indices)}
     for setting in peers.SETTINGS:
         draw = peer_draws(
             model, run.config.seed, peer.in_setting(setting),
