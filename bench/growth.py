@@ -133,8 +133,9 @@ def _prepare(work: str, count: int, folder: Path) -> None:
         _write(count, folder / "images.beton")
 
 
-def _own_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def own_mb(process: int | str = "self") -> float:
+    """What a process holds itself, without mapped files, in MB; OSError or StopIteration if it is gone or has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
@@ -143,15 +144,15 @@ class _Peak(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.mb, self._end = _own_mb(), threading.Event()
+        self.mb, self._end = own_mb(), threading.Event()
 
     def run(self) -> None:
         while not self._end.wait(0.02):
-            self.mb = max(self.mb, _own_mb())
+            self.mb = max(self.mb, own_mb())
 
     def stop(self) -> float:
         self._end.set()
-        return max(self.mb, _own_mb())
+        return max(self.mb, own_mb())
 
 
 def child(work: str, count: int, folder: Path) -> dict[str, Any]:

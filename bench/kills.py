@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from bench.growth import own_mb
 from diffult.cli import main
 from diffult.engine.device import machine
 from diffult.errors import UserError
@@ -62,11 +63,11 @@ def _processes(root: int) -> list[int]:
 
 
 def _own_mb(process: int) -> float:
+    """0 where it is gone or has ended."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
+        return own_mb(process)
+    except (OSError, StopIteration):
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
 
 
 def _cpu_s() -> float:

@@ -34,6 +34,7 @@ from diffult.cli import main
 from diffult.engine.device import machine, pick_device
 from diffult.errors import UserError
 from diffult.models.resnet import build_classifier
+from diffult.planning.stopwatch import highest_memory
 from diffult.runs.files import write_json
 from ffcv_writers import Crop, ImageSet, Loader, Natural, RandomResizedCrop, open_set, write
 from ffcv_writers.readers import open_source
@@ -291,15 +292,10 @@ def write_once(folder: Path, kind: str, count: int, out: Path) -> dict[str, floa
         write(out, Repeated(few, len(number)), labels=number, synthetic=0 * number, index=number)
         few = list(open_set([out]).take(number))
     Path("/proc/self/clear_refs").write_text("5")  # peak memory counts from here
-    before = _peak_mb()
+    before = highest_memory()
     taken = seconds(lambda: write(out, Repeated(few, count), labels=0 * names, synthetic=0 * names, index=names,
                                   storage=storage, workers=2))  # type: ignore[arg-type]  # fmt: skip
-    return {"images_per_s": round(count / taken), "grown_mb": round(_peak_mb() - before, 1)}
-
-
-def _peak_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return {"images_per_s": round(count / taken), "grown_mb": round((highest_memory() - before) / 2**20, 1)}
 
 
 def writer(folder: Path, work: Path, repeats: int) -> dict[str, Any]:

@@ -98,12 +98,13 @@ def peak_memory() -> Iterator[Peak]:
     try:
         yield peak
     finally:
-        peak.host = _highest()
+        peak.host = highest_memory()
         peak.device = float(torch.cuda.max_memory_reserved()) if on_card else 0.0
         release()
 
 
-def _highest() -> float:
+def highest_memory() -> float:
+    """Bytes that this process has held at the most."""
     with suppress(OSError, StopIteration, IndexError, ValueError):
         rows = Path("/proc/self/status").read_text().splitlines()
         return 1024.0 * int(next(row for row in rows if row.startswith("VmHWM")).split()[1])
