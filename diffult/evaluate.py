@@ -33,7 +33,7 @@ from ffcv_writers import ImageSet, Loader
 
 def evaluate(run: RunDir, world: World = ALONE) -> dict[str, Any]:
     """Top-1, many / medium / few and each class in percent on the test set, the same on the validation set under
-    "validation", and the share of copies among the synthetic images under "copies".
+    "validation" with its size as "validation_images", and the share of copies among the synthetic images under "copies".
 
     Skipped if it is done already; of several processes the first calls it. Raises UserError if a stage before is not
     finished.
@@ -57,6 +57,7 @@ def evaluate(run: RunDir, world: World = ALONE) -> dict[str, Any]:
         metrics |= _accuracies(run, packed, packed.test.labels, predicted)
         if packed.val is not None:
             metrics["validation"] = accuracies_on(run, packed, packed.val)
+            metrics["validation_images"] = len(packed.val)
         metrics["copies"] = _copies(run, packed, copies)
         metrics["generation"] = records["generate"]["generation"]
         metrics["seconds"] = {stage: record["seconds"] for stage, record in records.items()}
@@ -118,7 +119,7 @@ def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
     titles = {name: find_method(name).title for name, row in metrics.items() if isinstance(row, dict) and "top1" in row}
     width = max(map(len, titles.values())) + 2
-    lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
+    lines = [f"{'accuracy in %':{width}}" + "".join(f"{column:>9}" for column in COLUMNS)]
     for name, title in titles.items():
         cells = ("-" if metrics[name][column] is None else f"{metrics[name][column]:.1f}" for column in COLUMNS)
         lines.append(f"{title:{width}}" + "".join(f"{cell:>9}" for cell in cells))

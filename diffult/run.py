@@ -55,11 +55,13 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     """Runs every stage up to `until`; finished ones are skipped, an interrupted one resumes.
 
     Raises:
-        UserError: bad settings or images, or damaged checkpoints.
+        UserError: bad settings or images, damaged checkpoints, or a batch that the processes cannot share.
     """
     for folder in map(run.folder, STAGES if world.is_main else ()):  # before any work starts
         if not (folder / "done.json").exists():
             check_checkpoints(folder)
+    for stage in ("extractor", "diffusion", "classifier"):
+        world.local_slice(getattr(run.config, stage).batch_size, f"{stage}.batch_size")
     device = pick_device()
     log.info("%s: %s", run.config.name, run.path)
     log.info("device: %s, %s", device, str(compute_dtype(run.config.precision, device)).removeprefix("torch."))

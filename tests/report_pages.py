@@ -143,6 +143,7 @@ def example_metrics(config: Config) -> dict[str, Any]:
         "seed": 7,
         "ce": dict(zip(names, (70.04, 91.0, 70.0, 48.14), strict=True)),
         "diffult": dict(zip(names, (75.26, 88.0, 70.0, 51.26), strict=True)),
+        "validation_images": 26,
         "validation": {"ce": dict.fromkeys(names, 61.5), "diffult": dict.fromkeys(names, 62.5)},
         "generation": totals | {"images_per_s": 71.4, "nfe": 20, "by_class": by_class},
         "seconds": {"extractor": 10.0, "diffusion": 75.0, "generate": 15.0},

@@ -110,7 +110,9 @@ def summary(content: RunContent) -> list[dict[str, str]]:
     """{"question", "answer"}: what a user asks first."""
     order = ranked(content.metrics, content.methods)
     top = max(content.methods, key=lambda name: content.metrics[name]["top1"])
-    where = "validation" if "validation" in content.metrics else "test"
+    where = "test"
+    if "validation" in content.metrics:
+        where = f"{content.metrics.get('validation_images', '')} validation".lstrip()  # old runs do not have the number
     score = content.metrics.get("validation", {}).get(order[0])
     answer = f"Highest on the {where} images{scored(score and score['top1'])}: "
     answer += f"{_named(content, order[0])} on the test images."

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from diffult.engine.distributed import World
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
 from diffult.models.resnet import load_classifier
@@ -274,6 +275,15 @@ def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, 
     assert metrics["generation"]["nfe"] == evaluations
 
 
+@pytest.mark.parametrize("stage", ["extractor", "diffusion", "classifier"])
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_packing(tmp_path, stage):
+    sizes = {name: 30 for name in ("extractor", "diffusion", "classifier")} | {stage: 32}
+    run = RunDir.open(tmp_path / "run", "digits-lt", [f"{name}.batch_size={size}" for name, size in sizes.items()])
+    with pytest.raises(UserError, match=f"{stage}.batch_size = 32 cannot be shared by 3 processes"):
+        run_pipeline(run, world=World(0, 3))
+    assert not (tmp_path / "run" / "pack").exists()
+
+
 def test_evaluate_keeps_its_predictions_and_measures_copies_once(copied_run):
     run, folder = RunDir.open(copied_run), copied_run / "evaluate"
     metrics = json.loads((copied_run / "metrics.json").read_text())
@@ -292,6 +302,7 @@ def test_evaluate_keeps_its_predictions_and_measures_copies_once(copied_run):
     assert (packed.train.labels[copies["nearest"].numpy()] == kept.labels).all()
     assert copies["held_out_labels"].tolist() == packed.val.labels.tolist()
     assert metrics["copies"]["share"] == pytest.approx(100 * copies["copy"].numpy().mean())
+    assert metrics["validation_images"] == len(packed.val)
 
     measured = (folder / "copies.safetensors").stat().st_mtime_ns
     (folder / "predictions.safetensors").unlink()

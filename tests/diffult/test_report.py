@@ -101,7 +101,7 @@ def test_gallery_sets_samples_beside_real_images(config: Config, html: str) -> N
 def test_the_summary_answers_with_numbers(html: str) -> None:
     page = Page(html)
     assert page.answers["Which method wins?"].startswith(
-        "Highest on the validation images (90.0\xa0%): DiffuLT, 90.0\xa0%"
+        "Highest on the 26 validation images (90.0\xa0%): DiffuLT, 90.0\xa0%"
     )
     # 2 of 10 images of 3 classes more, and 3 of 10: 196 sqrt(p (1 - p) / 30) points to either side
     gain = page.answers["Do synthetic images add anything to the best method without them?"]
