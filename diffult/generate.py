@@ -111,6 +111,8 @@ def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALON
     if world.is_main:
         store = open_store(folder, run, settings, request.quotas, request.seed)
         store.resume(quota)
+        if 0 < (there := int(quota.accepted.sum())) < quota.quotas.sum():
+            log.info("generate: resuming with %d of %d samples", there, quota.quotas.sum())
     quota = world.gather(quota)[0]  # what the first process found on disk; the others read nothing of it
     if not world.is_main:
         store = open_store(folder, run, settings, request.quotas, request.seed, world.rank)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -186,6 +187,7 @@ def test_interrupted_it_says_so_and_loses_nothing(run, unbroken, nursery, tmp_pa
     assert 3 <= len(there) < batches(unbroken[1]) and not list(out.glob(".*.tmp"))
     nursery.start(work(run, out), told, fatal="synthetic.beton")
     assert nursery.wait() == -signal.SIGKILL
+    assert re.search(r"generate: resuming with [1-9]\d* of \d+ samples", told.read_text())
     assert all(file.read_bytes() == content for file, content in there.items())
     assert nursery.run(work(run, out), told)[0] == 0
     assert same(result(run, out), unbroken[0])
