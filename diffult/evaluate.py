@@ -33,7 +33,7 @@ from ffcv_writers import ImageSet, Loader
 
 def evaluate(run: RunDir, world: World = ALONE) -> dict[str, Any]:
     """Top-1, many / medium / few and each class in percent on the test set, the same on the validation set under
-    "validation" with its size as "validation_images", and the share of copies among the synthetic images under "copies".
+    "validation" with its size as "validation_images", and the share of copies among the synthetic images as "copies".
 
     Skipped if it is done already; of several processes the first calls it. Raises UserError if a stage before is not
     finished.

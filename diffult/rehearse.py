@@ -54,7 +54,7 @@ from diffult.planning.stopwatch import (
     stretches,
     timed,
 )
-from diffult.planning.timing import free_memory
+from diffult.planning.timing import free_host_memory
 from diffult.report import write_report
 from diffult.runs.files import lock_folder, write_json
 from diffult.runs.run_dir import REHEARSAL, RunDir
@@ -159,7 +159,7 @@ def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: Wo
         failures += hardly_passing(drawn, passed, packed.classes, generate.max_draws)
     failures += disk_failures(rehearsal, real.path)
     failures += open_file_failures(max(part.open_files for part in rehearsal.stages.values()))
-    failures += memory_failures(rehearsal, free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    failures += memory_failures(rehearsal, free_host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return rehearsal, world.gather(failures)[0]
 
 
@@ -170,7 +170,7 @@ def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context:
         log.info("rehearsing %s", stage)
     with peak_memory() as peak:
         try:
-            with bounded_memory(free_memory()):
+            with bounded_memory(free_host_memory()):
                 work(context, into)
         except UserError as error:
             refused = str(error)

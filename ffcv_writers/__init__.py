@@ -12,7 +12,7 @@ Where images come from: `ffcv_writers.readers`. On the command line: python -m f
 from .crops import CenterCrop, Crop, RandomResizedCrop
 from .errors import SampleError, SourceError
 from .image_set import ImageSet, open_set
-from .loader import Batch, Loader, available_cores
+from .loader import Batch, Loader, available_cores, free_memory
 from .orders import ClassBalanced, Draws, Natural, Order, Ratio, Weighted
 from .writing import Samples, write
 
@@ -33,6 +33,7 @@ __all__ = [
     "SourceError",
     "Weighted",
     "available_cores",
+    "free_memory",
     "open_set",
     "write",
 ]

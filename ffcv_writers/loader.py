@@ -196,7 +196,7 @@ class Loader:
         self.image_set.read(samples, out, boxes)
 
     def _choose(self, resident: bool | None) -> bool:
-        size, room = len(self.image_set) * int(np.prod(self._shape)), int(_free_memory(self.device) * _SHARE)
+        size, room = len(self.image_set) * int(np.prod(self._shape)), int(free_memory(self.device) * _SHARE)
         if self._mapped:
             resident, reason = False, "raw"
         elif resident is not None:
@@ -219,7 +219,7 @@ def available_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device, 0 where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

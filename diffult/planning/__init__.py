@@ -20,7 +20,7 @@ from diffult.longtail.metrics import class_groups
 from diffult.planning.cost import Cost, Speeds, costs
 from diffult.planning.proposal import Proposal, propose_settings
 from diffult.planning.timing import guess, measure
-from diffult.reporting.text import duration
+from diffult.reporting.text import duration, size
 
 __all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "planned_hours", "propose"]
 
@@ -89,13 +89,13 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
     """The plan as text: the set, the settings, and time, memory and disk of each stage."""
     config, counts, shorter = proposal.config, proposal.amounts.counts, survey.sides.min(1)
     low, middle, high = (int(value) for value in (shorter.min(), np.median(shorter), shorter.max()))
-    size = (
+    sides = (
         f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
     )
     synthetic = proposal.amounts.synthetic(config.generate.balance_to, config.generate.dose)
     text = [
         f"{survey.place['path']}: {survey.counts.sum():,} images of {len(counts):,} classes "
-        f"({_range(survey.counts)}), {size}, {'colour' if survey.colour else 'grey'}",
+        f"({_range(survey.counts)}), {sides}, {'colour' if survey.colour else 'grey'}",
         *(f"  note: {note}" for note in proposal.notes),
         f"  train on {counts.sum():,}, {config.data.image_size}x{config.data.image_size} pixels, "
         f"{'colour' if config.data.channels == 3 else 'grey'}; {proposal.amounts.held_out:,} for validation and test",
@@ -127,18 +127,14 @@ def _groups(counts: np.ndarray, many: int, few: int) -> str:
 
 def _table(rows: list[Cost], speeds: Speeds) -> list[str]:
     text = [f"  {'stage':12}{'time':>15}{'memory':>12}{'disk':>12}"]
-    text += [f"  {row.stage:12}{duration(row.seconds):>15}{_size(row.memory):>12}{_size(row.disk):>12}" for row in rows]
+    text += [f"  {row.stage:12}{duration(row.seconds):>15}{size(row.memory):>12}{size(row.disk):>12}" for row in rows]
     seconds, limit = sum(row.seconds for row in rows), sum(row.limit for row in rows)
     disk, memory = sum(row.disk for row in rows), max(row.memory for row in rows)
-    text.append(f"  {'together':12}{duration(seconds):>15}{_size(memory):>12}{_size(disk):>12}")
+    text.append(f"  {'together':12}{duration(seconds):>15}{size(memory):>12}{size(disk):>12}")
     if limit > 1.02 * seconds:
         text.append(f"  at most {duration(limit)}, if the filter rejects most samples")
     if memory > speeds.memory:
-        text.append(f"  note: {_size(speeds.memory)} of memory are free; --set data.image_size takes a smaller size")
+        text.append(f"  note: {size(speeds.memory)} of memory are free; --set data.image_size takes a smaller size")
     if disk > speeds.disk:
-        text.append(f"  note: {_size(speeds.disk)} of disk are free; --run DIR writes elsewhere")
+        text.append(f"  note: {size(speeds.disk)} of disk are free; --run DIR writes elsewhere")
     return text
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -13,8 +13,8 @@ import numpy as np
 from diffult.config import Config
 from diffult.data.packing import origin
 from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
-from diffult.planning.rehearsal import Rehearsal, size
-from diffult.reporting.text import counted
+from diffult.planning.rehearsal import Rehearsal
+from diffult.reporting.text import counted, size
 from ffcv_writers.readers import Source
 
 _HARDLY, _ENOUGH = 0.05, 8  # a class of which less passes, of so many candidates at the least

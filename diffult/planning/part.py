@@ -12,9 +12,10 @@ from diffult.data.packing import Packed, open_data, origin, pack_images
 from diffult.data.splits import choose_splits
 from diffult.planning.cost import Amounts
 from diffult.planning.failures import missing_files, small_classes
-from diffult.planning.rehearsal import Part, Rehearsed, size
+from diffult.planning.rehearsal import Part, Rehearsed
 from diffult.planning.stopwatch import timed
-from diffult.planning.timing import free_memory
+from diffult.planning.timing import free_host_memory
+from diffult.reporting.text import size
 from ffcv_writers.readers import Source
 
 _LEAST = 3  # images of a class and split, where it has them: they give a radius
@@ -59,7 +60,7 @@ def pack_part(config: Config, folder: Path, seconds: float, into: Rehearsed) -> 
     into.parts.append(Part("images", tuple(each), share=1.0))
     into.disk = sum(file.stat().st_size for file in folder.glob("*.beton")) / first * total
     into.notes.append(f"{first:,} of {total:,} images packed")
-    if into.disk > (free := free_memory()):
+    if into.disk > (free := free_host_memory()):
         into.notes.append(
             f"{size(into.disk)} do not fit into the {size(free)} of memory that are free: epochs read them from the "
             "disk, which the rehearsal of a part does not show"

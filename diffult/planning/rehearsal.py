@@ -18,7 +18,7 @@ import numpy as np
 
 from diffult.config import Config
 from diffult.planning.cost import Amounts, Cost, Work, costs, pass_rate, stage_work
-from diffult.reporting.text import counted, duration
+from diffult.reporting.text import counted, duration, size
 
 _WIDTH = 80
 _QUIET = 0.8  # share of the time that a process computes where nothing else is at work
@@ -231,11 +231,3 @@ def _details(stage: Rehearsed, units: float) -> Iterator[str]:
 def _short(seconds: float) -> str:
     """5.23 ms, or as `duration`."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
-
-
-def size(count: float) -> str:
-    """12.3 GB, 456 MB, 7.89 kB, or a dash for nothing."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= 0.9995 * unit:
-            return f"{count / unit:,.1f} {name}" if unit == 1e9 else f"{count / unit:.3g} {name}"
-    return f"{count:.0f} B" if count else "-"

@@ -18,7 +18,7 @@ from diffult.generation.sampler import Sampler
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
 from diffult.planning.cost import Speeds, classifier_flops, evaluation_flops
-from ffcv_writers import available_cores
+from ffcv_writers import available_cores, free_memory
 from kernels.adamw_ema import AdamWEma
 from kernels.augment import augment, normalise
 
@@ -49,20 +49,16 @@ def measure(config: Config, classes: int, place: Path, world: World = ALONE) -> 
 
 
 def _speeds(train: float, sample: float, classify: float, place: Path, world: World) -> Speeds:
-    on_card = pick_device().type == "cuda"
-    memory = torch.cuda.mem_get_info()[0] if on_card else free_memory() / world.size
+    on_card = (device := pick_device()).type == "cuda"
+    memory = free_memory(device) if on_card else free_host_memory() / world.size
     there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
     start, free, size = 150.0 if on_card else 20.0, shutil.disk_usage(there).free, world.size  # compiling takes time
     return Speeds(train * size, sample * size, classify * size, available_cores(), start, memory, free, size)
 
 
-def free_memory() -> float:
+def free_host_memory() -> float:
     """Bytes that programs may still take, as Linux estimates; a cautious guess elsewhere."""
-    try:
-        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024.0 * int(rows["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return 4e9
+    return free_memory(torch.device("cpu")) or 4e9
 
 
 def _rate(build: Callable[[int], Callable[[], None]], flops: float, batch_size: int, whole: bool = False) -> float:

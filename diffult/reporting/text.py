@@ -19,6 +19,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def size(count: float) -> str:
+    """Bytes: 12.3 GB, 456 MB, 7.89 kB, or a dash for nothing."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:,.1f} {name}" if unit == 1e9 else f"{count / unit:.3g} {name}"
+    return f"{count:.0f} B" if count else "-"
+
+
 def number(value: float | None, digits: int = 1) -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")

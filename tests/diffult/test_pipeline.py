@@ -277,7 +277,7 @@ def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, 
 
 @pytest.mark.parametrize("stage", ["extractor", "diffusion", "classifier"])
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_packing(tmp_path, stage):
-    sizes = {name: 30 for name in ("extractor", "diffusion", "classifier")} | {stage: 32}
+    sizes = dict.fromkeys(("extractor", "diffusion", "classifier"), 30) | {stage: 32}
     run = RunDir.open(tmp_path / "run", "digits-lt", [f"{name}.batch_size={size}" for name, size in sizes.items()])
     with pytest.raises(UserError, match=f"{stage}.batch_size = 32 cannot be shared by 3 processes"):
         run_pipeline(run, world=World(0, 3))

@@ -292,12 +292,12 @@ def test_the_choice_of_loader_is_automatic_and_logged(
     batches = {}
     with caplog.at_level(logging.DEBUG, "ffcv_writers"):
         for room in (4 * 20 * 64 * 64 * 3, 4 * 20 * 64 * 64 * 3 - 4):
-            monkeypatch.setattr("ffcv_writers.loader._free_memory", lambda device, room=room: room)
+            monkeypatch.setattr("ffcv_writers.loader.free_memory", lambda device, room=room: room)
             loader = Loader(image_set, 3, num_workers=2)
             batches[loader.resident] = [list(loader.batches(order, order + 5)) for _ in range(2)][1]
         Loader(image_set, 3, crop=RandomResizedCrop(32, seed=0))
         Loader(image_set, 3, resident=True)
-        monkeypatch.setattr("ffcv_writers.loader._free_memory", lambda device: 4 * 20 * 32 * 32 * 3)
+        monkeypatch.setattr("ffcv_writers.loader.free_memory", lambda device: 4 * 20 * 32 * 32 * 3)
         assert Loader(image_set, 3, crop=CenterCrop(32)).resident
         write_all(tmp_path / "raw.beton", contents)
         Loader(open_set([tmp_path / "raw.beton"]), 3)
