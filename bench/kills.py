@@ -14,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,9 +143,14 @@ def _victims(launcher: int, at: random.Random) -> tuple[str, list[int]]:
     return kind, [launcher, *workers] if kind == "host" else [workers[int(kind.split()[1])]]
 
 
-def killed(command: list[str], kills: int, seconds: float, seed: int) -> Iterator[dict[str, Any]]:
-    """Runs the command until it succeeds, killing it so often on the way, at intervals of about seconds / kills.
-    Yields what was killed and when."""
+def killed(command: list[str], run: Path, kills: int, seconds: float, seed: int) -> dict[str, Any]:
+    """Runs the command from the beginning until it succeeds, killing it so often on the way, at intervals of about
+    seconds / kills. Returns the seconds that it took, and what was killed and when.
+
+    Raises:
+        UserError: it fails by itself, or ends before it was killed so often.
+    """
+    shutil.rmtree(run, ignore_errors=True)
     at, done = random.Random(seed), list[dict[str, Any]]()
     begun = time.perf_counter()
     due = begun + at.uniform(0.5, 1.5) * seconds / kills
@@ -163,7 +169,9 @@ def killed(command: list[str], kills: int, seconds: float, seed: int) -> Iterato
     while code := measured(command, watch)["code"]:
         if code != -signal.SIGKILL:
             raise UserError(f"exit code {code}: {' '.join(command)}")
-    yield from done
+    if len(done) < kills:
+        raise UserError(f"{run}: ended after {len(done)} of {kills} kills; it takes a run of more work")
+    return {"seconds": round(time.perf_counter() - begun, 1), "kills": done}
 
 
 def _comparable(metrics: Any) -> Any:
@@ -223,14 +231,12 @@ def command(
         part("pack-smaller", lambda: pack(smaller, packed))
     calm = part("calm", lambda: _finished(_pipeline(smaller, packed, work / "calm")))
     command = _pipeline(smaller, packed, work / "killed")
-    begun = time.perf_counter()
-    events = part("kills", lambda: list(killed(command, kills, calm["seconds"], seed)))
-    taken = part("killed", lambda: {"seconds": round(time.perf_counter() - begun, 1)})
+    disturbed = part(f"killed-{kills}-{seed}", lambda: killed(command, work / "killed", kills, calm["seconds"], seed))
     drawn = read_json(work / "killed" / "metrics.json")["generation"]
     content = {
         "command": "python -m bench.kills", "machine": machine(), "rows": rows, "calm": calm,
         "run": {"images": len(RunDir.open(packed).packed().train)} | {key: drawn[key] for key in ("drawn", "accepted")},
-        "killed": taken | {"kills": events}, "same": compared(work / "calm", work / "killed"),
+        "killed": disturbed, "same": compared(work / "calm", work / "killed"),
     }  # fmt: skip
     write_json(out / "kills.json", content)
 

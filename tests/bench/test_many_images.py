@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from bench import kills, standin, tables
+from diffult.errors import UserError
 from ffcv_writers.readers import open_source
 
 
@@ -73,8 +74,10 @@ def test_kills_hit_one_process_or_all_until_the_command_succeeds(tmp_path, monke
     monkeypatch.setattr(kills, "_victims", lambda pid, at: ("host", kills._processes(pid)))
     kill = kills.os.kill
     monkeypatch.setattr(kills.os, "kill", lambda pid, number: (killed.append((pid, number)), kill(pid, number)))
-    events = list(kills.killed([sys.executable, str(program), str(starts)], 2, 4.0, 0))
-    assert starts.read_text() == "xxx" and [event["killed"] for event in events] == ["host"] * 2
+    (tmp_path / "run").mkdir()
+    result = kills.killed([sys.executable, str(program), str(starts)], tmp_path / "run", 2, 4.0, 0)
+    assert starts.read_text() == "xxx" and [event["killed"] for event in result["kills"]] == ["host"] * 2
+    assert result["seconds"] >= result["kills"][1]["after_s"] and not (tmp_path / "run").exists()
     assert len(killed) == 6 and {number for _, number in killed} == {signal.SIGKILL}
 
 
@@ -92,9 +95,10 @@ def test_victims_are_a_process_of_the_launcher_or_everything():
         launcher.wait()
 
 
-def test_a_failure_that_was_no_kill_is_reported():
-    with pytest.raises(Exception, match="exit code 3"):
-        list(kills.killed([sys.executable, "-c", "raise SystemExit(3)"], 1, 1000.0, 0))
+@pytest.mark.parametrize(("program", "reason"), [("raise SystemExit(3)", "exit code 3"), ("", "after 0 of 1 kills")])
+def test_a_failure_that_was_no_kill_and_an_end_before_the_last_kill_are_reported(tmp_path, program, reason):
+    with pytest.raises(UserError, match=reason):
+        kills.killed([sys.executable, "-c", program], tmp_path / "run", 1, 1000.0, 0)
 
 
 def test_tables():
