@@ -45,9 +45,7 @@ def loaders(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "comparison": table,
-    "best": lambda results: table(
-        results, best_rows(results, 4, ("ce", "resample", "logit_adjust", "duplicates", "diffult"))
-    ),
+    "best": lambda results: table(results, best_rows(results, 7, ("ce", "logit_adjust", "duplicates", "diffult"))),
     "variants": tables.variants_table,
     "loaders": loaders,
     "speed": tables.speed_table,
