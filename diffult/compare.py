@@ -205,7 +205,7 @@ def _planned(folder: Path, data: Path, hours: float | None, overrides: Sequence[
     methods = [f"classifier.methods={list(dict.fromkeys(row.method for row in rows))}"] if rows else []
     plan = propose(data, hours or DEFAULT_HOURS, [*overrides, *methods], folder)
     write_text(file, plan.config.to_toml(plan.comments))
-    print("\n".join(plan.lines))
+    print("\n".join(plan.lines + plan.table))
     return str(file)
 
 

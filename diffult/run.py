@@ -93,13 +93,20 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
 
 
 def open_data_run(
-    run: Path, data: Path, hours: float | None, overrides: list[str], world: World, anew: bool = False
+    run: Path,
+    data: Path,
+    hours: float | None,
+    overrides: list[str],
+    world: World,
+    anew: bool = False,
+    costs: bool = True,
 ) -> RunDir:
     """The run of the images at `data`: a new one, planned and the plan printed, or the one that is there already, with
     its config.toml as it stands; its images may have moved.
 
     Args:
         anew: a plan that is there is made again.
+        costs: the plan's table of costs is printed, too.
 
     Raises:
         UserError: the run is of other images or was planned for other hours, or see `propose`.
@@ -110,7 +117,7 @@ def open_data_run(
         assert plan is not None  # the first process's
         run_dir = RunDir.start(run, plan.config, plan.comments)
         if world.is_main:
-            print("\n".join(plan.lines))
+            print("\n".join(plan.lines + plan.table * costs))
         return run_dir
     moved = []
     if data.expanduser().exists():
@@ -214,7 +221,7 @@ def command(
     if data is None:
         run_dir = RunDir.open(run, preset, set_, world)
     else:
-        run_dir = open_data_run(run, data, hours, set_ or [], world, anew=plan)
+        run_dir = open_data_run(run, data, hours, set_ or [], world, anew=plan, costs=minutes is None)
     if plan:
         if world.is_main:
             run_dir.save_config()

@@ -17,12 +17,12 @@ from diffult.config import Config, parse_overrides
 from diffult.data.survey import Survey, take_survey
 from diffult.engine.distributed import ALONE, World
 from diffult.longtail.metrics import class_groups
-from diffult.planning.cost import Cost, Speeds, costs
+from diffult.planning.cost import Speeds, costs
 from diffult.planning.proposal import Proposal, propose_settings
 from diffult.planning.timing import guess, measure
 from diffult.reporting.text import duration, size
 
-__all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "planned_hours", "propose"]
+__all__ = ["DEFAULT_HOURS", "Plan", "Survey", "lines", "plan_name", "planned_hours", "propose", "table"]
 
 DEFAULT_HOURS = 2.0
 _FOR_HOURS = "Planned for --hours "
@@ -30,11 +30,12 @@ _FOR_HOURS = "Planned for --hours "
 
 @dataclass(frozen=True)
 class Plan:
-    """Proposed settings, why each was chosen by `section.key`, and the plan as text, for a terminal."""
+    """Proposed settings, why each was chosen by `section.key`, and for a terminal what is proposed and its cost."""
 
     config: Config
     comments: dict[str, str]
     lines: list[str]
+    table: list[str]
 
 
 def plan_name(path: Path) -> str:
@@ -72,7 +73,7 @@ def propose(
         if _networks(timed) == _networks(proposal.config):
             break
     comments = proposal.comments | {"name": f"{_FOR_HOURS}{hours:g}."}
-    return Plan(proposal.config, comments, lines(survey, proposal, speeds))
+    return Plan(proposal.config, comments, lines(survey, proposal), table(proposal, speeds))
 
 
 def planned_hours(comments: Mapping[str, str]) -> str | None:
@@ -85,15 +86,15 @@ def _networks(config: Config) -> tuple[object, ...]:
     return config.unet, config.data.image_size, config.classifier.network
 
 
-def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
-    """The plan as text: the set, the settings, and time, memory and disk of each stage."""
+def lines(survey: Survey, proposal: Proposal) -> list[str]:
+    """The plan as text: the set and the settings."""
     config, counts, shorter = proposal.config, proposal.amounts.counts, survey.sides.min(1)
     low, middle, high = (int(value) for value in (shorter.min(), np.median(shorter), shorter.max()))
     sides = (
         f"{low} pixels" if low == high else f"{low} to {high} pixels on the shorter side, half of them from {middle} up"
     )
     synthetic = proposal.amounts.synthetic(config.generate.balance_to, config.generate.dose)
-    text = [
+    return [
         f"{survey.place['path']}: {survey.counts.sum():,} images of {len(counts):,} classes "
         f"({_range(survey.counts)}), {sides}, {'colour' if survey.colour else 'grey'}",
         *(f"  note: {note}" for note in proposal.notes),
@@ -107,7 +108,6 @@ def lines(survey: Survey, proposal: Proposal, speeds: Speeds) -> list[str]:
         f"  generate: every class filled up to {config.generate.balance_to:,}, {synthetic:,} images, "
         f"filter {config.generate.filter}",
     ]
-    return text + _table(costs(config, proposal.amounts, speeds), speeds)
 
 
 def _range(counts: np.ndarray) -> str:
@@ -125,7 +125,9 @@ def _groups(counts: np.ndarray, many: int, few: int) -> str:
     )
 
 
-def _table(rows: list[Cost], speeds: Speeds) -> list[str]:
+def table(proposal: Proposal, speeds: Speeds) -> list[str]:
+    """Time, memory and disk of each stage, and of what there is too little."""
+    rows = costs(proposal.config, proposal.amounts, speeds)
     text = [f"  {'stage':12}{'time':>15}{'memory':>12}{'disk':>12}"]
     text += [f"  {row.stage:12}{duration(row.seconds):>15}{size(row.memory):>12}{size(row.disk):>12}" for row in rows]
     seconds, limit = sum(row.seconds for row in rows), sum(row.limit for row in rows)

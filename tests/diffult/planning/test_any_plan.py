@@ -15,7 +15,7 @@ from diffult.config import parse_overrides
 from diffult.data.survey import Survey
 from diffult.errors import UserError
 from diffult.longtail.metrics import class_groups
-from diffult.planning import lines
+from diffult.planning import lines, table
 from diffult.planning.cost import Speeds, costs
 from diffult.planning.proposal import propose_settings
 
@@ -80,4 +80,4 @@ def test_any_set_is_planned_or_refused_in_a_line(
     assert all(math.isfinite(x) and x >= 0 for row in rows for x in (row.seconds, row.limit, row.memory, row.disk))
     fits = sum(row.limit for row in rows) <= 3600 * hours * (1 + 1e-9)
     assert fits != any("does not fit into" in note for note in plan.notes)
-    assert not any("\n" in line for line in lines(survey, plan, speeds))
+    assert not any("\n" in line for line in lines(survey, plan) + table(plan, speeds))

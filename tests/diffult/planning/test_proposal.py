@@ -17,7 +17,7 @@ from diffult.longtail.metrics import class_groups
 from diffult.models.config import UNetConfig
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import UNet, build_unet
-from diffult.planning import lines
+from diffult.planning import lines, table
 from diffult.planning.cost import Speeds, costs, evaluation_flops, unet_cost
 from diffult.planning.proposal import Proposal, propose_settings
 from kernels import dispatch
@@ -76,7 +76,7 @@ def test_any_set_gets_a_plan_that_builds_and_ends_in_time(name: str, speeds: Spe
     assert read_config(tmp_path / "config.toml") == config
     assert all(f"# {why.split()[0]}" in text for why in plan.comments.values())
     assert config.generate.balance_to >= 1 and plan.amounts.synthetic(config.generate.balance_to) > 0
-    assert all("\n" not in line for line in lines(survey, plan, speeds))
+    assert all("\n" not in line for line in lines(survey, plan) + table(plan, speeds))
 
 
 def test_image_size_width_and_patch_follow_the_images_and_the_machine() -> None:
@@ -245,7 +245,7 @@ def test_classes_are_filled_by_as_many_as_the_real_ones_at_the_most() -> None:
 def test_classes_of_one_size_are_called_so() -> None:
     survey = survey_of([6000] * 10, side=28, colour=False, test=10_000)
     plan = proposed(survey)
-    text = "\n".join(lines(survey, plan, CORES))
+    text = "\n".join(lines(survey, plan) + table(plan, CORES))
     assert "60,000 images of 10 classes (6,000 of each)" in text and "down to" not in text
     assert "groups: none, all classes are of one size" in text and "No groups" in plan.comments["groups.many"]
     assert "the classes are of one size: this is not the long tail that DiffuLT is made for" in plan.notes
@@ -275,7 +275,7 @@ def test_a_set_too_large_to_be_read_is_cut_in_its_largest_classes_alone() -> Non
     assert any(re.match(r"[2-8] classes are cut to", note) for note in plan.notes)
     one = proposed(survey_of([6800, 7], side=2000, seconds=0.04), CORES, 0.05)
     assert any(note.startswith("1 class is cut to") for note in one.notes)
-    text = "\n".join(lines(SETS["colour, 2000 pixels"], plan, CORES))
+    text = "\n".join(lines(SETS["colour, 2000 pixels"], plan) + table(plan, CORES))
     assert re.search(r"\n  at most .* min .* s, if the filter rejects most samples", text)
     assert proposed(survey_of([60, 9])).config.data.n_max is None
 
