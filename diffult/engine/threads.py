@@ -12,22 +12,15 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+
+from diffult.engine.load import STAT, Load
 
 log = logging.getLogger(__name__)
 _SECONDS = 1.0  # between looks; the counters are exact to 0.01 s
 _BUSY = 0.4  # of a core: others that take less are no reason to leave it
 _CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by the user, or by torchrun
-
-
-class _Reading(NamedTuple):
-    """Seconds so far."""
-
-    wall: float
-    own: float  # of this process on all cores
-    idle: float  # of the cores that it may use
 
 
 class ThreadWatch:
@@ -39,13 +32,12 @@ class ThreadWatch:
     losses that differ in their fifth digit.
     """
 
-    def __init__(self, stat: Path = Path("/proc/stat"), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stat: Path = STAT, clock: Callable[[], float] = time.monotonic) -> None:
         self._stat, self._clock = stat, clock
-        self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        self._most = torch.get_num_threads()
+        self._most, first = torch.get_num_threads(), Load.now(stat, clock)
         chosen = any(os.environ.get(name) for name in _CHOSEN)
-        watches = not chosen and self._most > 1 and len(self._cores) > 1 and stat.exists()
-        self._last = self._read() if watches else None
+        watches = not chosen and self._most > 1 and first.cores > 1
+        self._last = first if watches else None
 
     def __enter__(self) -> ThreadWatch:
         return self
@@ -58,20 +50,10 @@ class ThreadWatch:
         """Looks at the load at most once a second."""
         if self._last is None or self._clock() < self._last.wall + _SECONDS:
             return
-        before, now = self._last, self._read()
-        self._last = now
-        others = len(self._cores) - (now.idle - before.idle + now.own - before.own) / (now.wall - before.wall)
-        free = len(self._cores) - max(0, math.ceil(others - _BUSY))
+        before, now = self._last, Load.now(self._stat, self._clock)
+        self._last, others = now, now.others(before)
+        free = now.cores - max(0, math.ceil(others - _BUSY))
         threads = max(1, min(self._most, free))
         if threads != torch.get_num_threads():
-            log.info("threads: %d of %d, others keep %.1f cores busy", threads, self._most, max(0.0, others))
+            log.info("threads: %d of %d, others keep %.1f cores busy", threads, self._most, others)
             torch.set_num_threads(threads)
-
-    def _read(self) -> _Reading:
-        """Idle time is the fourth and fifth column of a core's line in /proc/stat, in ticks (proc(5))."""
-        ticks = 0
-        for line in self._stat.read_text().splitlines():
-            name, *values = line.split()
-            if name.startswith("cpu") and name != "cpu" and int(name[3:]) in self._cores:
-                ticks += int(values[3]) + int(values[4])
-        return _Reading(self._clock(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
