@@ -14,7 +14,6 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from diffult.diffusion.trainer import build_trainer
 from diffult.engine.device import machine
 from diffult.engine.distributed import ALONE
 from diffult.engine.loop import LRBackoff
+from diffult.planning.stopwatch import peak_memory
 from diffult.runs.files import write_json
 
 _SIDE = 32
@@ -133,39 +133,17 @@ def _prepare(work: str, count: int, folder: Path) -> None:
         _write(count, folder / "images.beton")
 
 
-def own_mb(process: int | str = "self") -> float:
-    """What a process holds itself, without mapped files, in MB; OSError or StopIteration if it is gone or has ended."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
-
-
-class _Peak(threading.Thread):
-    """The most memory that this process holds, in MB."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.mb, self._end = own_mb(), threading.Event()
-
-    def run(self) -> None:
-        while not self._end.wait(0.02):
-            self.mb = max(self.mb, own_mb())
-
-    def stop(self) -> float:
-        self._end.set()
-        return max(self.mb, own_mb())
-
-
 def child(work: str, count: int, folder: Path) -> dict[str, Any]:
     """Does the work on `count` images here; seconds without imports, and this process's peak in MB."""
     preparing = multiprocessing.get_context("spawn").Process(target=_prepare, args=(work, count, folder))
     preparing.start()
     preparing.join()
-    begun, peak = time.perf_counter(), _Peak()
-    peak.start()
     works = {"write": _write, "load": _load, "generate": _generate, "pack": _pack, "train": _train}
-    works[work](count, folder / "images.beton")
-    seconds = time.perf_counter() - begun
-    return {"images": count, "seconds": round(seconds, 3), "peak_mb": round(peak.stop(), 1)}
+    begun = time.perf_counter()
+    with peak_memory() as peak:
+        works[work](count, folder / "images.beton")
+        seconds = time.perf_counter() - begun
+    return {"images": count, "seconds": round(seconds, 3), "peak_mb": round(peak.host / 2**20, 1)}
 
 
 def command(

@@ -27,9 +27,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from bench.growth import own_mb
 from diffult.cli import main
 from diffult.engine.device import machine
+from diffult.engine.memory import own_memory
 from diffult.errors import UserError
 from diffult.runs.files import read_json, write_json
 from diffult.runs.run_dir import RunDir
@@ -63,14 +63,6 @@ def _processes(root: int) -> list[int]:
     return found
 
 
-def _own_mb(process: int) -> float:
-    """0 where it is gone or has ended."""
-    try:
-        return own_mb(process)
-    except (OSError, StopIteration):
-        return 0.0
-
-
 def _cpu_s() -> float:
     """Of this process and its ended children."""
     return sum(os.times()[:4])
@@ -82,7 +74,7 @@ def measured(command: list[str], watch: Callable[[subprocess.Popen[bytes]], None
     begun, used, peak = time.perf_counter(), _cpu_s(), 0.0
     process = subprocess.Popen(command)
     while process.poll() is None:
-        peak = max(peak, sum(map(_own_mb, _processes(process.pid))))
+        peak = max(peak, sum(map(own_memory, _processes(process.pid))) / 2**20)
         watch(process)
         time.sleep(0.2)
     seconds, cpu_s = time.perf_counter() - begun, _cpu_s() - used
@@ -117,7 +109,7 @@ def load(run: Path) -> dict[str, Any]:
     begun, used = time.perf_counter(), _cpu_s()
     for batch in Loader(images, 512, crop=RandomResizedCrop(CROP, 0)).batches(Natural(len(images)).epoch(0, 0)):
         seen += len(batch.labels)
-        peak = max(peak, _own_mb(os.getpid()))
+        peak = max(peak, own_memory() / 2**20)
     seconds, cpu_s, cores = time.perf_counter() - begun, _cpu_s() - used, len(os.sched_getaffinity(0))
     times = {"seconds": round(seconds, 1), "cpu_s": round(cpu_s, 1)}
     return {"images": seen, "cores": cores} | times | {"peak_mb": round(peak)}

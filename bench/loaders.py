@@ -32,9 +32,9 @@ from torchvision.transforms.functional import hflip, pad, resized_crop, to_tenso
 
 from diffult.cli import main
 from diffult.engine.device import machine, pick_device
+from diffult.engine.memory import status_bytes
 from diffult.errors import UserError
 from diffult.models.resnet import build_classifier
-from diffult.planning.stopwatch import highest_memory
 from diffult.runs.files import write_json
 from ffcv_writers import Crop, ImageSet, Loader, Natural, RandomResizedCrop, open_set, write
 from ffcv_writers.readers import open_source
@@ -292,10 +292,10 @@ def write_once(folder: Path, kind: str, count: int, out: Path) -> dict[str, floa
         write(out, Repeated(few, len(number)), labels=number, synthetic=0 * number, index=number)
         few = list(open_set([out]).take(number))
     Path("/proc/self/clear_refs").write_text("5")  # peak memory counts from here
-    before = highest_memory()
+    before = status_bytes("VmHWM")
     taken = seconds(lambda: write(out, Repeated(few, count), labels=0 * names, synthetic=0 * names, index=names,
                                   storage=storage, workers=2))  # type: ignore[arg-type]  # fmt: skip
-    return {"images_per_s": round(count / taken), "grown_mb": round((highest_memory() - before) / 2**20, 1)}
+    return {"images_per_s": round(count / taken), "grown_mb": round((status_bytes("VmHWM") - before) / 2**20, 1)}
 
 
 def writer(folder: Path, work: Path, repeats: int) -> dict[str, Any]:

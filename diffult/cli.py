@@ -15,12 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 
 from diffult import INTERRUPTED
 from diffult.engine.device import keep_freed_memory
 from diffult.engine.distributed import lost_process
+from diffult.engine.memory import out_of_memory
 from diffult.errors import UserError
 
 UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
@@ -104,13 +104,6 @@ def _run(verb: Callable[..., None]) -> None:
 def _refuse(message: str) -> NoReturn:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether the host or the GPU had no more to give; torch's allocator on a CPU has no exception of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
 
 
 def _first_line(error: Exception) -> str:

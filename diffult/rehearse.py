@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,9 @@ from diffult.diffusion.trainer import build_trainer
 from diffult.engine.checkpoints import Checkpoints
 from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE, Arrivals, World
+from diffult.engine.load import Load, share_of_others
 from diffult.engine.loop import LoopConfig, LRBackoff, train_steps
+from diffult.engine.memory import local_processes, out_of_memory
 from diffult.errors import UserError
 from diffult.evaluate import evaluate
 from diffult.generation.candidates import CandidateBatch, draw_candidates
@@ -40,14 +41,13 @@ from diffult.longtail.quota import Quota, quotas_to
 from diffult.models.resnet import build_classifier, save_classifier
 from diffult.models.unet import build_unet, save_unet
 from diffult.planning.cost import Amounts, copies_flops, method_steps
-from diffult.planning.failures import disk_failures, hardly_passing, memory_failures, open_file_failures
+from diffult.planning.failures import hardly_passing, would_fail
 from diffult.planning.part import amounts_of, pack_part
 from diffult.planning.rehearsal import Part, Rehearsal, Rehearsed, expected_passing
 from diffult.planning.stopwatch import (
     HeldLoader,
     bounded_memory,
     ended_by_sigterm,
-    is_out_of_memory,
     peak_memory,
     release,
     since_start,
@@ -97,17 +97,19 @@ def rehearse(run: RunDir, minutes: float, world: World = ALONE) -> tuple[Rehears
     Raises:
         UserError: as packing does; another rehearsal of the run is at work; one process of several fails alone.
     """
-    begun, start, computed = time.perf_counter(), since_start(), time.process_time()
+    begun, start, load = time.perf_counter(), since_start(), Load.now()
     quiet, level = logging.getLogger(), logging.getLogger().level
     quiet.setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     try:
         with _scratch(run, world) as scratch:
-            rehearsal, failures = _rehearse(run, scratch, 60 * minutes, start, world)
+            rehearsal = _rehearse(run, scratch, 60 * minutes, start, world)
     finally:
         quiet.setLevel(level)
     rehearsal.seconds_taken = time.perf_counter() - begun
-    rehearsal.computed = (time.process_time() - computed) / rehearsal.seconds_taken
+    rehearsal.others = share_of_others(load, Load.now(), world)
+    failures = would_fail(rehearsal, run.path, free_host_memory()) if world.is_main else []  # its own files are gone
+    failures = world.gather(failures)[0]
     if world.is_main:
         write_json(run.path / REHEARSAL, rehearsal.content() | {"failures": failures})
     return rehearsal, failures
@@ -133,7 +135,7 @@ def _scratch(run: RunDir, world: World) -> Iterator[RunDir]:
                     run.path.rmdir()
 
 
-def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: World) -> tuple[Rehearsal, list[str]]:
+def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: World) -> Rehearsal:
     if world.is_main:
         log.info("rehearsing pack")
     finished = world.gather([stage for stage in _SHARES if (real if stage == "classifier" else run).done(stage)])[0]
@@ -150,17 +152,15 @@ def _rehearse(real: RunDir, run: RunDir, seconds: float, start: float, world: Wo
             _measure(stage, work, context, rehearsed)
         elif stage == "classifier":
             _untrained_classifiers(context)
-    drawn, passed = rehearsal.stages["generate"].candidates or (np.zeros(1, int), np.zeros(1, int))
-    failures = [f"{name}: {failure}" for name, part in rehearsal.stages.items() for failure in part.failures]
-    generate = run.config.generate
+    generate, into = run.config.generate, rehearsal.stages["generate"]
     if trained and "generate" not in finished:
         quotas = quotas_to(generate.balance_to, amounts.counts, generate.dose)
+        drawn, passed = into.candidates or (np.zeros(1, int), np.zeros(1, int))
         rehearsal.passing = expected_passing(quotas, drawn, passed, generate.max_draws)
-        failures += hardly_passing(drawn, passed, packed.classes, generate.max_draws)
-    failures += disk_failures(rehearsal, real.path)
-    failures += open_file_failures(max(part.open_files for part in rehearsal.stages.values()))
-    failures += memory_failures(rehearsal, free_host_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return rehearsal, world.gather(failures)[0]
+        hard, unsure = hardly_passing(drawn, passed, packed.classes, generate.max_draws)
+        into.failures += hard
+        into.notes += unsure
+    return rehearsal
 
 
 def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context: _Context, into: Rehearsed) -> None:
@@ -170,12 +170,12 @@ def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context:
         log.info("rehearsing %s", stage)
     with peak_memory() as peak:
         try:
-            with bounded_memory(free_host_memory()):
+            with bounded_memory(free_host_memory() / local_processes()):
                 work(context, into)
         except UserError as error:
             refused = str(error)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             refused = f"out of memory ({str(error).partition(chr(10))[0][:200]}); a smaller batch needs less"
             if world.size > 1:  # the others wait for this process
@@ -213,8 +213,7 @@ def _rehearse_packing(run: RunDir, seconds: float, world: World) -> tuple[Rehear
 def _time_training(
     into: Rehearsed, what: str, make: Callable[[], list[Training]], seconds: float, world: World, share: float = 1.0
 ) -> None:
-    """Steps of trainings that take turns; loader and network alone where that is not known yet. share: of the stage's
-    steps."""
+    """Steps of trainings that take turns, `share` of the stage's; loader and network alone where not yet known."""
     trainings = make()
     start, each = stretches(fit_steps(trainings), _STEPS * seconds, world, len(trainings))
     into.add_start(start)
@@ -311,9 +310,8 @@ def _generate(context: _Context, into: Rehearsed) -> None:
         drawn, passed = np.zeros((2, classes), np.int64)
 
         def batches() -> Iterator[CandidateBatch]:
-            size = settings.batch_size
             for number in itertools.count(world.rank, world.size):
-                names = number * size + np.arange(size)
+                names = number * settings.batch_size + np.arange(settings.batch_size)
                 labels, indices = lacking[names % len(lacking)], names // len(lacking)
                 batch = draw_candidates(sampler, extractor, everything, labels, indices)
                 store.add(batch)

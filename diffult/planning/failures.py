@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -12,12 +13,15 @@ import numpy as np
 
 from diffult.config import Config
 from diffult.data.packing import origin
+from diffult.engine.memory import local_processes, own_memory
 from diffult.longtail.statistics import MIN_IMAGES_FOR_RADIUS
 from diffult.planning.rehearsal import Rehearsal
+from diffult.planning.timing import nearest_folder
 from diffult.reporting.text import counted, size
 from ffcv_writers.readers import Source
 
-_HARDLY, _ENOUGH = 0.05, 8  # a class of which less passes, of so many candidates at the least
+_HARDLY, _DOUBT = 0.05, 0.05  # a class of which less passes; the chance at the most that the candidates mislead
+_NAMED = 3  # files or classes in a message
 _OPEN_FILES = 64  # beyond those seen in the rehearsal: libraries, pipes and sockets
 _SHARDS = 300  # of a process at the most, see `diffult.generation.shards`
 _MEMORY = 0.9  # of what is free: beyond, the system ends processes
@@ -31,16 +35,27 @@ def missing_files(source: Source, numbers: dict[str, np.ndarray]) -> tuple[dict[
         paths = getattr(samples, "paths", ())
         missing[split] = np.array([bool(paths) and not os.path.exists(paths[n]) for n in chosen], bool)
         if missing[split].any():
-            first = paths[chosen[missing[split].argmax()]]
-            gone = counted(int(missing[split].sum()), "file is", "files are")
-            failures.append(f"{gone} missing in split {split}, the first is {first}; restore them, or correct the list")
+            gone = [str(paths[n]) for n in chosen[missing[split]]]
+            failures.append(
+                f"{counted(len(gone), 'file is', 'files are')} missing in split {split}: {_some(gone)}; "
+                "restore them, or correct the list"
+            )
     return missing, failures
 
 
+def would_fail(rehearsal: Rehearsal, place: Path, free: float) -> list[str]:
+    """All that would fail in a run at `place`, where `free` bytes of memory are left beside this process."""
+    failures = [f"{name}: {failure}" for name, stage in rehearsal.stages.items() for failure in stage.failures]
+    failures += disk_failures(rehearsal, place)
+    failures += open_file_failures(max(stage.open_files for stage in rehearsal.stages.values()))
+    return [*failures, *memory_failures(rehearsal, free)]
+
+
 def disk_failures(rehearsal: Rehearsal, place: Path) -> Iterator[str]:
-    """What the file system at `place` has no room for."""
+    """What the file system has no room for where `place` is or will be."""
+    there = nearest_folder(place)
     checkpoint = rehearsal.stages["diffusion"].checkpoint  # two lie there, and a third while it is written
-    free, needed = shutil.disk_usage(place).free, sum(cost.disk for cost, _, _ in rehearsal.costs())
+    free, needed = shutil.disk_usage(there).free, sum(cost.disk for cost, _, _ in rehearsal.costs())
     if needed > free:
         yield f"disk: the run takes {size(needed)}, {place} has {size(free)} free; make room, or choose another --run"
     elif needed + checkpoint > free:
@@ -50,7 +65,7 @@ def disk_failures(rehearsal: Rehearsal, place: Path) -> Iterator[str]:
         )
     previews = -(-rehearsal.config.diffusion.steps // rehearsal.config.diffusion.checkpoint_every)
     files = 100 + previews + _SHARDS * rehearsal.processes + 5 * len(rehearsal.config.classifier.methods)
-    system = os.statvfs(place)
+    system = os.statvfs(there)
     if system.f_files > 0 and system.f_favail < files:
         yield f"disk: the run writes up to {files:,} files, {place} has inodes for {system.f_favail:,}; delete files"
 
@@ -63,14 +78,16 @@ def open_file_failures(open_now: int) -> Iterator[str]:
         yield f"open files: the limit is {limit}, a process needs up to {wanted}; ulimit -n {max(1024, 2 * wanted)}"
 
 
-def memory_failures(rehearsal: Rehearsal, host: float, local: int) -> Iterator[str]:
-    """`host`: bytes that are free on this machine, for its `local` processes."""
+def memory_failures(rehearsal: Rehearsal, free: float) -> Iterator[str]:
+    """`free`: bytes on this machine, beside what its processes hold now."""
+    local = local_processes()
+    host = free + local * own_memory()
     name, stage = max(rehearsal.stages.items(), key=lambda item: item[1].host)
     if stage.host * local > _MEMORY * host:
         processes = counted(local, "process", "processes")
         yield (
-            f"host memory: stage {name} takes {size(stage.host * local)} in {processes}, {size(host)} are free; "
-            "start fewer processes on a machine"
+            f"host memory: stage {name} takes {size(stage.host * local)} in {processes}, this machine has "
+            f"{size(host)} for them; start fewer processes on a machine"
         )
 
 
@@ -89,16 +106,48 @@ def small_classes(train: np.ndarray, validation: np.ndarray, classes: Sequence[s
         yield "generate.search needs two validation images of a class; set data.val_per_class, or generate.search to 0"
 
 
-def hardly_passing(drawn: np.ndarray, passed: np.ndarray, classes: Sequence[str], max_draws: float) -> Iterator[str]:
-    """Classes of whose candidates, int64 [C] each, the filter keeps next to none."""
-    hard = np.flatnonzero((drawn >= _ENOUGH) & (passed < _HARDLY * drawn))
+def hardly_passing(
+    drawn: np.ndarray, passed: np.ndarray, classes: Sequence[str], max_draws: float
+) -> tuple[list[str], list[str]]:
+    """Classes of whose candidates, int64 [C] each, the filter keeps next to none.
+
+    A class would fail only where the upper bound of the share that passes, at 95 % confidence (Clopper and Pearson,
+    1934), is below one in `max_draws`: not even so many candidates for each sample then give what it lacks.
+
+    Returns:
+        What would fail, and notes on classes of too few candidates to say so.
+    """
+    chances = [_at_most(int(k), int(n), 1 / max_draws) for k, n in zip(passed, drawn, strict=True)]
+    short = np.array(chances) < _DOUBT  # which is where the bound is below one in max_draws
+    failures, notes = list[str](), list[str]()
+    hard = np.flatnonzero(short & (passed < _HARDLY * drawn))
     if len(hard):
-        yield (
+        failures.append(
             f"{_named(hard, classes)}: the filter kept {passed[hard].sum()} of {drawn[hard].sum()} candidates: these "
             f"will be short of samples after {max_draws:g} draws for each; train longer, or raise generate.max_draws"
         )
+    unsure = np.flatnonzero(~short & (passed == 0) & (drawn > 0))
+    if len(unsure):
+        notes.append(
+            f"{_named(unsure, classes)}: the filter kept none of at most {drawn[unsure].max()} candidates each, too "
+            "few to tell whether these will be short of samples; a longer rehearsal draws more"
+        )
+    return failures, notes
+
+
+def _at_most(passed: int, drawn: int, rate: float) -> float:
+    """The chance that so few of so many pass, or fewer, where each does at this rate."""
+    if passed >= rate * drawn or rate == 1:  # far from the tail
+        return float(passed >= rate * drawn)
+    several = (math.lgamma(drawn + 1) - math.lgamma(k + 1) - math.lgamma(drawn - k + 1) for k in range(passed + 1))
+    log, log_not = math.log(rate), math.log1p(-rate)
+    return sum(math.exp(ways + k * log + (drawn - k) * log_not) for k, ways in enumerate(several))
 
 
 def _named(which: np.ndarray, classes: Sequence[str]) -> str:
-    names = ", ".join(classes[label] for label in which[:3]) + (", ..." if len(which) > 3 else "")
-    return f"{names} ({counted(len(which), 'class', 'classes')})"
+    return f"{_some([classes[label] for label in which])} ({counted(len(which), 'class', 'classes')})"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

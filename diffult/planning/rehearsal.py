@@ -21,7 +21,7 @@ from diffult.planning.cost import Amounts, Cost, Work, costs, pass_rate, stage_w
 from diffult.reporting.text import counted, duration, size
 
 _WIDTH = 80
-_QUIET = 0.8  # share of the time that a process computes where nothing else is at work
+_BUSY = 0.2  # share of the cores' time: where others take less, nothing else is at work
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Rehearsal:
         amounts: of the whole run.
         stages: by name, in order.
         passing: the share of candidates that a trained model's filter kept; None: there is no trained model.
-        seconds_taken: by the rehearsal, and `computed`, the share of them that this process had a processor for.
+        seconds_taken: by the rehearsal, and `others`, the share of the cores' time that went to other programs.
     """
 
     config: Config
@@ -107,7 +107,7 @@ class Rehearsal:
     stages: dict[str, Rehearsed] = field(default_factory=dict)
     passing: float | None = None
     seconds_taken: float = 0.0
-    computed: float = 1.0
+    others: float = 0.0
     pick: Callable[[Sequence[float]], float] = median
 
     def seconds(self, stage: str, work: Work) -> float:
@@ -152,7 +152,7 @@ class Rehearsal:
             del measured["candidates"]
             of_run = {"seconds": cost.seconds, "least": least, "most": most, "limit": cost.limit, "disk": cost.disk}
             stages[cost.stage] = measured | of_run
-        own = {key: getattr(self, key) for key in ("processes", "seconds_taken", "computed", "passing")}
+        own = {key: getattr(self, key) for key in ("processes", "seconds_taken", "others", "passing")}
         return {"name": self.config.name} | own | {"stages": stages}
 
 
@@ -199,9 +199,9 @@ def lines(rehearsal: Rehearsal, price: float | None) -> list[str]:
         "times are the median, least and most that one of each took here, times how many the run has"
         + (f"; {scaled}: by counted work" if scaled else "")
     )
-    if not peaks[1] and rehearsal.computed < _QUIET:
-        share = f"{rehearsal.computed:.0%} of the time"
-        text.append(f"other programs were running: this one had a processor for {share}; alone the run is faster")
+    if not peaks[1] and rehearsal.others > _BUSY:
+        share = f"{rehearsal.others:.0%} of the processors' time"
+        text.append(f"other programs were running and took {share}; alone the run may be faster")
     return table + [part for line in text for part in textwrap.wrap(line, _WIDTH, subsequent_indent="    ")]
 
 

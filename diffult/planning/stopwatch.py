@@ -21,12 +21,14 @@ import torch
 
 from diffult.engine.device import pick_device
 from diffult.engine.distributed import ALONE, World
+from diffult.engine.memory import own_memory, status_bytes
 from ffcv_writers import Batch, Loader
 
 T = TypeVar("T")
 # Steps that come before: their memory is allocated then; on CUDA each kind is recorded as a graph at its fourth call.
 _TOUCHED, _RECORDED = 2, 5
 _STRETCHES, _LEAST = 10, 3  # readings of the clock, and steps at the least, however long they take
+_LOOK = 0.02  # seconds between looks at the memory
 
 
 def clock() -> float:
@@ -81,7 +83,8 @@ def stretches(
 
 
 class Peak:
-    """Memory at the most, in bytes: `host` of this process, `device` as torch reserved it, 0 without one."""
+    """Memory at the most, in bytes: `host`, what this process held itself, and `device` as torch reserved it, 0 without
+    one."""
 
     host = 0.0
     device = 0.0
@@ -89,26 +92,26 @@ class Peak:
 
 @contextmanager
 def peak_memory() -> Iterator[Peak]:
-    """Of what is done within; known at its end, good or bad."""
-    peak, on_card = Peak(), pick_device().type == "cuda"
-    with suppress(OSError):  # not Linux, or not allowed: then it is the peak of the process so far
-        Path("/proc/self/clear_refs").write_text("5")
+    """Of what is done within; known at its end, good or bad. The host's is looked at every 20 ms."""
+    peak, on_card, done = Peak(), pick_device().type == "cuda", threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK):
+            with suppress(MemoryError):
+                peak.host = max(peak.host, own_memory())
+
     if on_card:
         torch.cuda.reset_peak_memory_stats()
+    peak.host, looking = own_memory(), threading.Thread(target=look, daemon=True)
+    looking.start()
     try:
         yield peak
     finally:
-        peak.host = highest_memory()
+        done.set()
+        looking.join()
+        peak.host = max(peak.host, own_memory()) or 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak.device = float(torch.cuda.max_memory_reserved()) if on_card else 0.0
         release()
-
-
-def highest_memory() -> float:
-    """Bytes that this process has held at the most."""
-    with suppress(OSError, StopIteration, IndexError, ValueError):
-        rows = Path("/proc/self/status").read_text().splitlines()
-        return 1024.0 * int(next(row for row in rows if row.startswith("VmHWM")).split()[1])
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def release() -> None:
@@ -129,27 +132,11 @@ def bounded_memory(free: float) -> Iterator[None]:
         yield
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(_data() + free), hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (int((status_bytes("VmData") or 1e15) + free), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
-
-
-def _data() -> float:
-    """Bytes that count against the limit now."""
-    with suppress(OSError, StopIteration, IndexError, ValueError):
-        rows = Path("/proc/self/status").read_text().splitlines()
-        return 1024.0 * int(next(row for row in rows if row.startswith("VmData")).split()[1])
-    return 1e15
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the host or of the device."""
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-    )
 
 
 def since_start() -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffult.config import Config
 from diffult.engine.device import autocast, compute_dtype, pick_device
 from diffult.engine.distributed import ALONE, World
+from diffult.engine.memory import local_processes
 from diffult.generation.sampler import Sampler
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
@@ -50,10 +51,15 @@ def measure(config: Config, classes: int, place: Path, world: World = ALONE) -> 
 
 def _speeds(train: float, sample: float, classify: float, place: Path, world: World) -> Speeds:
     on_card = (device := pick_device()).type == "cuda"
-    memory = free_memory(device) if on_card else free_host_memory() / world.size
-    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
-    start, free, size = 150.0 if on_card else 20.0, shutil.disk_usage(there).free, world.size  # compiling takes time
+    memory = free_memory(device) if on_card else free_host_memory() / local_processes()
+    start, size = 150.0 if on_card else 20.0, world.size  # compiling takes time
+    free = shutil.disk_usage(nearest_folder(place)).free
     return Speeds(train * size, sample * size, classify * size, available_cores(), start, memory, free, size)
+
+
+def nearest_folder(place: Path) -> Path:
+    """The place, or where it will be made."""
+    return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
 
 
 def free_host_memory() -> float:

@@ -1,7 +1,9 @@
 """What would fail, found from small limits; and the stopwatch and the bound of memory."""
 
+import mmap
 import os
 import resource
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from diffult.config import load_preset
+from diffult.engine.memory import out_of_memory, own_memory
 from diffult.planning.cost import Amounts
 from diffult.planning.failures import (
     disk_failures,
@@ -18,7 +21,7 @@ from diffult.planning.failures import (
     small_classes,
 )
 from diffult.planning.rehearsal import Part, Rehearsal, Rehearsed, expected_passing
-from diffult.planning.stopwatch import bounded_memory, is_out_of_memory, peak_memory, release, stretches
+from diffult.planning.stopwatch import bounded_memory, peak_memory, release, stretches
 
 CLASSES = tuple("abcd")
 
@@ -37,7 +40,7 @@ def rehearsal(**stages):
 def test_disk(tmp_path, monkeypatch, free, found):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free))
     one = rehearsal(diffusion=Rehearsed([Part("steps", (1.0,))], disk=1e9, checkpoint=1e9))
-    failures = list(disk_failures(one, tmp_path))
+    failures = list(disk_failures(one, tmp_path / "runs" / "not yet there"))
     assert len(failures) == (found is not None) and (found is None or found in failures[0])
 
 
@@ -55,10 +58,13 @@ def test_open_files(monkeypatch):
     assert not list(open_file_failures(30))
 
 
-def test_host_memory_of_all_processes():
-    (failure,) = memory_failures(rehearsal(), host=4.4e9, local=2)
-    assert "4.0 GB in 2 processes, 4.4 GB are free" in failure
-    assert not list(memory_failures(rehearsal(), host=4.5e9, local=2))
+def test_host_memory_of_all_processes(monkeypatch):
+    """Each takes 2 GB at the most, of which it holds 0.5 GB now."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("diffult.planning.failures.own_memory", lambda: 0.5e9)
+    (failure,) = memory_failures(rehearsal(), free=3.4e9)
+    assert "4.0 GB in 2 processes, this machine has 4.4 GB for them" in failure
+    assert not list(memory_failures(rehearsal(), free=3.5e9))
 
 
 def test_small_classes():
@@ -71,8 +77,30 @@ def test_small_classes():
 
 def test_classes_that_hardly_pass():
     drawn, passed = np.array([100, 100, 4, 50]), np.array([90, 4, 0, 1])
-    (failure,) = hardly_passing(drawn, passed, CLASSES, 5.0)
+    (failure,), (note,) = hardly_passing(drawn, passed, CLASSES, 5.0)
     assert failure.startswith("b, d (2 classes): the filter kept 5 of 150 candidates")
+    assert note.startswith("c (1 class): the filter kept none of at most 4 candidates each")
+
+
+@pytest.mark.parametrize(
+    ("passed", "drawn", "max_draws", "fails"),
+    [
+        (0, 8, 10.0, False),  # as many as a short rehearsal draws: 31 % may pass
+        (0, 28, 10.0, False),  # 1 - 0.05^(1/28) = 0.1015
+        (0, 29, 10.0, True),  # 1 - 0.05^(1/29) = 0.0981
+        (0, 29, 5.0, True),
+        (0, 29, 11.0, False),
+        (1, 45, 10.0, False),  # 0.9^45 + 45 * 0.1 * 0.9^44 = 0.0524
+        (1, 46, 10.0, True),  # 0.9^46 + 46 * 0.1 * 0.9^45 = 0.0480
+        (4999, 100_000, 20.0, False),  # nearly one in twenty
+        (4000, 100_000, 20.0, True),
+        (4000, 100_000, 30.0, False),  # one in thirty is enough
+        (0, 1, 1.0, True),  # with no candidate to spare
+    ],
+)
+def test_a_class_fails_where_candidates_and_limit_leave_no_doubt(passed, drawn, max_draws, fails):
+    failures, notes = hardly_passing(np.array([drawn]), np.array([passed]), ("a",), max_draws)
+    assert (bool(failures), bool(notes)) == (fails, passed == 0 and not fails)
 
 
 def test_the_share_kept_follows_the_quotas_and_the_limit():
@@ -106,7 +134,7 @@ def test_memory_beyond_what_is_free_is_an_error_and_not_the_end():
 
     with pytest.raises(RuntimeError) as caught:
         much()
-    assert is_out_of_memory(caught.value) and not is_out_of_memory(RuntimeError("shapes"))
+    assert out_of_memory(caught.value) and not out_of_memory(RuntimeError("shapes"))
     torch.empty(10**8, dtype=torch.uint8)  # the bound is gone
 
 
@@ -114,7 +142,25 @@ def test_the_peak_is_that_of_the_work_within():
     torch.full((150_000_000,), 1, dtype=torch.uint8)
     release()  # what tests before this one have left
     with peak_memory() as low:
-        torch.full((10_000_000,), 1, dtype=torch.uint8)
+        held(10_000_000)
     with peak_memory() as high:
-        torch.full((100_000_000,), 1, dtype=torch.uint8)
+        held(100_000_000)
     assert high.host - low.host == pytest.approx(90e6, rel=0.3)
+
+
+def held(count):
+    """So many bytes, until they have been seen."""
+    ones = torch.full((count,), 1, dtype=torch.uint8)
+    time.sleep(0.3)
+    return int(ones[0])
+
+
+def test_pages_of_a_mapped_file_are_nobodys_memory(tmp_path):
+    (tmp_path / "images").write_bytes(b"1" * 100_000_000)
+    release()
+    before = own_memory()
+    with (tmp_path / "images").open("rb") as file, peak_memory() as peak:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        assert sum(mapped[::4096]) == ord("1") * len(range(0, 100_000_000, 4096))
+        time.sleep(0.1)
+    assert before > 1e7 and peak.host - before < 50e6
