@@ -42,6 +42,7 @@ SetOption = Annotated[
 
 _NO_PERMISSION = "change its permissions, or choose another place (--out, --run)"
 _MAKE_ROOM = "make room, or choose another place"
+_DISK_FAILED = "its disk failed: see that it works, then the same command again goes on"
 _ADVICE = {
     errno.EISDIR: "a file is needed there: move the folder away",
     errno.EACCES: _NO_PERMISSION,
@@ -50,6 +51,9 @@ _ADVICE = {
     errno.ENOSPC: _MAKE_ROOM,
     errno.EDQUOT: _MAKE_ROOM,
     errno.EFBIG: _MAKE_ROOM,
+    errno.EIO: _DISK_FAILED,
+    errno.ESTALE: _DISK_FAILED,
+    errno.ETIMEDOUT: _DISK_FAILED,
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs: the system has no more open files to give",
     errno.ENOMEM: "close other programs, or lower the batch size",

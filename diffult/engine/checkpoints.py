@@ -15,7 +15,7 @@ import torch
 
 from diffult.engine.distributed import ALONE, World
 from diffult.errors import DamagedError, UserError
-from diffult.runs.files import load_state, save_state
+from diffult.runs.files import damaged_checkpoint, is_of_the_machine, load_state, save_state
 from diffult.runs.shared_disk import wait_for_same_files
 from kernels.adamw_ema import AdamWEma
 
@@ -91,6 +91,7 @@ class Checkpoints:
         Raises:
             UserError: none is whole, the newest was written under another configuration, or other processes find
                 another one.
+            OSError, MemoryError, RuntimeError: the newest cannot be read now; it is left as it is.
         """
         self.finish()
         wait_for_same_files([self.path.parent], self.world)
@@ -102,8 +103,12 @@ class Checkpoints:
                 "on a disk that all of them share"
             )
         if path != self.path and self.path.exists() and self.world.is_main:
-            log.warning("%s: damaged checkpoint, deleted; going on from the one before, of step %d", self.path, step)
-            self.path.unlink()  # or it would take the place of the one before
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            self.path.replace(aside)  # or it would take the place of the one before
+            log.warning(
+                "%s: damaged checkpoint, set aside as %s; going on from the one before, of step %d",
+                self.path, aside.name, step,
+            )  # fmt: skip
         return step, first
 
     def _load(self, path: Path) -> tuple[int, float]:
@@ -119,8 +124,9 @@ class Checkpoints:
                     part.load_state_dict(state[name])
             return int(state["step"]), float(state.get("first", math.nan))
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise DamagedError(f"{path}: damaged checkpoint ({reason}); delete it to restart this stage") from None
+            if is_of_the_machine(error):
+                raise
+            raise damaged_checkpoint(path, error) from None
 
 
 def previous(path: Path) -> Path:

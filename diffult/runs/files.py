@@ -174,6 +174,9 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             about = dict(file.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run the stage that writes it first") from None
+    except OSError as error:
+        _name(error, path)
+        raise
     except SafetensorError as error:
         raise DamagedError(f"{path}: damaged ({error}); delete it to run its stage again") from None
     written = about.pop(_CHECKSUM, None)
@@ -213,8 +216,11 @@ def as_weights(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise DamagedError(f"{path}: not the weights of this network ({reason}); delete it to train again") from None
+        if is_of_the_machine(error):
+            raise
+        raise DamagedError(
+            f"{path}: not the weights of this network ({_reason(error)}); delete it to train again"
+        ) from None
 
 
 def save_state(path: Path, state: Mapping[str, Any], backup: Path | None = None) -> None:
@@ -234,16 +240,39 @@ def save_state(path: Path, state: Mapping[str, Any], backup: Path | None = None)
 
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote, data alone (weights_only). Raises DamagedError if the file is truncated, holds code,
-    or is not as it was written, OSError if it cannot be read."""
-    _check_readable(path)
+    or is not as it was written, OSError if it cannot be read, MemoryError or RuntimeError if memory is short."""
     try:
+        with path.open("rb") as file, ZipFile(file) as archive:
+            if archive.testzip() is not None:  # first: torch reads no checksum and allocates what a damaged file says
+                raise ValueError("not as it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("not the state of a training")
-        with ZipFile(path) as archive:
-            if archive.testzip() is not None:  # a checksum, which torch writes and does not read
-                raise ValueError("not as it was written")
         return state
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedError(f"{path}: damaged checkpoint ({reason[:120]}); delete it to restart this stage") from None
+        if is_of_the_machine(error):
+            _name(error, path)
+            raise
+        raise damaged_checkpoint(path, error) from None
+
+
+def damaged_checkpoint(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to restart this stage")
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether memory, a disk or a card failed where a file was read: the file may be whole."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)  # which a damaged table leads to: a place before the beginning
+    failed = MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
+    return isinstance(error, failed) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+def _name(error: Exception, path: Path) -> None:
+    """Where the system's error names no file, as that of a read."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

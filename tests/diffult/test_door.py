@@ -55,6 +55,7 @@ def refusal(number: int, name: str | None = "runs/x") -> OSError:
         (refusal(errno.EROFS), "error: runs/x: Read-only file system; choose another place (--out, --run)"),
         (refusal(errno.ENOSPC), "error: runs/x: No space left on device; make room"),
         (refusal(errno.EFBIG, None), "error: file system: File too large; make room"),
+        (refusal(errno.EIO), "error: runs/x: Input/output error; its disk failed: see that it works, then the same"),
         (refusal(errno.EMFILE), "error: runs/x: Too many open files; raise the limit on open files (ulimit -n)"),
         (refusal(errno.ENAMETOOLONG), "error: runs/x: File name too long; choose another place"),
         (typer.BadParameter("not a number"), "error: Invalid value: not a number (--help lists the options)"),

@@ -1,6 +1,8 @@
 """Checkpoints are written while training goes on; two are kept, and whatever is killed leaves one to resume from."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -91,13 +93,53 @@ def test_a_damaged_one_is_passed_over_and_loses_steps_alone(tmp_path, caplog, co
     train(path, metrics=tmp_path / "metrics.jsonl", images=1)
     whole = path.read_bytes()
     at = whole.find(torch.tensor(6.0).numpy().tobytes())  # the weight: a flipped bit
-    path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :] if content is None else content)
+    damaged = whole[:at] + b"\x01" + whole[at + 1 :] if content is None else content
+    path.write_bytes(damaged)
     seen = []
     assert train(path, 10, seen.append, metrics=tmp_path / "metrics.jsonl", images=1) == 10
     assert seen == [4, 5, 6, 7, 8, 9] and kept(tmp_path) == {"state.pt": 10, "state.previous.pt": 8}
-    assert "state.pt: damaged checkpoint, deleted; going on from the one before, of step 4" in caplog.text
+    aside = "state.pt: damaged checkpoint, set aside as state.pt.damaged; going on from the one before, of step 4"
+    assert aside in caplog.text and (tmp_path / "state.pt.damaged").read_bytes() == damaged
+    checkpoints.check_checkpoints(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+
+
+def no_memory(*_, **__):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def raising(kind, *about):
+    def fail(*_, **__):
+        raise kind(*about)
+
+    return fail
+
+
+FAILURES = {
+    "disk": raising(OSError, errno.EIO, os.strerror(errno.EIO)),
+    "no file": raising(OSError, errno.ESTALE, os.strerror(errno.ESTALE)),
+    "memory": raising(MemoryError),
+    "memory of torch": no_memory,
+    "memory of the card": raising(torch.OutOfMemoryError, "CUDA out of memory"),
+    "card": raising(torch.AcceleratorError, "CUDA error: an illegal memory access was encountered", 700),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("where", ["zipfile.ZipFile.testzip", "torch.load", "torch.nn.Module.load_state_dict"])
+def test_a_machine_that_fails_while_one_is_read_damages_none(tmp_path, monkeypatch, failure, where):
+    path = tmp_path / "state.pt"
+    train(path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises((OSError, MemoryError, RuntimeError)) as caught:
+        patch.setattr(where, FAILURES[failure])
+        train(path, 10)
+    if isinstance(caught.value, OSError) and "load_state_dict" not in where:
+        assert caught.value.filename == str(path)  # for the command's last line
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    seen = []
+    assert train(path, 10, seen.append) == 10 and seen == [6, 7, 8, 9]
 
 
 def test_where_both_are_damaged_it_is_refused(tmp_path):

@@ -25,6 +25,7 @@ from diffult.longtail.extractor import load_extractor
 from diffult.models.unet import load_unet
 from diffult.report import write_report
 from diffult.runs.files import (
+    as_weights,
     atomic_write,
     load_state,
     load_tensors,
@@ -221,6 +222,23 @@ def test_weights_of_another_network_are_refused(copied: RunDir, network: str, dr
     with pytest.raises(DamagedError, match=r"not the weights of this network \(.*delete it to train again") as caught:
         READERS[network](copied)
     assert in_a_line(caught.value)
+
+
+def test_short_memory_does_not_make_weights_those_of_another_network(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="allocate memory"), as_weights(tmp_path / "weights.safetensors"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@given(data=st.data())
+def test_a_state_is_as_it_was_written_or_damaged(tmp_path: Path, data: st.DataObject) -> None:
+    torch.save({"step": 3, "weight": torch.arange(5.0)}, tmp_path / "original")
+    (tmp_path / "state.pt").write_bytes(data.draw(mutated_bytes((tmp_path / "original").read_bytes())))
+    try:
+        state = load_state(tmp_path / "state.pt")
+    except DamagedError as error:
+        assert in_a_line(error)
+    else:
+        assert state["step"] == 3 and torch.equal(state["weight"], torch.arange(5.0))
 
 
 STATES = [{}, {"step": "x"}, {"step": 1, "model": {"weight": torch.ones(3)}}, {"step": 1, "model": 4}]
