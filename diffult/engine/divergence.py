@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 _EXPLODED = 10.0  # a loss this many times that of the first step is as bad as NaN
 _READINGS = 5  # in a row; a single batch may be hard
@@ -24,13 +25,15 @@ class DivergenceMonitor:
         name: of the loss.
         collapsed: infinity for a loss that may come near 0.
 
+    A part of the training's checkpoints: one that goes on from a checkpoint knows what the loss had been.
+
     Attributes:
-        first: the loss of the first step; NaN until that is known.
+        first: the loss of the first step, not part of the state; NaN until that is known.
         risen: whether the last reading is as high as a collapse: it may be one.
     """
 
-    def __init__(self, name: str, first: float, collapsed: float) -> None:
-        self.name, self.first, self.collapsed, self.risen = name, first, collapsed, False
+    def __init__(self, name: str, collapsed: float, first: float = math.nan) -> None:
+        self.name, self.collapsed, self.first, self.risen = name, collapsed, first, False
         self._recent: deque[float] = deque(maxlen=_READINGS)
         self._reached = math.inf
 
@@ -46,3 +49,9 @@ class DivergenceMonitor:
             raise DivergenceError(f"the loss diverged by step {step} ({losses}{before})")
         if len(self._recent) == _READINGS:
             self._reached = min(self._reached, max(self._recent))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": self._reached, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._reached, self._recent = float(state["reached"]), deque(state["recent"], _READINGS)

@@ -146,13 +146,14 @@ def train_steps(
         UserError: no checkpoint is whole, or it is of another configuration, or could not be written; or the loss
             diverged: the last good checkpoint is kept.
     """
-    own = {"lr_backoff": lr_backoff, "check": check}
+    monitor = DivergenceMonitor(config.monitor, config.collapsed)
+    own = {"lr_backoff": lr_backoff, "check": check, "divergence": monitor}
     state = {**parts, **{name: part for name, part in own.items() if part is not None}}
     with Checkpoints(config.checkpoint, config.config_hash, state, config.world) as checkpoints:
-        start, first = _resume(config, checkpoints)
+        start, monitor.first = _resume(config, checkpoints)
         while True:
             try:
-                yield from _run(config, start, first, batches(start), step, checkpoints, callbacks, check)
+                yield from _run(config, start, monitor, batches(start), step, checkpoints, callbacks, check)
                 return
             except DivergenceError as error:
                 found = checkpoints.newest()
@@ -164,7 +165,7 @@ def train_steps(
                 log.warning(
                     "%s: %s; back to %s at %g times the learning rate", config.title, error, found, lr_backoff.after
                 )
-                start, first = _resume(config, checkpoints)
+                start, monitor.first = _resume(config, checkpoints)
                 # Saved with the next checkpoint: a loop killed before that diverges again and comes back here.
                 lr_backoff.factor = lr_backoff.after
 
@@ -183,7 +184,7 @@ def _resume(config: LoopConfig, checkpoints: Checkpoints) -> tuple[int, float]:
 def _run(
     config: LoopConfig,
     start: int,
-    first: float,
+    monitor: DivergenceMonitor,
     batches: Iterator[Batch],
     step: Callable[[int, Batch], Losses],
     checkpoints: Checkpoints,
@@ -191,7 +192,6 @@ def _run(
     check: Check | None,
 ) -> Iterator[int]:
     writes, wait = config.world.is_main, DataWait()
-    monitor = DivergenceMonitor(config.monitor, first, config.collapsed)
     logged, since = start, time.perf_counter()
     bar = progress_bar(total=config.steps, initial=start, desc=config.title, unit="step", disable=not writes)
     with bar, ThreadWatch() as adapt_threads:
