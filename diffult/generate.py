@@ -44,9 +44,10 @@ from diffult.longtail.filter import FILTERS
 from diffult.longtail.quota import Quota, quotas_to
 from diffult.reporting.pictures import NO_SAMPLES, sample_grid
 from diffult.reporting.text import duration
-from diffult.runs.files import atomic_write, lock_folder, write_json
+from diffult.runs.files import atomic_write, write_json
 from diffult.runs.run_dir import RunDir
 from diffult.runs.sampler import LEVELS, TRIALS, compiling_pays, open_sampler
+from diffult.runs.shared_disk import lock_shared, wait_for_same_files
 from diffult.runs.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,12 @@ def generate_stage(
 
 def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALONE) -> dict[str, Any]:
     """Draws what is requested into a folder, or what an interrupted attempt left to draw. Returns the figures of
-    summary.json. Raises UserError if the folder holds samples of another request."""
+    summary.json. Every process of `world` calls this, the first with the folder locked.
+
+    Raises:
+        UserError: the folder holds samples of another request, or the processes do not see the same files in it.
+    """
+    wait_for_same_files([folder], world)
     settings, classes = request.settings, run.packed().classes
     check = partial(_check_folder, folder, run, request)
     sampler = open_sampler(run, settings, request.seed, request.compiled, folder, world, check)
@@ -367,7 +373,7 @@ def command(
         folder, result = run_dir.folder("generate"), generate_stage(run_dir, batch_size, compile_, world)
     else:
         folder = out or run / "generated"
-        with lock_folder(folder) if world.is_main else nullcontext():
+        with lock_shared(folder, world) if world.is_main else nullcontext():
             result = fill_folder(folder, run_dir, request, world)
     if not world.is_main:
         return

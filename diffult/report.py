@@ -10,18 +10,19 @@ import typer
 
 from diffult.cli import RunOption, main
 from diffult.engine.device import machine
-from diffult.engine.distributed import init_distributed
+from diffult.engine.distributed import ALONE, World, init_distributed
 from diffult.errors import UserError
 from diffult.generation.shards import open_kept
 from diffult.reporting.content import read_content
 from diffult.reporting.pictures import NO_SAMPLES
 from diffult.reporting.run import render
-from diffult.runs.files import lock_folder, write_text
+from diffult.runs.files import write_text
 from diffult.runs.records import check_classes, read_metrics
 from diffult.runs.run_dir import RunDir
+from diffult.runs.shared_disk import lock_shared
 
 
-def write_report(run: RunDir, out: Path | None = None) -> Path:
+def write_report(run: RunDir, out: Path | None = None, world: World = ALONE) -> Path:
     """Writes the report to `out`, or report.html in the run directory, and returns its path. Raises UserError if the
     run is not evaluated with the present settings, or a file is damaged."""
     file = run.path / "metrics.json"
@@ -31,7 +32,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     packed, here = run.packed(), machine()
     check_classes(metrics, packed.classes, file)
     samples = open_kept(run.folder("generate")) or NO_SAMPLES
-    with nullcontext() if out else lock_folder(run.path):
+    with nullcontext() if out else lock_shared(run.path, world):
         path = out or run.path / "report.html"
         where = f"{here['device']}, torch {here['torch']}"
         write_text(path, render(read_content(run.path, run.config, metrics, packed, samples, where)))
@@ -48,7 +49,7 @@ def command(
     world = init_distributed()
     run_dir = RunDir.open(run, world=world)
     if world.is_main:
-        print(write_report(run_dir, out))
+        print(write_report(run_dir, out, world))
     world.barrier()
 
 

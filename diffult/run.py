@@ -85,7 +85,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
         "generate": lambda: generate_stage(run, world=world),
         "classifier": lambda: train_classifier(run, world),
         "evaluate": lambda: print(table(evaluate(run, world))) if world.is_main else None,
-        "report": lambda: log.info("report: %s", write_report(run)) if world.is_main else None,
+        "report": lambda: log.info("report: %s", write_report(run, world=world)) if world.is_main else None,
     }
     for name in STAGES[: STAGES.index(until) + 1]:
         stages[name]()
@@ -233,7 +233,7 @@ def command(
     if from_ is not None:
         world.barrier()  # every process has opened the run before the first writes to it
         if world.is_main:
-            run_dir.share(RunDir.open(from_))
+            run_dir.share(RunDir.open(from_), world)
     run_dir.synchronise(world)
     run_pipeline(run_dir, until, world)
 

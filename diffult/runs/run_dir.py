@@ -28,9 +28,9 @@ from diffult.errors import UserError
 from diffult.longtail.methods import find_method
 from diffult.models.resnet import build_classifier
 from diffult.models.unet import build_unet
-from diffult.runs.files import lock_folder, read_json, temporary_path, write_json, write_text
+from diffult.runs.files import read_json, temporary_path, write_json, write_text
 from diffult.runs.records import check_stage
-from diffult.runs.shared_disk import PATIENCE, wait_for_same_files
+from diffult.runs.shared_disk import lock_shared, wait_for_same_files
 from diffult.runs.stages import STAGES, Stage, affected, digest, reads
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class RunDir:
         Raises:
             UserError: another process writes to the run.
         """
-        with lock_folder(self.path, PATIENCE if world.size > 1 else 0):
+        with lock_shared(self.path, world):
             if not self._is_saved():
                 write_text(self.path / "config.toml", self.config.to_toml(self.comments))
             yield
@@ -267,7 +267,7 @@ class RunDir:
         write_json(self.folder(stage) / "done.json", record)
         log.info("%s: finished in %.0f s, in %s", stage, record["seconds"], self.folder(stage))
 
-    def share(self, other: RunDir) -> None:
+    def share(self, other: RunDir, world: World = ALONE) -> None:
         """Takes over the finished stages of another run that read the same settings and images, weights and
         images as hard links where the file system allows.
 
@@ -281,7 +281,7 @@ class RunDir:
             if self.done(stage) is None and other.done(stage) is not None and other.hash(stage) == self.hash(stage):
                 folder = self.folder(stage)
                 copy = temporary_path(folder)
-                with self.lock():
+                with self.lock(world):
                     shutil.copytree(other.folder(stage), copy, copy_function=_link)
                     shutil.rmtree(folder, ignore_errors=True)
                     copy.rename(folder)  # whole or not at all

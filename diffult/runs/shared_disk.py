@@ -1,4 +1,4 @@
-"""A run directory seen by processes on several hosts: all must see the same files before they act on them.
+"""A folder seen by processes on several hosts: all must see the same files before they act on them.
 
 A network disk may show a host what it held a minute ago, and a disk of each host's own never shows what another host
 wrote.
@@ -11,14 +11,22 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from diffult.engine.distributed import World
 from diffult.errors import UserError
+from diffult.runs.files import lock_folder
 
 PATIENCE = 90  # seconds; NFS asks its server again after 60 (acdirmax)
 
 _Files = dict[str, tuple[int, int]]  # size and time of the last change in ns, by the path from the first folder
+
+
+def lock_shared(folder: Path, world: World) -> AbstractContextManager[None]:
+    """As `lock_folder`, for the first of several processes. It waits for a lock that a host which died may have
+    left."""
+    return lock_folder(folder, PATIENCE if world.size > 1 else 0)
 
 
 def wait_for_same_files(folders: Iterable[Path], world: World) -> None:
@@ -45,7 +53,7 @@ def wait_for_same_files(folders: Iterable[Path], world: World) -> None:
     name = next(name for name in sorted(theirs | mine) if theirs.get(name) != mine.get(name))
     raise UserError(
         f"{folders[0]}: hosts {first} and {host} (processes 0 and {other}) do not see the same {name}, {PATIENCE} s "
-        "after it was written; put the run directory on a disk that all hosts share (docs/cluster.md)"
+        "after it was written; put this folder on a disk that all hosts share (docs/cluster.md)"
     )
 
 

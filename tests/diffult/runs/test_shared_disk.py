@@ -3,17 +3,21 @@
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from diffult import generate
 from diffult.engine.distributed import World
 from diffult.errors import UserError
+from diffult.report import write_report
 from diffult.runs import files, shared_disk
 from diffult.runs.files import lock_folder
 from diffult.runs.run_dir import RunDir
@@ -207,4 +211,44 @@ def test_one_of_several_processes_waits_for_the_lock_of_a_run(tmp_path: Path, na
         assert not naps
         with pytest.raises(UserError, match="another process writes to it"), run.lock(World(0, 2)):
             pass
+    assert naps == [1] * shared_disk.PATIENCE
+
+
+def test_a_report_and_stages_of_another_run_wait_for_it_as_well(tiny_run, tmp_path, naps):
+    run = RunDir.open(Path(shutil.copytree(tiny_run.path, tmp_path / "run")))
+    shutil.rmtree(run.folder("diffusion"))
+    with lock_folder(run.path):
+        for write in (lambda: run.share(tiny_run, World(0, 2)), lambda: write_report(run, None, World(0, 2))):
+            naps.clear()
+            with pytest.raises(UserError, match="another process writes to it"):
+                write()
+            assert naps == [1] * shared_disk.PATIENCE
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_generate_waits_until_all_see_the_samples_of_an_earlier_attempt(tiny_run, tmp_path, naps, monkeypatch, rank):
+    """Before any process reads what is in its folder, and with the first one's lock held."""
+    (tmp_path / "shard-000-000000.safetensors").write_bytes(b"1")
+
+    held = pytest.raises(UserError, match="writes to it") if rank == 0 else nullcontext()
+
+    def wait(folders: list[Path], world: World) -> None:
+        assert folders == [tmp_path] and world == World(rank, 2)
+        with held, lock_folder(tmp_path):
+            pass
+        raise UserError("they see other files")
+
+    monkeypatch.setattr(generate, "wait_for_same_files", wait)
+    monkeypatch.setattr(generate, "init_distributed", lambda: World(rank, 2))
+    monkeypatch.setattr(generate.RunDir, "open", lambda *_, **__: tiny_run)
+    with pytest.raises(UserError, match="they see other files"):
+        generate.command(run=tiny_run.path, fast=True, steps=1, per_class=1, compile_=False, out=tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "shard-000-000000.safetensors"}
+
+
+def test_generate_waits_for_the_lock_that_a_host_left(tiny_run, tmp_path, naps, monkeypatch):
+    monkeypatch.setattr(generate, "init_distributed", lambda: World(0, 2))
+    monkeypatch.setattr(generate.RunDir, "open", lambda *_, **__: tiny_run)
+    with lock_folder(tmp_path), pytest.raises(UserError, match="another process writes to it"):
+        generate.command(run=tiny_run.path, fast=True, steps=1, per_class=1, compile_=False, out=tmp_path)
     assert naps == [1] * shared_disk.PATIENCE
