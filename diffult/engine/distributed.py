@@ -185,8 +185,12 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
 
     Each process leaves a new number. The first answers with all of them, and again when one has changed, until
     everyone has found its own in an answer; the first process's number is the name.
+
+    Raises:
+        RuntimeError: one has not come within _TIMEOUT.
     """
     mine = uuid.uuid4().hex
+    end = time.monotonic() + _TIMEOUT.total_seconds()
     store.set(f"attempt/{rank}", mine)
     if rank:
         while True:
@@ -194,12 +198,17 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
             if numbers[rank : rank + 1] == [mine]:
                 store.set(f"attempt/{numbers[0]}/{rank}", "")
                 return numbers[0]
-            time.sleep(_POLL)
-    everyone = [f"attempt/{other}" for other in range(size)]
-    while not store.check([f"attempt/{mine}/{other}" for other in range(1, size)]):
-        store.set("attempt/numbers", " ".join(store.get(other).decode() for other in everyone))
-        time.sleep(_POLL)
+            _pause(end, "the first process")
+    while missing := [other for other in range(1, size) if not store.check([f"attempt/{mine}/{other}"])]:
+        store.set("attempt/numbers", " ".join(store.get(f"attempt/{other}").decode() for other in range(size)))
+        _pause(end, f"process {missing[0]}")
     return mine
+
+
+def _pause(end: float, awaited: str) -> None:
+    if time.monotonic() > end:
+        raise RuntimeError(f"{awaited} has not answered for {_TIMEOUT.total_seconds() / 60:g} minutes")
+    time.sleep(_POLL)
 
 
 def _check_environment() -> None:

@@ -1,14 +1,17 @@
 """Processes that torchrun starts again meet their own kind in the store that it keeps, not those that have ended."""
 
+import datetime
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from diffult.engine import distributed
+from diffult.errors import UserError
 
 # The second process is killed in the first attempt, once all have met and left something in their store.
 PROGRAM = """
@@ -40,6 +43,35 @@ def test_an_attempt_has_one_name_that_is_new():
             (name,) = set(pool.map(join, range(size)))
         names.append(name)
     assert len(set(names)) == 5
+
+
+@pytest.mark.parametrize(
+    ("rank", "left", "reason"),
+    [
+        (0, {"attempt/1": "a", "attempt/2": "b"}, "process 1 has not answered for 0.005 minutes"),
+        (1, {"attempt/numbers": "a b c"}, "the first process has not answered for 0.005 minutes"),
+        (0, {}, "[Tt]imeout"),
+        (1, {}, "[Tt]imeout"),
+    ],
+)
+def test_processes_that_never_answer_are_waited_for_no_longer_than_others(monkeypatch, rank, left, reason):
+    """They have left their numbers, or nothing, and are gone."""
+    store = dist.HashStore()
+    for key, value in left.items():
+        store.set(key, value)
+
+    def rendezvous(url: str, timeout: datetime.timedelta):
+        store.set_timeout(timeout)
+        return iter([(store, rank, 3)])
+
+    monkeypatch.setattr(distributed, "_TIMEOUT", datetime.timedelta(seconds=0.3))
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+    about = {"WORLD_SIZE": 3, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, text in about.items():
+        monkeypatch.setenv(name, str(text))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=rf"cannot join the other processes \(.*{reason}.*; start all of them"):
+        distributed.init_distributed()
 
 
 @pytest.mark.timeout(200)

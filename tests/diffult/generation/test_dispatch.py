@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffult.engine.distributed import World
+from diffult.errors import UserError
+from diffult.generation import dispatch
 from diffult.generation.dispatch import Dispatcher
 from diffult.generation.shards import kept_files, open_kept
 from diffult.longtail.quota import Quota
@@ -96,6 +99,30 @@ def test_whoever_waits_gets_what_falls_short_or_the_end(monkeypatch: pytest.Monk
     second.ask(np.zeros(8, np.uint8))
     assert second.take(wait=True) is None and first.take(wait=True) is None
     assert kept(quotas[0]) == kept(quotas[1]) == [(1, i) for i in (0, 2, 4, 6, 8, 9, 10, 11)]
+
+
+@pytest.mark.parametrize(("took", "patience"), [(60.0, "30 min 00 s"), (3600.0, "20 h 00 min")])
+def test_a_process_that_is_gone_silently_is_not_waited_for_for_ever(monkeypatch, took: float, patience: str) -> None:
+    """The first process took so long for its batch, whose rest was handed to the second."""
+    now = 0.0
+
+    def sleep(_: float) -> None:
+        nonlocal now
+        now += 100.0
+
+    store = dist.HashStore()
+    monkeypatch.setattr(World, "store", lambda _: store)
+    monkeypatch.setattr(dispatch, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    first, second = (Dispatcher(Quota(np.array([0, 8]), 4.0), 8, World(rank, 2)) for rank in range(2))
+    first.ask()
+    assert len(first.take(wait=True)[0]) == 8
+    second.ask()
+    now = took
+    first.ask(np.array([0] * 6 + [2] * 2, np.uint8))
+    with pytest.raises(UserError, match=f"no verdicts from process 1 for {patience}, .*; the same command resumes"):
+        first.take(wait=True)
+    limit = max(1800.0, 20 * took)
+    assert limit < now - took <= limit + 100
 
 
 # Draws with a network that costs nothing, whose second process takes five times as long for a batch. Every batch gets a
