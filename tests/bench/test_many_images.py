@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,10 @@ def test_kills_hit_one_process_or_all_until_the_command_succeeds(tmp_path, monke
 def test_victims_are_a_process_of_the_launcher_or_everything():
     launcher = subprocess.Popen(["bash", "-c", "sleep 60 & sleep 60 & wait"])
     try:
+        end = time.monotonic() + 60
         while len(kills._processes(launcher.pid)) < 3:
-            pass
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
         first, second = sorted(kills._processes(launcher.pid)[1:])
         seen = dict(kills._victims(launcher.pid, random.Random(i)) for i in range(20))
         assert seen == {"host": [launcher.pid, first, second], "process 0": [first], "process 1": [second]}

@@ -143,8 +143,11 @@ def batches(out: Path) -> int:
     return len(load_tensors(out / "candidates.safetensors")[0]["labels"]) // 4
 
 
-def wait_for_shards(out: Path, count: int) -> None:
+def wait_for_shards(out: Path, count: int, process: int, told: Path) -> None:
+    """Fails at once where the process, which its parent has not asked for yet, has ended before."""
     while shards(out) < count:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state != "Z", told.read_text()[-3000:]
         time.sleep(0.002)
 
 
@@ -164,7 +167,7 @@ def test_killed_ten_times_at_random_it_keeps_the_same(run, unbroken, nursery, tm
     assert batches(whole) > 10 * 5  # it cannot be done before it was killed so often
     for _ in range(10):
         process, more = nursery.start(work(run, out), tmp_path / "told"), int(rng.integers(0, 5))
-        wait_for_shards(out, shards(out) + more)
+        wait_for_shards(out, shards(out) + more, process, tmp_path / "told")
         time.sleep(rng.uniform(0, 0.02 if more else 0.3))
         os.kill(process, signal.SIGKILL)
         assert nursery.wait() == -signal.SIGKILL
@@ -173,10 +176,17 @@ def test_killed_ten_times_at_random_it_keeps_the_same(run, unbroken, nursery, tm
     assert same(result(run, out), expected)
 
 
+def test_waiting_for_shards_of_a_command_that_has_ended_fails_with_what_it_printed(run, nursery, tmp_path):
+    process = nursery.start([*work(run, tmp_path / "out"), "--sampler", "none"], tmp_path / "told")
+    with pytest.raises(AssertionError, match="error: --sampler"):
+        wait_for_shards(tmp_path / "out", 1, process, tmp_path / "told")
+    assert nursery.wait() == 2
+
+
 def test_interrupted_it_says_so_and_loses_nothing(run, unbroken, nursery, tmp_path):
     out, told = tmp_path / "out", tmp_path / "told"
     process = nursery.start(work(run, out), told)
-    wait_for_shards(out, 3)
+    wait_for_shards(out, 3, process, told)
     os.kill(process, signal.SIGINT)
     assert nursery.wait() == 130
     text = told.read_text()
