@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from diffult.engine.memory import out_of_memory
 from diffult.errors import DamagedError, UserError
 
 log = logging.getLogger(__name__)
@@ -264,8 +265,7 @@ def is_of_the_machine(error: Exception) -> bool:
     """Whether memory, a disk or a card failed where a file was read: the file may be whole."""
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EINVAL)  # which a damaged table leads to: a place before the beginning
-    failed = MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
-    return isinstance(error, failed) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    return isinstance(error, torch.AcceleratorError) or out_of_memory(error)
 
 
 def _name(error: Exception, path: Path) -> None:
