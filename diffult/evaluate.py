@@ -118,8 +118,9 @@ def measured_copies(run: RunDir, packed: Packed, samples: ImageSet | None) -> di
 def table(metrics: dict[str, Any]) -> str:
     """The comparison as text: a line a method, top-1 and groups in percent."""
     titles = {name: find_method(name).title for name, row in metrics.items() if isinstance(row, dict) and "top1" in row}
-    width = max(map(len, titles.values())) + 2
-    lines = [f"{'accuracy in %':{width}}" + "".join(f"{column:>9}" for column in COLUMNS)]
+    corner = "accuracy in %"
+    width = max(map(len, [corner, *titles.values()])) + 2
+    lines = [f"{corner:{width}}" + "".join(f"{column:>9}" for column in COLUMNS)]
     for name, title in titles.items():
         cells = ("-" if metrics[name][column] is None else f"{metrics[name][column]:.1f}" for column in COLUMNS)
         lines.append(f"{title:{width}}" + "".join(f"{cell:>9}" for cell in cells))

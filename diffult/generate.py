@@ -120,6 +120,7 @@ def fill_folder(folder: Path, run: RunDir, request: Request, world: World = ALON
         if 0 < (there := int(quota.accepted.sum())) < quota.quotas.sum():
             log.info("generate: resuming with %d of %d samples", there, quota.quotas.sum())
     quota = world.gather(quota)[0]  # what the first process found on disk; the others read nothing of it
+    wait_for_same_files([folder], world)  # a new folder has its first file now
     if not world.is_main:
         store = open_store(folder, run, settings, request.quotas, request.seed, world.rank)
     result = fill(sampler, extractor, store, quota, classes, world)

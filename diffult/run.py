@@ -60,8 +60,10 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
     for folder in map(run.folder, STAGES if world.is_main else ()):  # before any work starts
         if not (folder / "done.json").exists():
             check_checkpoints(folder)
+    wanted = STAGES[: STAGES.index(until) + 1]
     for stage in ("extractor", "diffusion", "classifier"):
-        world.local_slice(getattr(run.config, stage).batch_size, f"{stage}.batch_size")
+        if stage in wanted and not (run.folder(stage) / "done.json").exists():
+            world.local_slice(getattr(run.config, stage).batch_size, f"{stage}.batch_size")
     device = pick_device()
     log.info("%s: %s", run.config.name, run.path)
     log.info("device: %s, %s", device, str(compute_dtype(run.config.precision, device)).removeprefix("torch."))
@@ -87,7 +89,7 @@ def run_pipeline(run: RunDir, until: Stage = "report", world: World = ALONE) -> 
         "evaluate": lambda: print(table(evaluate(run, world))) if world.is_main else None,
         "report": lambda: log.info("report: %s", write_report(run, world=world)) if world.is_main else None,
     }
-    for name in STAGES[: STAGES.index(until) + 1]:
+    for name in wanted:
         stages[name]()
     world.barrier()
 

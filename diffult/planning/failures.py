@@ -111,8 +111,9 @@ def hardly_passing(
 ) -> tuple[list[str], list[str]]:
     """Classes of whose candidates, int64 [C] each, the filter keeps next to none.
 
-    A class would fail only where the upper bound of the share that passes, at 95 % confidence (Clopper and Pearson,
-    1934), is below one in `max_draws`: not even so many candidates for each sample then give what it lacks.
+    A class would fail only where less than 5 % pass and the upper bound of the share that passes, at 95 % confidence
+    (Clopper and Pearson, 1934), is below one in `max_draws`: not even so many candidates for each sample then give what
+    it lacks.
 
     Returns:
         What would fail, and notes on classes of too few candidates to say so.

@@ -279,9 +279,16 @@ def test_cifar_presets_run_on_an_image_folder_and_resume(shared_data, tmp_path, 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_packing(tmp_path, stage):
     sizes = dict.fromkeys(("extractor", "diffusion", "classifier"), 30) | {stage: 32}
     run = RunDir.open(tmp_path / "run", "digits-lt", [f"{name}.batch_size={size}" for name, size in sizes.items()])
-    with pytest.raises(UserError, match=f"{stage}.batch_size = 32 cannot be shared by 3 processes"):
+    with pytest.raises(UserError, match=rf"{stage}\.batch_size = 32 cannot be shared by 3 processes"):
         run_pipeline(run, world=World(0, 3))
     assert not (tmp_path / "run" / "pack").exists()
+
+
+def test_a_batch_of_a_finished_training_may_have_any_size(copied_run):
+    """As those who only draw with other numbers of processes need it: the refusal is of the one that is to do."""
+    (copied_run / "classifier" / "done.json").unlink()
+    with pytest.raises(UserError, match=r"classifier\.batch_size = \d+ cannot be shared by 1009 processes"):
+        run_pipeline(RunDir.open(copied_run), world=World(0, 1009))
 
 
 def test_evaluate_keeps_its_predictions_and_measures_copies_once(copied_run):
