@@ -63,6 +63,7 @@ def test_slurm_script_runs_on_two_hosts(tools, tmp_path):
     assert_packed(tmp_path / "run")
 
 
+@pytest.mark.slow  # the same processes as the one above
 @pytest.mark.timeout(280)
 def test_kubernetes_job_runs_on_two_hosts(tools, tmp_path):
     yaml = pytest.importorskip("yaml")
