@@ -21,7 +21,7 @@ from diffult import INTERRUPTED
 from diffult.engine.device import keep_freed_memory
 from diffult.engine.distributed import lost_process
 from diffult.engine.memory import out_of_memory
-from diffult.errors import UserError
+from diffult.errors import UserError, first_line
 
 UsageError: Any = typer.BadParameter.__base__  # its module differs between versions of typer
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=False)]
@@ -83,7 +83,7 @@ def main(verb: Callable[..., None]) -> None:
         sys.exit(130)
     except Exception as error:
         if out_of_memory(error):
-            _refuse(f"out of memory ({_first_line(error)}); lower the batch size, or close other programs")
+            _refuse(f"out of memory ({first_line(error)}); lower the batch size, or close other programs")
         if lost_process(error):
             _refuse("another process of this training has ended; look for its message")
         print(bug_report(error), file=sys.stderr)
@@ -108,10 +108,6 @@ def _run(verb: Callable[..., None]) -> None:
 def _refuse(message: str) -> NoReturn:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def bug_report(error: Exception) -> str:

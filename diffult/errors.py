@@ -24,6 +24,11 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Its message's first line, cut to `most` characters; its type's name where it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'NAME'?`, or nothing if no name is near."""
     close = get_close_matches(name, list(names), n=1)

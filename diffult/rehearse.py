@@ -28,7 +28,7 @@ from diffult.engine.distributed import ALONE, Arrivals, World
 from diffult.engine.load import Load, share_of_others
 from diffult.engine.loop import LoopConfig, LRBackoff, train_steps
 from diffult.engine.memory import local_processes, out_of_memory
-from diffult.errors import UserError
+from diffult.errors import UserError, first_line
 from diffult.evaluate import evaluate
 from diffult.generation.candidates import CandidateBatch, draw_candidates
 from diffult.generation.checks import ModelChecks
@@ -177,7 +177,7 @@ def _measure(stage: Stage, work: Callable[[_Context, Rehearsed], None], context:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            refused = f"out of memory ({str(error).partition(chr(10))[0][:200]}); a smaller batch needs less"
+            refused = f"out of memory ({first_line(error)}); a smaller batch needs less"
             if world.size > 1:  # the others wait for this process
                 raise UserError(f"{stage}, process {world.rank}: {refused}") from None
         arrivals.mark()

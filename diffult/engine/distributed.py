@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from diffult.errors import UserError
+from diffult.errors import UserError, first_line
 
 T = TypeVar("T")
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
@@ -164,7 +164,7 @@ def init_distributed() -> World:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
             _patient = dist.new_group(timeout=_PATIENCE, backend="gloo")
         except (RuntimeError, ValueError) as error:  # no address, a port in use, a process that never came
-            reason = str(error).partition("\n")[0][:200]
+            reason = first_line(error)
             raise UserError(f"cannot join the other processes ({reason}); start all of them with torchrun") from None
         atexit.register(_leave, None if backend == "gloo" else _patient)
     if dist.get_rank():

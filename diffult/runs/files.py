@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from diffult.engine.memory import out_of_memory
-from diffult.errors import DamagedError, UserError
+from diffult.errors import DamagedError, UserError, first_line
 
 log = logging.getLogger(__name__)
 _UMASK = os.umask(0)  # which can be read only by setting it, for all threads: so once, here
@@ -220,7 +220,7 @@ def as_weights(path: Path) -> Iterator[None]:
         if is_of_the_machine(error):
             raise
         raise DamagedError(
-            f"{path}: not the weights of this network ({_reason(error)}); delete it to train again"
+            f"{path}: not the weights of this network ({first_line(error, 120)}); delete it to train again"
         ) from None
 
 
@@ -258,7 +258,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def damaged_checkpoint(path: Path, error: Exception) -> DamagedError:
-    return DamagedError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to restart this stage")
+    return DamagedError(f"{path}: damaged checkpoint ({first_line(error, 120)}); delete it to restart this stage")
 
 
 def is_of_the_machine(error: Exception) -> bool:
@@ -272,7 +272,3 @@ def _name(error: Exception, path: Path) -> None:
     """Where the system's error names no file, as that of a read."""
     if isinstance(error, OSError) and error.filename is None:
         error.filename = str(path)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
